@@ -1,0 +1,17 @@
+"""Adversarial training for language models, as fast as the hardware allows.
+
+>>> import fastadv  # doctest: +SKIP
+>>> adv = fastadv.PGD(model, epsilon=1.0, step_size=0.3, steps=3)  # doctest: +SKIP
+>>> adv.backward(lambda: model(**batch).loss, mask=batch["attention_mask"])  # doctest: +SKIP
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastadv.methods import FGM, PGD, Method, StepResult
+
+try:
+    __version__ = version("fastadv")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+__all__ = ["FGM", "PGD", "Method", "StepResult", "__version__"]

@@ -1,0 +1,1 @@
+"""The engine's three verbs (descend, probe, ascend), and where the perturbation enters the model."""

@@ -1,0 +1,127 @@
+"""Find the embedding that a method perturbs, through whatever wraps the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+EmbeddingChoice = str | nn.Module | Sequence[str | nn.Module] | None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module under torch.compile, DDP, DeepSpeed and PEFT."""
+    inner = _inside(model)
+    while inner is not None:
+        model, inner = inner, _inside(inner)
+    return model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    if "_orig_mod" in model._modules:
+        return model._modules["_orig_mod"]
+    library = type(model).__module__.split(".")[0]
+    if isinstance(model, (DistributedDataParallel, nn.DataParallel)) or library == "deepspeed":
+        return model._modules.get("module")
+    if library == "peft":
+        return model._modules.get("base_model") or model._modules.get("model")
+    return None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `model` or a part of it runs under torch.compile (by `torch.compile(model)` or `model.compile()`)."""
+    return any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
+    """The modules whose outputs carry the perturbation.
+
+    `None` asks the model (`get_input_embeddings`, as transformers has it), then takes the only `nn.Embedding`.
+
+    Raises:
+        ValueError: none or several fit; the message lists the candidates.
+        TypeError: `choice` is none of a name, a module, or a sequence of these.
+    """
+    if choice is None:
+        return [_default(model)]
+    if isinstance(choice, (str, nn.Module)):
+        return [_chosen(model, choice)]
+    if isinstance(choice, Sequence) and choice:
+        return [_chosen(model, one) for one in choice]
+    raise TypeError(f"embedding= takes a module's name, a module, or a sequence of these, not {choice!r}")
+
+
+def _default(model: nn.Module) -> nn.Module:
+    inner = unwrap(model)
+    asked = _ask(inner)
+    if asked is not None:
+        return asked
+    found = _candidates(inner)
+    if len(found) == 1:
+        return next(iter(found.values()))
+    problem = "has several embeddings" if found else "has no nn.Embedding"
+    raise ValueError(
+        f"{type(inner).__name__} {problem}: say which module's output to perturb, embedding=NAME or embedding=MODULE. "
+        f"{_listed(inner)}"
+    )
+
+
+def _ask(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_input_embeddings", None)
+    if getter is None:
+        return None
+    try:
+        answer = getter()
+    except (NotImplementedError, AttributeError):
+        return None
+    return answer if isinstance(answer, nn.Module) else None
+
+
+def _chosen(model: nn.Module, choice: str | nn.Module) -> nn.Module:
+    if isinstance(choice, nn.Module):
+        return choice
+    if not isinstance(choice, str):
+        raise TypeError(f"embedding= takes names and modules, not {choice!r}")
+    inner = unwrap(model)
+    found = {name: part for name, part in inner.named_modules() if name == choice}
+    found = found or {name: part for name, part in inner.named_modules() if name.endswith("." + choice)}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    problem = f"several modules are called {choice!r}: {', '.join(found)}" if found else f"no module is called {choice!r}"
+    raise ValueError(f"{problem}. Give one full name. {_listed(inner)}")
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
+
+
+def _listed(model: nn.Module) -> str:
+    names = [f"{name} {tuple(part.weight.shape)}" for name, part in _candidates(model).items()]  # type: ignore[arg-type]
+    return f"Candidates: {', '.join(names) or 'none; any module with a [B, T, D] output will do'}."
+
+
+def vocabulary(module: nn.Module) -> int | None:
+    """The number of rows of an embedding table; None for a module without one."""
+    return module.num_embeddings if isinstance(module, nn.Embedding) else None
+
+
+def is_plain_lookup(module: nn.Module) -> bool:
+    """Whether `module` computes exactly `weight[ids]`, so that gather and add may be one op."""
+    return (
+        type(module) is nn.Embedding
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+    )
+
+
+def first_tensor(output: Any) -> Any:
+    """A module's output, or the tensor that a tuple of outputs begins with."""
+    return output[0] if isinstance(output, tuple) else output

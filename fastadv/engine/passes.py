@@ -1,0 +1,295 @@
+"""The three verbs of a step. A method is a schedule of them.
+
+descend  a full pass: accumulates the parameters' gradients, and leaves the perturbation's
+probe    computes the perturbation's gradient and nothing else
+ascend   moves the perturbation up that gradient
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+
+from fastadv.engine import embedding as embeddings
+from fastadv.engine.dropout import Dropout
+from fastadv.engine.guard import Guard
+from fastadv.engine.interception import install
+from fastadv.engine.loss import detached, loss_of
+from fastadv.engine.perturbation import TABLE_SCOPES, Perturbation, PositionPerturbation, Rule, TablePerturbation
+from fastadv.engine.rng import new_seed
+from fastadv.engine.site import Call, Masks, Site, new_delta
+from fastadv.engine.start import Start
+
+Closure = Callable[[], Any]
+Backward = Callable[[Tensor], Any]
+
+REENTRANT = (
+    "the model uses reentrant activation checkpointing, which cannot give the gradient of a perturbation: use "
+    "checkpoint(..., use_reentrant=False), in transformers "
+    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
+NEVER_CALLED = (
+    "the closure never ran the perturbed embedding ({names}). Does it run another model, or pass inputs_embeds? Was the "
+    "model compiled and called before the method was made (make the method first)? Was the method closed?"
+)
+
+
+class Pass(NamedTuple):
+    """One pass over the model, detached."""
+
+    loss: Tensor
+    output: Any
+
+
+class Engine:
+    """Runs passes of one model with a perturbation at its embedding."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        embedding: embeddings.EmbeddingChoice,
+        scope: str,
+        dropout: str,
+        fused: bool | None,
+        backward: Backward | None,
+        scaler: GradScaler | None,
+        atomic: bool,
+    ) -> None:
+        self.model = model
+        self.modules = embeddings.find(model, embedding)
+        self.site = Site(
+            fused,
+            [getattr(module, "padding_idx", None) for module in self.modules],
+            [getattr(module, "embedding_dim", None) for module in self.modules],
+        )
+        self.perturbation = self._scoped(scope)
+        self.guard = Guard(model, atomic)
+        self.dropout = Dropout(dropout)
+        self.backward = backward
+        self.scaler = scaler
+        self.compiled = embeddings.is_compiled(model)
+        self.parallel = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), None)
+        self.first: Pass | None = None
+        self._busy = False
+        self._seed = 0
+        self._interceptions = [install(module, i, self.site) for i, module in enumerate(self.modules)]
+
+    def _scoped(self, scope: str) -> Perturbation:
+        if scope not in TABLE_SCOPES:
+            return PositionPerturbation(self.site, scope)
+        vocabularies = [embeddings.vocabulary(module) for module in self.modules]
+        if any(size is None for size in vocabularies):
+            raise ValueError(f"scope={scope!r} needs an nn.Embedding; for another module's output use scope='sample'")
+        return TablePerturbation(self.site, scope, [size for size in vocabularies if size is not None])
+
+    def close(self) -> None:
+        """Take the interceptions out of the model."""
+        for interception in self._interceptions:
+            interception.remove()
+        self._interceptions = []
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    # The frame of a step
+
+    @contextlib.contextmanager
+    def step(self, masks: Masks) -> Iterator[None]:
+        """Everything inside is one step: it starts from no perturbation and, if it fails, leaves no trace."""
+        if self._busy:
+            raise RuntimeError("a step is already running: the closure must not call the method that calls it")
+        self._busy = True
+        device = self.device
+        try:
+            with self.guard(device), self.dropout.step(self.model):
+                self._begin(masks)
+                yield
+        finally:
+            self._busy = False
+            self._idle()
+            self.site.started = None
+
+    def _begin(self, masks: Masks) -> None:
+        self.first = None
+        self.site.masks = masks
+        self.site.started = None
+        self.perturbation.reset()
+        self._keep_room()
+        with torch.no_grad():
+            for call in self.site.calls:
+                call.grad = call.delta.grad = None
+                call.delta.zero_()
+
+    def _keep_room(self) -> None:
+        """Reuse the last step's buffers where the masks have their shape; make the first one where its shape is known.
+
+        A compiled model must find its buffers ready: making one inside of its graph would break the graph.
+        """
+        calls, site = self.site.calls, self.site
+        for index, call in enumerate(calls):
+            mask = site.given_mask(index)
+            if mask is not None and mask.shape != call.delta.shape[:-1]:
+                del calls[index:]
+                break
+            call.mask = None if mask is None else mask.bool()
+        first, width = site.given_mask(0), site.widths[0]
+        if not calls and first is not None and width is not None:
+            weight: Tensor = self.modules[0].weight  # type: ignore[assignment]
+            delta = new_delta((*first.shape, width), weight.dtype, weight.device)
+            calls.append(Call(delta, first.bool()))
+
+    def _idle(self) -> None:
+        self.site.live = self.site.recomputing = False
+        self.site.searching = True
+
+    # The verbs
+
+    def start(self, draw: Start | None) -> None:
+        """Put the perturbation at its start; where its shape is not known yet, as soon as it is."""
+        calls, perturbation = self.site.calls, self.perturbation
+        for call in calls:
+            call.grad = None
+        if draw is None:
+            return self._to_zero()
+        self._seed = new_seed()
+        before_any_pass = self.first is None
+        self.site.started = lambda call: perturbation.start(draw, self._seed, call)
+        if before_any_pass and (isinstance(perturbation, TablePerturbation) or self._masks_follow_ids()):
+            calls.clear()  # what the start depends on is known only when the embedding is called
+        for call in calls:
+            self.site.started(call)
+
+    def _to_zero(self) -> None:
+        self.perturbation.reset()
+        with torch.no_grad():
+            for call in self.site.calls:
+                call.delta.zero_()
+
+    def _masks_follow_ids(self) -> bool:
+        return self.site.given_mask(0) is None and any(index is not None for index in self.site.padding)
+
+    def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
+        """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet."""
+        with self._synchronised(not more):
+            output, loss = self._forward(closure)
+            self._hand_over(loss if weight == 1 else loss * weight)
+        for call in self.site.calls:
+            call.grad, call.delta.grad = call.delta.grad, None
+        return self._finish(output, loss)
+
+    def plain(self, closure: Closure) -> Pass:
+        """Plain training: the model as it is, no perturbation."""
+        self.dropout.before_pass(self.device)
+        output = closure()
+        loss = loss_of(output)
+        self._hand_over(loss)
+        return self._finish(output, loss)
+
+    def probe(self, closure: Closure) -> Pass:
+        """The perturbation's gradient, and nothing in any `.grad`."""
+        with self._synchronised(False), self._frozen():
+            output, loss = self._forward(closure)
+            deltas = [call.delta for call in self.site.calls]
+            scaled = loss if self.scaler is None else self.scaler.scale(loss)
+            try:
+                grads: Sequence[Tensor | None] = torch.autograd.grad(scaled, deltas, allow_unused=True)
+            except RuntimeError as error:
+                if "Checkpointing is not compatible" in str(error):
+                    raise RuntimeError(REENTRANT) from error
+                raise
+        for call, grad in zip(self.site.calls, grads, strict=True):
+            call.grad = grad
+        return self._finish(output, loss)
+
+    def ascend(self, rule: Rule) -> None:
+        """One step of the perturbation up the gradient that the last pass left."""
+        if all(call.grad is None for call in self.site.calls):
+            raise RuntimeError("the loss does not depend on the perturbed embedding's output: it has no gradient there")
+        self.perturbation.ascend(rule)
+
+    def apply(self) -> None:
+        """From here to the end of the step, every forward sees the perturbation that was found."""
+        self.site.searching = False
+        self.site.cursor = 0
+        self.site.live = True
+
+    # A pass
+
+    def _forward(self, closure: Closure) -> tuple[Any, Tensor]:
+        site = self.site
+        self.dropout.before_pass(self.device)
+        site.cursor, site.without_grad, site.live = 0, False, True
+        with self._eagerly_if_unknown():
+            output = closure()
+        self._check_calls()
+        loss = loss_of(output)
+        site.recomputing = True  # what runs the embedding from here on is a checkpoint
+        return output, loss
+
+    def _check_calls(self) -> None:
+        site = self.site
+        if site.cursor == 0:
+            if site.without_grad:
+                raise RuntimeError(f"the embedding ran under no_grad only. If {REENTRANT}")
+            names = [name for name, part in self.model.named_modules() if any(part is m for m in self.modules)]
+            raise RuntimeError(NEVER_CALLED.format(names=", ".join(names) or type(self.modules[0]).__name__))
+        if any(call.delta.grad is not None for call in site.calls):
+            raise RuntimeError("the closure called backward: it must only run the forward and return the loss")
+        del site.calls[site.cursor :]
+        for call in site.calls:
+            padding = site.padding[call.module]
+            if call.mask is None and padding is not None and call.ids is not None:
+                call.mask = call.ids != padding
+
+    def _hand_over(self, loss: Tensor) -> None:
+        """Give the loss to whoever owns the backward."""
+        if self.backward is not None:
+            self.backward(loss)
+        elif self.scaler is not None:
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        else:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def _finish(self, output: Any, loss: Tensor) -> Pass:
+        self._idle()
+        done = Pass(loss.detach(), detached(output))
+        self.first = self.first or done
+        return done
+
+    # What surrounds a pass
+
+    def _synchronised(self, reduce: bool) -> contextlib.AbstractContextManager[Any]:
+        """Under DDP, gradients are reduced in the last full pass alone."""
+        if reduce or self.parallel is None:
+            return contextlib.nullcontext()
+        return self.parallel.no_sync()
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """A compiled backward computes every gradient it was compiled for: ask for no parameter's."""
+        if not self.compiled or self.parallel is not None:
+            yield
+            return
+        thawed = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        for parameter in thawed:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in thawed:
+                parameter.requires_grad_(True)
+
+    def _eagerly_if_unknown(self) -> contextlib.AbstractContextManager[Any]:
+        """A compiled model runs eagerly in the one pass that finds out the shape (never, if a mask is given)."""
+        if self.compiled and not self.site.calls:
+            return torch.compiler.set_stance("force_eager")
+        return contextlib.nullcontext()

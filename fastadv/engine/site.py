@@ -1,0 +1,131 @@
+"""What a step's forward passes see: the perturbation of each call of the embedding, in call order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Size, Tensor
+
+Masks = Tensor | Sequence[Tensor | None] | None
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of an embedding in a forward pass, and what is added to its result."""
+
+    delta: Tensor  # [B, T, D], a leaf that requires grad; float32, or float64 for a float64 model
+    mask: Tensor | None  # [B, T] bool, True where a token is; None: everywhere
+    ids: Tensor | None = None  # [B, T], where the module is an embedding table
+    module: int = 0  # which of the perturbed modules was called
+    grad: Tensor | None = None
+
+
+class Started(Protocol):
+    """Fills a new call's perturbation with the start that the step asks for."""
+
+    def __call__(self, call: Call) -> None: ...
+
+
+class Site:
+    """The state that the interceptions read. Idle, it costs them one attribute."""
+
+    def __init__(self, fused: bool | None, padding: Sequence[int | None], widths: Sequence[int | None]) -> None:
+        self.fused = fused
+        self.padding = padding
+        self.widths = widths
+        self.live = False
+        self.searching = True  # a pass that records; False where a found perturbation is only applied
+        self.recomputing = False
+        self.calls: list[Call] = []
+        self.cursor = 0
+        self.masks: Masks = None
+        self.started: Started | None = None
+        self.without_grad = False
+
+    def enter(
+        self, shape: Size, dtype: torch.dtype, device: torch.device, ids: Tensor | None, module: int
+    ) -> Tensor | None:
+        """The perturbation of the call that is happening; None where it is left alone."""
+        if self.recomputing:
+            return self._again(shape, ids)
+        if self.searching and not torch.is_grad_enabled():
+            self.without_grad = True
+            return None
+        index = self._next()
+        if index >= len(self.calls) or not _fits(self.calls[index].delta, shape, dtype, device):
+            self._new(index, shape, dtype, device, ids, module)
+        call = self.calls[index]
+        if self.searching:
+            call.ids, call.module = ids, module
+        return call.delta
+
+    def _next(self) -> int:
+        index = self.cursor
+        self.cursor = index + 1
+        if not self.searching and self.calls:
+            return index % len(self.calls)
+        return index
+
+    def _again(self, shape: Size, ids: Tensor | None) -> Tensor:
+        """The call that a checkpoint recomputes: the same ids, or else the only one of that shape."""
+        alike = [call for call in self.calls[: self.cursor] if call.delta.shape == shape]
+        same = [call for call in alike if ids is not None and call.ids is not None and _is_same(call.ids, ids)]
+        if len(same or alike) != 1:
+            raise RuntimeError(
+                "activation checkpointing recomputes an embedding, and which of its calls cannot be told "
+                f"({len(alike)} calls of shape {tuple(shape)} were seen in the forward pass). Use "
+                "checkpoint(..., use_reentrant=False), and keep the embedding outside of checkpointed segments."
+            )
+        return (same or alike)[0].delta
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def _new(
+        self, index: int, shape: Size, dtype: torch.dtype, device: torch.device, ids: Tensor | None, module: int
+    ) -> None:
+        if not self.searching:
+            raise RuntimeError(
+                f"no perturbation was found for an embedding call of shape {tuple(shape)}: inside `perturbed`, run the "
+                "model on the batch that the closure ran it on"
+            )
+        mask = self._mask(index, shape, ids, module)
+        call = Call(new_delta(shape, dtype, device), mask, ids, module)
+        del self.calls[index:]
+        self.calls.append(call)
+        if self.started is not None:
+            self.started(call)
+
+    def _mask(self, index: int, shape: Size, ids: Tensor | None, module: int) -> Tensor | None:
+        mask = self.given_mask(index)
+        if mask is not None:
+            if mask.shape != shape[:-1]:
+                raise ValueError(
+                    f"mask has shape {tuple(mask.shape)}, but the embedding returned {tuple(shape)}: it must be "
+                    f"{tuple(shape[:-1])}. Where the embedding is called several times, give one mask (or None) per call."
+                )
+            return mask.bool()
+        padding = self.padding[module]
+        return None if padding is None or ids is None else ids != padding
+
+    def given_mask(self, index: int) -> Tensor | None:
+        """The mask that the user gave for call `index`."""
+        if self.masks is None or isinstance(self.masks, Tensor):
+            return self.masks
+        return self.masks[index] if index < len(self.masks) else None
+
+
+def new_delta(shape: Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A zero perturbation in the dtype that perturbations have: float32, or float64 for float64."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return torch.zeros(shape, dtype=wide, device=device, requires_grad=True)
+
+
+def _fits(delta: Tensor, shape: Size, dtype: torch.dtype, device: torch.device) -> bool:
+    wide = torch.promote_types(dtype, torch.float32)
+    return delta.shape == shape and delta.dtype == wide and delta.device == device
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

@@ -1,0 +1,58 @@
+"""Where a perturbation starts: zero, a random draw, or what the user's callable says."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Start = Callable[[tuple[int, ...], Tensor], Tensor]
+RandomStart = bool | float | Start
+
+
+def resolve(random_start: RandomStart, norm: str, epsilon: float | None) -> Start | None:
+    """The start as a function `(shape, mask) -> tensor`; None for zero.
+
+    Raises:
+        ValueError: `True` with no epsilon to take the magnitude from, or a magnitude that is negative or not finite.
+        TypeError: anything else than a bool, a number or a callable.
+    """
+    if callable(random_start):
+        return random_start
+    if not isinstance(random_start, (bool, int, float)):
+        raise TypeError(f"random_start takes True, False, a magnitude or a callable, not {random_start!r}")
+    if random_start is True:
+        if epsilon is None:
+            raise ValueError("random_start=True takes its magnitude from epsilon, which is None: give a magnitude")
+        random_start = epsilon
+    if not (math.isfinite(random_start) and random_start >= 0):
+        raise ValueError(f"random_start must be a finite magnitude of at least 0, not {random_start}")
+    if random_start == 0:
+        return None
+    return _uniform_l2(random_start) if norm == "l2" else _uniform_linf(random_start)
+
+
+def _uniform_l2(magnitude: float) -> Start:
+    """U(-1, 1) * magnitude / sqrt(length * D), with each sample's true length (FreeLB, Zhu et al. 2020)."""
+
+    def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
+        within_sample = tuple(range(1, mask.ndim)) or 0  # a table's rows [R] are one sample
+        length = mask.sum(dim=within_sample, keepdim=True).clamp(min=1)
+        return _uniform(shape, mask) * (magnitude / (length * shape[-1]).sqrt()).unsqueeze(-1)
+
+    return draw
+
+
+def _uniform_linf(magnitude: float) -> Start:
+    """U(-magnitude, magnitude) per element."""
+
+    def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
+        return magnitude * _uniform(shape, mask)
+
+    return draw
+
+
+def _uniform(shape: tuple[int, ...], mask: Tensor) -> Tensor:
+    return 2 * torch.rand(shape, device=mask.device) - 1

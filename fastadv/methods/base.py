@@ -1,0 +1,237 @@
+"""What all methods share: their arguments, the schedule, and the frame in which `run` spends its passes."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+
+from fastadv.engine.dropout import MODES
+from fastadv.engine.embedding import EmbeddingChoice
+from fastadv.engine.passes import Backward, Closure, Engine, Pass
+from fastadv.engine.perturbation import SCOPES, Rule
+from fastadv.engine.site import Masks
+from fastadv.engine.start import RandomStart, resolve
+from fastadv.ops import dispatch
+
+DIRECTION_AND_BALL = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}
+
+
+class StepResult(NamedTuple):
+    """What `backward` saw, detached and still on the device: reading a number is what waits for it.
+
+    Attributes:
+        loss: the clean loss where there is a clean pass, else the mean over the full passes. 0-d.
+        adv_loss: the loss at the last perturbation; None on a step that was not attacked.
+        output: what the closure returned in the first pass, without its graph.
+    """
+
+    loss: Tensor
+    adv_loss: Tensor | None
+    output: Any
+
+
+class Method:
+    """A schedule of descend, probe and ascend around the user's closure.
+
+    A subclass writes `run` (a training step) and `climb` (the way from a first gradient to the perturbation).
+    The arguments are described at `fastadv.PGD`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epsilon: float | None,
+        step_size: float | None,
+        steps: int,
+        norm: str,
+        scope: str,
+        random_start: RandomStart = False,
+        embedding: EmbeddingChoice = None,
+        clean_weight: float = 1.0,
+        adv_weight: float = 1.0,
+        start_step: int = 0,
+        every: int = 1,
+        dropout: str = "fresh",
+        tied: str = "lookup",
+        fused: bool | None = None,
+        backward: Backward | None = None,
+        scaler: GradScaler | None = None,
+        atomic: bool = True,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        one_of("norm", norm, DIRECTION_AND_BALL)
+        one_of("scope", scope, SCOPES)
+        one_of("dropout", dropout, MODES)
+        one_of("tied", tied, ("lookup", "both"))
+        if tied == "both":
+            raise NotImplementedError(
+                "tied='both' moves the output layer with the embedding and needs the row ops, which are not there yet; "
+                "tied='lookup' perturbs the lookups alone"
+            )
+        self.epsilon = None if epsilon is None else number("epsilon", epsilon)
+        self.step_size = None if step_size is None else number("step_size", step_size)
+        self.steps = whole("steps", steps, 1)
+        self.norm = norm
+        self.scope = scope
+        self.random_start = resolve(random_start, norm, self.epsilon)
+        self.clean_weight = number("clean_weight", clean_weight)
+        self.adv_weight = number("adv_weight", adv_weight)
+        self.start_step = whole("start_step", start_step, 0)
+        self.every = whole("every", every, 1)
+        self.attacked = 0
+        self._calls = 0
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("every parameter of the model is frozen: there is nothing to train. Unfreeze some first")
+        self.engine = Engine(
+            model,
+            embedding=embedding,
+            scope=scope,
+            dropout=dropout,
+            fused=fused,
+            backward=backward,
+            scaler=scaler,
+            atomic=atomic,
+        )
+        dispatch.require(fused, self.engine.device.type)
+
+    # What the user calls
+
+    def backward(
+        self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
+    ) -> StepResult:
+        """Adversarial training's stand-in for `loss.backward()`: accumulates into `.grad`; the optimizer is yours.
+
+        Args:
+            closure: runs the model's forward and returns the loss, an output with `.loss`, a dict with "loss" or a tuple
+                that begins with it. It is called once per pass and never calls backward.
+            mask: [B, T], true or 1 where a token is. Elsewhere there is no perturbation. Default: where the embedding's
+                `padding_idx` is not. A sequence of masks where the embedding is called several times.
+            attack: a second closure, whose value the ascent maximises where that is not the loss.
+            step: the step that `start_step` and `every` look at. Default: the number of earlier calls.
+
+        Raises:
+            TypeError, ValueError: the closure's result holds no scalar loss; the mask has another shape.
+            IndexError: ids outside the embedding's table (on the CPU).
+            RuntimeError: the closure never ran the embedding, or called backward itself.
+            Whatever the closure raises. In every case the model is left as it was.
+        """
+        now = self._calls if step is None else step
+        attacking = now >= self.start_step and (now - self.start_step) % self.every == 0
+        with self.engine.step(mask):
+            result = self.run(closure, attack) if attacking else self._plain(closure)
+        self._calls += 1
+        self.attacked += attacking
+        return result
+
+    @contextlib.contextmanager
+    def perturbed(self, closure: Closure, mask: Masks = None) -> Iterator[None]:
+        """Find the perturbation of one batch, and let every forward inside the block see it: for evaluation.
+
+        Parameters and their gradients are not touched.
+
+        Example:
+            >>> with adv.perturbed(lambda: model(ids, labels=labels).loss):  # doctest: +SKIP
+            ...     logits = model(ids).logits
+        """
+        with self.engine.step(mask):
+            self.start()
+            self.probe(closure)
+            self.climb(closure)
+            self.engine.apply()
+            yield
+
+    def close(self) -> None:
+        """Take the method out of the model."""
+        self.engine.close()
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many groups took no step because their gradient was not finite: int64, 0-d, on the device."""
+        return self.engine.perturbation.skipped
+
+    @property
+    def perturbation_norm(self) -> Tensor:
+        """The last perturbation's norm, the mean over its groups: 0-d, on the device."""
+        return self.engine.perturbation.norm(self.norm)
+
+    # What a subclass writes
+
+    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+        """One attacked training step."""
+        raise NotImplementedError
+
+    def climb(self, target: Closure) -> None:
+        """From the gradient at the start to the last perturbation, by ascents and probes on `target`."""
+        raise NotImplementedError
+
+    # What a subclass uses
+
+    def start(self) -> None:
+        """Put the perturbation at its start."""
+        self.engine.start(self.random_start)
+
+    def probe(self, closure: Closure) -> Pass:
+        """The perturbation's gradient alone."""
+        return self.engine.probe(closure)
+
+    def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
+        """A full pass, whose loss counts `weight`; `more` if another full pass follows in this step."""
+        return self.engine.descend(closure, weight, more=more)
+
+    def ascend(self) -> None:
+        """One step up the last gradient, then onto the ball."""
+        assert self.step_size is not None
+        direction, ball = DIRECTION_AND_BALL[self.norm]
+        self.engine.ascend(Rule(self.step_size, self.epsilon, direction, ball))
+
+    def clean(self, closure: Closure, attack: Closure | None) -> Pass | None:
+        """The clean pass, if it counts, and the gradient that the first ascent follows.
+
+        A clean pass gives that gradient too, unless the ascent begins elsewhere or follows another loss.
+        """
+        done = self.descend(closure, self.clean_weight, more=True) if self.clean_weight else None
+        if done is None or attack is not None or self.random_start is not None:
+            self.start()
+            self.probe(attack or closure)
+        return done
+
+    def result(self, clean: Pass | None, adversarial: Pass) -> StepResult:
+        """The step's result, from its clean pass (if there was one) and its last."""
+        first = self.engine.first or adversarial
+        return StepResult((clean or adversarial).loss, adversarial.loss, first.output)
+
+    def _plain(self, closure: Closure) -> StepResult:
+        done = self.engine.plain(closure)
+        return StepResult(done.loss, None, done.output)
+
+
+def one_of(name: str, value: object, choices: Any) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a finite float of at least 0, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and at least 0, not {value}")
+    return float(value)
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """`value` as an int of at least `least`, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    return value

@@ -1,0 +1,96 @@
+"""PGD, projected gradient descent (Madry et al. 2018, https://arxiv.org/abs/1706.06083)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastadv.engine.passes import Closure
+from fastadv.engine.start import RandomStart
+from fastadv.methods.base import Method, StepResult
+
+
+class PGD(Method):
+    r"""K small steps up the gradient, each followed by a projection onto the epsilon ball.
+
+    .. math:: r_{t+1} = \Pi_{\lVert r \rVert \le \epsilon}\big(r_t + \alpha \, g_t / \lVert g_t \rVert\big), \qquad
+        \nabla = w_{clean} \nabla L(x) + w_{adv} \nabla L(x + r_K)
+
+    Two full passes and K - 1 probes a step: a probe computes the gradient of the perturbation alone. `norm="linf"` steps by
+    alpha * sign(g) and clips. The default is what the classic scripts do (norm over the whole table, so that the samples
+    of a batch share one budget; r starts at zero; clean and last gradient summed). `clean_weight=0` trains on the
+    adversarial pass alone (K probes, one full pass), usually with `random_start=True`.
+
+    Perturbations are float32 (float64 for a float64 model), [B, T, D] in position scopes ("batch", "sample", "token") and
+    one vector per distinct id in table scopes ("table", "row"). They live in the embedding's own units.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        epsilon: radius of the ball; None: no ball.
+        step_size: length of one ascent step, alpha.
+        steps: number of ascent steps, K.
+        norm: "l2" or "linf".
+        scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
+        random_start: False; True (magnitude epsilon); a magnitude; or a callable `(shape, mask) -> tensor`. l2 draws
+            U(-1, 1) * magnitude / sqrt(length * D), linf U(-magnitude, magnitude). Masked, not projected.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        clean_weight, adv_weight: weights of the clean and the adversarial gradient.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        dropout: "fresh" masks in every pass, the "same" in all passes of a step, or "off".
+        tied: "lookup" perturbs the lookups, not an output layer with the same weight.
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward: who takes a full pass's loss, `accelerator.backward` for example; None: `loss.backward()`.
+        scaler: a `torch.amp.GradScaler`, which then scales probes as well.
+        atomic: keep a copy of gradients that were there before, to put back if the step fails.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
+        RuntimeError: `fused=True` where not every op has a native backend.
+
+    Example:
+        >>> import fastadv, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+        >>> adv = fastadv.PGD(model, epsilon=0.5, step_size=0.2, steps=3, scope="sample")
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
+        >>> round(float(adv.perturbation_norm), 4)
+        0.5
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epsilon: float | None = 1.0,
+        step_size: float = 0.3,
+        steps: int = 3,
+        norm: str = "l2",
+        scope: str = "table",
+        random_start: RandomStart = False,
+        **common: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=steps,
+            norm=norm,
+            scope=scope,
+            random_start=random_start,
+            **common,
+        )
+
+    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+        """Clean pass, the climb, adversarial pass."""
+        clean = self.clean(closure, attack)  # the gradient at x
+        self.climb(attack or closure)
+        adversarial = self.descend(closure, self.adv_weight)  # accumulates onto the clean gradient
+        return self.result(clean, adversarial)
+
+    def climb(self, target: Closure) -> None:
+        """K ascents, with a probe between each two."""
+        for _ in range(self.steps - 1):
+            self.ascend()
+            self.probe(target)
+        self.ascend()

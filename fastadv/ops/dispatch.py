@@ -1,0 +1,114 @@
+"""Which backend runs an op, and why.
+
+Every op file builds one `Op`: the schema, the fake version, the eager version that any device can run, and
+the faster backends that may be present. `fused=None` takes the first backend that is there, `fused=True`
+insists on one, `fused=False` is the eager version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+LIBRARY = torch.library.Library("fastadv", "DEF")
+
+
+class Backend(NamedTuple):
+    """A faster way to run an op on one kind of device; `reason` says why it is missing, None if it is there."""
+
+    name: str
+    device: str
+    function: Callable[..., Any] | None
+    reason: str | None = None
+
+
+class Status(NamedTuple):
+    """One line of `python -m fastadv`."""
+
+    op: str
+    device: str
+    backend: str
+    available: bool
+    reason: str
+
+
+class Op:
+    """An op's contract, and the backends that keep it."""
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        *,
+        eager: Callable[..., Any],
+        fake: Callable[..., Any],
+        backends: Sequence[Backend] = (),
+        device_types: Sequence[str] = ("cpu", "cuda"),
+    ) -> None:
+        self.name = name
+        self.eager = eager
+        self.device_types = tuple(device_types)
+        self.backends = {backend.device: backend for backend in backends}
+        LIBRARY.define(f"{name}{schema}")
+        LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+        for backend in self.backends.values():
+            if backend.function is not None:
+                LIBRARY.impl(name, backend.function, backend.device.upper())
+        torch.library.register_fake(f"fastadv::{name}", fake, lib=LIBRARY)
+        OPS.append(self)
+
+    def choose(self, device: str, fused: bool | None) -> Callable[..., Any]:
+        """The function that runs the op on `device` ("cpu", "cuda"), by the rules above."""
+        if fused is False:
+            return self.eager
+        backend = self.backends.get(device)
+        if backend is not None and backend.function is not None:
+            return backend.function
+        if fused:
+            raise RuntimeError(f"fused=True: {self.name}: {self._missing(device)}")
+        return self.eager
+
+    def _missing(self, device: str) -> str:
+        backend = self.backends.get(device)
+        if backend is None:
+            return f"no native backend for {device} yet"
+        return backend.reason or "available"
+
+    def status(self) -> list[Status]:
+        """What is there for this op, device by device, the eager version last."""
+        rows = []
+        for device in self.device_types:
+            backend = self.backends.get(device)
+            there = backend is not None and backend.function is not None
+            name = backend.name if backend is not None else "native"
+            rows.append(Status(self.name, device, name, there, "" if there else self._missing(device)))
+        rows.append(Status(self.name, "any", "eager", True, ""))
+        return rows
+
+
+OPS: list[Op] = []
+
+
+def report() -> list[Status]:
+    """What is there for every op."""
+    return [row for op in OPS for row in op.status()]
+
+
+def require(fused: bool | None, device: str) -> None:
+    """Raise now, with every reason, if `fused=True` cannot be kept on `device`.
+
+    Raises:
+        RuntimeError: naming each op that has no backend there, and why.
+    """
+    if not fused:
+        return
+    lacking = [row for op in OPS for row in op.status() if row.device == device and not row.available]
+    if lacking or device not in {name for op in OPS for name in op.device_types}:
+        reasons = "; ".join(f"{row.op}: {row.reason}" for row in lacking)
+        raise RuntimeError(
+            f"fused=True, but not every op has a native backend on {device} ({reasons or 'none at all'}). "
+            "Use fused=None to take what there is, or fused=False for the eager ops; "
+            "`python -m fastadv` lists the backends."
+        )

@@ -1,0 +1,173 @@
+"""`ascend` against float64 formulas, in every direction, ball and grouping."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadv.ops.ascend import BALLS, DIRECTIONS, ascend
+
+SHAPES = [(3, 5, 7), (1, 1, 1), (2, 1, 4), (4, 6), (1, 33)]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+def formula(delta: Tensor, grad: Tensor, step: float, epsilon: float | None, direction: str, ball: str) -> Tensor:
+    """One group, from the papers: no scaling tricks, no batching."""
+    norm = {"l2": grad.norm(), "max": grad.abs().max(), "sign": grad.abs().max()}[direction]
+    if norm == 0:
+        moved = delta
+    elif direction == "sign":
+        moved = delta + step * grad.sign()
+    else:
+        moved = delta + step * grad / norm
+    if epsilon is None or ball == "none":
+        return moved
+    if ball == "linf":
+        return moved.clamp(-epsilon, epsilon)
+    size = moved.norm() if ball == "l2" or direction == "l2" else moved.abs().max()
+    if size == 0 or (ball == "l2" and size <= epsilon):
+        return moved
+    return moved * epsilon / size
+
+
+def oracle(delta: Tensor, grad: Tensor, group: int, **rule: object) -> Tensor:
+    count = math.prod(delta.shape[:group])
+    pairs = zip(delta.double().reshape(count, -1), grad.double().reshape(count, -1), strict=True)
+    return torch.stack([formula(d, g, **rule) for d, g in pairs]).reshape(delta.shape)  # type: ignore[arg-type]
+
+
+def run(delta: Tensor, grad: Tensor, group: int, mask: Tensor | None = None, **rule: object) -> tuple[Tensor, int]:
+    moved, skipped = delta.clone(), torch.zeros((), dtype=torch.int64)
+    names = {"step": "step_size"}
+    arguments = {names.get(name, name): value for name, value in rule.items()}
+    ascend(moved, grad, mask=mask, skipped=skipped, group=group, **arguments)  # type: ignore[arg-type]
+    return moved, int(skipped)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("direction", "ball"), list(itertools.product(DIRECTIONS, BALLS)))
+def test_formula(direction: str, ball: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    for group, epsilon in itertools.product(range(len(shape)), (0.0, 0.2, 5.0, None)):
+        delta, grad = (0.1 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+        rule = {"step": 0.3, "epsilon": epsilon, "direction": direction, "ball": ball}
+        moved, skipped = run(delta, grad, group, **rule)
+        want = oracle(delta, grad, group, **rule)
+        assert skipped == 0
+        assert moved.dtype == dtype
+        assert (moved.double() - want).norm() <= TOLERANCE[dtype] * max(1.0, float(want.norm()))
+
+
+@pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 3e38])
+@pytest.mark.parametrize("direction", ["l2", "max"])
+def test_direction_of_tiny_and_huge_gradients(direction: str, scale: float) -> None:
+    unit = torch.rand(2, 3, 4) - 0.5
+    moved, skipped = run(
+        torch.zeros(2, 3, 4), unit * scale, 1, step=1.0, epsilon=None, direction=direction, ball="none"
+    )
+    want = oracle(torch.zeros(2, 3, 4), unit, 1, step=1.0, epsilon=None, direction=direction, ball="none")
+    assert skipped == 0
+    assert torch.allclose(moved.double(), want, atol=1e-5 if scale > 1e-38 else 1e-4)  # 1e-40 is denormal
+
+
+def test_large_perturbation_is_projected_without_overflow() -> None:
+    moved, _ = run(
+        torch.full((1, 4), 1e30), torch.zeros(1, 4), 1, step=1.0, epsilon=2.0, direction="l2", ball="l2"
+    )
+    assert torch.allclose(moved, torch.ones(1, 4))
+
+
+def test_step_back_onto_zero() -> None:
+    """delta is -step * g / |g|: the sum of squares cancels to zero or to rounding."""
+    grad = torch.randn(3, 8)
+    delta = -0.3 * grad / grad.norm(dim=1, keepdim=True)
+    moved, _ = run(delta, grad, 1, step=0.3, epsilon=0.5, direction="l2", ball="l2")
+    assert moved.isfinite().all()
+    assert moved.norm() < 1e-6
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_group_with_a_non_finite_element_takes_no_step_and_is_counted(direction: str, bad: float) -> None:
+    delta, grad = torch.zeros(4, 2, 3), torch.randn(4, 2, 3)
+    grad[1, 1, 2], grad[3, 0, 0] = bad, bad
+    rule = {"step": 0.1, "epsilon": 1.0, "direction": direction, "ball": "none"}
+    moved, skipped = run(delta, grad, 1, **rule)
+    assert skipped == 2
+    assert (moved[[1, 3]] == 0).all()
+    assert torch.allclose(moved[[0, 2]].double(), oracle(delta[[0, 2]], grad[[0, 2]], 1, **rule), atol=1e-6)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_group_without_a_gradient_stays(direction: str) -> None:
+    delta = 0.1 * torch.randn(2, 3)
+    moved, skipped = run(delta, torch.zeros(2, 3), 1, step=1.0, epsilon=1.0, direction=direction, ball="l2")
+    assert torch.equal(moved, delta)
+    assert skipped == 0
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_mask_hides_gradients_even_those_that_are_not_numbers(direction: str) -> None:
+    grad, mask = torch.randn(2, 4, 3), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    rule = {"step": 0.1, "epsilon": 1.0, "direction": direction, "ball": "l2"}
+    want, _ = run(torch.zeros(2, 4, 3), grad * mask.unsqueeze(-1), 1, **rule)
+    grad[1, 2:] = math.nan
+    moved, skipped = run(torch.zeros(2, 4, 3), grad, 1, mask, **rule)
+    assert skipped == 0
+    assert torch.equal(moved, want)
+    assert (moved[1, 2:] == 0).all()
+
+
+def test_empty() -> None:
+    for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
+        moved, skipped = run(
+            torch.zeros(shape), torch.zeros(shape), 1, step=1.0, epsilon=1.0, direction="l2", ball="l2"
+        )
+        assert moved.shape == shape
+        assert skipped == 0
+
+
+def test_writes_through_a_view_and_bumps_its_version() -> None:
+    room = torch.full((4, 6), 7.0)
+    delta = room[1:3, ::2]
+    version = room._version
+    ascend(
+        delta.zero_(), torch.ones(2, 3), skipped=torch.zeros((), dtype=torch.int64), step_size=1.0, epsilon=None,
+        direction="sign", ball="none", group=1,
+    )  # fmt: skip
+    assert torch.equal(delta, torch.ones(2, 3))
+    assert (room[0] == 7).all() and (room[3] == 7).all() and (room[1:3, 1::2] == 7).all()
+    assert room._version > version + 1
+
+
+@pytest.mark.parametrize(
+    ("change", "phrase"),
+    [
+        ({"direction": "l1"}, "direction must be one of"),
+        ({"ball": "l1"}, "ball must be one of"),
+        ({"group": 3}, "group must be from 0 to 2"),
+        ({"grad": torch.zeros(2, 3, 5)}, "must be equal"),
+        ({"mask": torch.ones(2, 4).bool()}, "mask must be bool with shape"),
+        ({"mask": torch.ones(2, 3)}, "mask must be bool"),
+    ],
+)
+def test_refuses(change: dict[str, object], phrase: str) -> None:
+    arguments = {
+        "grad": torch.ones(2, 3, 4), "skipped": torch.zeros((), dtype=torch.int64), "step_size": 1.0,
+        "epsilon": 1.0, "direction": "l2", "ball": "l2", "group": 1,
+    }  # fmt: skip
+    delta = torch.zeros(2, 3, 4)
+    with pytest.raises(ValueError, match=phrase):
+        ascend(delta, **(arguments | change))  # type: ignore[arg-type]
+    assert (delta == 0).all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_opcheck(masked: bool) -> None:
+    mask = torch.ones(2, 3, dtype=torch.bool) if masked else None
+    arguments = (torch.zeros(2, 3, 4), torch.randn(2, 3, 4), mask, torch.zeros((), dtype=torch.int64))
+    torch.library.opcheck(torch.ops.fastadv.ascend.default, (*arguments, 0.1, 1.0, "l2", "l2", 1))

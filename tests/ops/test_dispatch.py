@@ -1,0 +1,38 @@
+"""Which backend is chosen, and what is said when one is missing."""
+
+from __future__ import annotations
+
+import pytest
+
+from fastadv.ops import dispatch
+from fastadv.ops.dispatch import OPS
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
+def test_eager_on_request_and_a_reason_for_every_missing_backend(op: dispatch.Op) -> None:
+    for device in ("cpu", "cuda"):
+        assert op.choose(device, False) is op.eager
+        backend = op.backends.get(device)
+        if backend is not None and backend.function is not None:
+            assert op.choose(device, None) is op.choose(device, True) is backend.function
+            continue
+        assert op.choose(device, None) is op.eager
+        with pytest.raises(RuntimeError, match=f"fused=True: {op.name}: .+"):
+            op.choose(device, True)
+
+
+def test_report_has_every_op_and_says_why() -> None:
+    rows = dispatch.report()
+    assert {row.op for row in rows} == {op.name for op in OPS} == {"ascend", "gather_perturb", "segment_sum"}
+    assert all(row.available or row.reason for row in rows)
+    assert all(row.available for row in rows if row.backend == "eager")
+
+
+def test_require_names_every_op_that_is_missing() -> None:
+    dispatch.require(None, "cuda")
+    dispatch.require(False, "cuda")
+    with pytest.raises(RuntimeError, match="not every op has a native backend on cuda") as caught:
+        dispatch.require(True, "cuda")
+    assert all(op.name in str(caught.value) for op in OPS)
+    with pytest.raises(RuntimeError, match="native backend on mps"):
+        dispatch.require(True, "mps")
