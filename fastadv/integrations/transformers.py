@@ -1,0 +1,238 @@
+"""Adversarial training inside of `transformers.Trainer`.
+
+>>> from fastadv.integrations.transformers import AdversarialTrainer  # doctest: +SKIP
+>>> trainer = AdversarialTrainer(  # doctest: +SKIP
+...     model=model, args=args, train_dataset=data,
+...     adversary=(fastadv.PGD, {"epsilon": 0.2, "step_size": 0.1, "scope": "sample"}),
+... )
+>>> trainer.train()  # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from fastadv.methods import Method, StepResult
+
+Adversary = Callable[[nn.Module], Method] | tuple[Callable[..., Method], Mapping[str, Any]]
+Masks = Tensor | list[Tensor | None] | None
+
+if TYPE_CHECKING:
+    _Trainer = Trainer
+else:
+    _Trainer = object
+
+
+class AdversarialMixin(_Trainer):
+    """Trains adversarially what a Trainer, or any subclass of it, trains: `class T(AdversarialMixin, SomeTrainer)`.
+
+    Every micro-batch is attacked by itself, so gradient accumulation changes no direction. `start_step` and `every` count
+    optimizer steps (`state.global_step`). The method is made when training begins, around the wrapped model (DDP,
+    torch.compile, PEFT), and taken out of the model when training ends, with an error or without.
+
+    The Trainer's log gets `adv_loss` (scaled as `loss` is), `adv_norm` (mean norm of the perturbations) and
+    `adv_skipped` (groups that took no step, since the start), read from the device once per logging interval.
+
+    Args:
+        adversary: a method class and its arguments, `(fastadv.FGM, {"epsilon": 0.2})`, or a callable that takes the
+            model and returns the method.
+        *args, **kwargs: what the Trainer takes.
+
+    Attributes:
+        adversary: the method, from the beginning of `train()` on; closed when `train()` has ended.
+
+    Raises:
+        TypeError: `adversary` is neither.
+        ValueError: at the beginning of `train()`, where the backward cannot be run twice in a step (DeepSpeed, LOMO),
+            or the model is replicated in threads (`nn.DataParallel`).
+    """
+
+    adversary: Method | None = None
+
+    def __init__(self, *args: Any, adversary: Adversary, **kwargs: Any) -> None:
+        self._make_adversary = _factory(adversary)
+        self._tally = _Tally()
+        self._adversarial_steps = 0
+        self._attacking = False
+        super().__init__(*args, **kwargs)
+        self.add_callback(_Begin(self))
+
+    # The method's life
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`; the model is left without an interception whatever happens."""
+        try:
+            output = super().train(*args, **kwargs)
+            self._warn_if_idle()
+            return output
+        finally:
+            self._attacking = False
+            if self.adversary is not None:
+                self.adversary.close()
+
+    def begin_adversary(self) -> None:
+        """Make the method, now that the model is wrapped and has not run yet."""
+        _refuse(self)
+        if self.adversary is not None:  # an earlier train(), or a smaller batch size after running out of memory
+            self.adversary.close()
+        method = self._make_adversary(self.model_wrapped)
+        if method.engine.backward is None:
+            method.engine.backward = self.accelerator.backward
+        if method.engine.scaler is None:
+            method.engine.scaler = getattr(self.accelerator, "scaler", None)
+        if hasattr(method, "attach"):
+            method.attach(self.optimizer)
+        self.adversary = method
+        self._tally = _Tally()
+        self._adversarial_steps = 0
+        self._attacking = True
+
+    def _warn_if_idle(self) -> None:
+        if self._adversarial_steps and self.adversary is not None and not self.adversary.attacked:
+            warnings.warn(
+                f"{type(self.adversary).__name__} attacked none of the {self.state.global_step} steps: "
+                f"start_step={self.adversary.start_step} is not reached. This was plain training.",
+                stacklevel=3,
+            )
+
+    # The step
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor | Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """`Trainer.training_step`, with the method's passes in place of the one forward and backward."""
+        if not self._attacking or self.adversary is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            cast(Any, self.optimizer).train()
+        inputs = cast("dict[str, Any]", self._prepare_inputs(inputs))
+
+        def closure() -> dict[str, Any]:
+            return self._adversarial_pass(model, inputs, num_items_in_batch)
+
+        step = self.state.global_step
+        result = self.adversary.backward(closure, mask=self.adversarial_mask(inputs), step=step)
+        self._adversarial_steps += 1
+        self._tally.add(result, self.adversary, step)
+        every = self.args.torch_empty_cache_steps
+        if every is not None and step % every == 0:
+            clear_device_cache()
+        return result.loss
+
+    def _adversarial_pass(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
+    ) -> dict[str, Any]:
+        # A copy: label smoothing and compute_loss_func take the labels out of what they are given.
+        with self.compute_loss_context_manager():
+            computed = self.compute_loss(
+                model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
+            )
+        loss, output = computed if isinstance(computed, tuple) else (computed, None)
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        return {"loss": self._scaled(loss, num_items_in_batch), "logits": logits}
+
+    def _scaled(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+        """Divided by the micro-batches of the step, unless it was normalised over all of them already."""
+        scaled = getattr(self, "loss_is_scaled_for_ga", None)
+        if scaled is None:
+            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
+            scaled = by_model or self.compute_loss_func is not None
+        return loss if scaled else loss / self.current_gradient_accumulation_steps
+
+    def adversarial_mask(self, inputs: Mapping[str, Any]) -> Masks:
+        """The mask of a batch: [B, T], 1 where a token is; a list of them, one per call, for an encoder and a decoder.
+
+        Override it where the batch names its mask otherwise.
+        """
+        mask = inputs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return None
+        if getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
+            return [mask, inputs.get("decoder_attention_mask")]
+        return mask
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """`Trainer.log`, with the adversarial numbers of the interval."""
+        if "loss" in logs and self.adversary is not None and self._tally.steps:
+            logs.update(self._tally.read(self.accelerator, self.adversary))
+            self._tally = _Tally()
+        super().log(logs, start_time)
+
+
+class AdversarialTrainer(AdversarialMixin, Trainer):
+    """`transformers.Trainer` that trains adversarially; see `AdversarialMixin` for `adversary=`."""
+
+
+class _Begin(TrainerCallback):
+    """The one event between the wrapping of the model and its first call."""
+
+    def __init__(self, trainer: AdversarialMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.begin_adversary()
+
+
+class _Tally:
+    """Sums over a logging interval, kept on the device."""
+
+    def __init__(self) -> None:
+        self.steps: set[int] = set()
+        self.passes = 0
+        self.sums: Tensor | None = None
+
+    def add(self, result: StepResult, method: Method, step: int) -> None:
+        if result.adv_loss is None:
+            return
+        values = torch.stack((result.adv_loss.float(), method.perturbation_norm.detach().float()))
+        self.sums = values if self.sums is None else self.sums + values
+        self.steps.add(step)
+        self.passes += 1
+
+    def read(self, accelerator: Any, method: Method) -> dict[str, float]:
+        """Means over the attacked steps (the loss is a sum over a step's micro-batches), and over processes."""
+        assert self.sums is not None
+        values = torch.cat((self.sums, method.skipped.float().reshape(1)))
+        loss, norm, skipped = accelerator.reduce(values, "mean").tolist()
+        return {
+            "adv_loss": loss / len(self.steps),
+            "adv_norm": norm / self.passes,
+            "adv_skipped": round(skipped * accelerator.num_processes),
+        }
+
+
+def _factory(adversary: Adversary) -> Callable[[nn.Module], Method]:
+    if callable(adversary) and not isinstance(adversary, tuple):
+        return adversary
+    if isinstance(adversary, tuple) and len(adversary) == 2 and callable(adversary[0]):
+        build, arguments = adversary
+        return lambda model: build(model, **arguments)
+    raise TypeError(
+        "adversary= takes a method class with its arguments, (fastadv.FGM, {'epsilon': 0.2}), "
+        f"or a callable that takes the model and returns a method, not {adversary!r}"
+    )
+
+
+def _refuse(trainer: Trainer) -> None:
+    """Where a step cannot have two backward passes, say so before the first."""
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError("DeepSpeed steps its optimizer in every backward: adversarial passes are not supported under it")
+    if str(getattr(trainer.args.optim, "value", trainer.args.optim)) in ("lomo", "adalomo"):
+        raise ValueError("LOMO optimizers update weights during backward, so a step cannot have two: choose another --optim")
+    if isinstance(trainer.model_wrapped, nn.DataParallel):
+        raise ValueError(
+            "nn.DataParallel runs the embedding in several threads at once: launch one process per GPU with torchrun, "
+            "or show one GPU with CUDA_VISIBLE_DEVICES=0"
+        )

@@ -1,0 +1,74 @@
+"""Checks that launchers share. An address says nothing about what it points to, so these come first."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv import native
+
+# csrc/common.h has the same codes.
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def extension_for(op: str, tensor: Tensor) -> Any:
+    """The extension, if it has `op` for the device `tensor` is on.
+
+    Raises:
+        RuntimeError: it has not; the message says why.
+    """
+    device = tensor.device.type
+    if device == "cpu":
+        return native.extension()
+    why = native.cuda_reason() if device == "cuda" else "only cpu and cuda tensors are served"
+    if why is not None:
+        raise RuntimeError(f"{op}: no native backend for {device}: {why}")
+    return native.extension()
+
+
+def dtype_code(op: str, name: str, tensor: Tensor) -> int:
+    """The code of the tensor's dtype.
+
+    Raises:
+        TypeError: a dtype that the extension does not compute in.
+    """
+    code = DTYPES.get(tensor.dtype)
+    if code is None:
+        served = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, but must be one of {served}")
+    return code
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """In what values of `dtype` are computed: float64 in float64, everything else in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def same_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raises ValueError if `tensor` is elsewhere."""
+    if tensor.device != device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but the table is on {device}")
+
+
+def contiguous(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError if `tensor` has gaps or another order."""
+    if not tensor.is_contiguous():
+        raise ValueError(
+            f"{op}: {name} must be contiguous, but has shape {tuple(tensor.shape)} and strides "
+            f"{tensor.stride()}; pass {name}.contiguous()"
+        )
+
+
+def address(op: str, name: str, tensor: Tensor) -> int:
+    """Where the tensor's first element is.
+
+    Raises:
+        TypeError: there is no plain memory behind it (a sharded, sparse, meta or lazily negated tensor).
+    """
+    plain = tensor.layout == torch.strided and not tensor.is_neg()
+    pointer = tensor.data_ptr() if plain else 0
+    if pointer == 0 and (not plain or tensor.numel() > 0):
+        raise TypeError(f"{op}: {name} is a {type(tensor).__name__} with no plain memory of its own")
+    return pointer
