@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 FORMS = "a scalar loss, an output with .loss, a dict with 'loss', or a tuple that begins with the loss"
 
@@ -34,7 +34,7 @@ def loss_of(output: Any) -> Tensor:
         raise ValueError(
             "the closure's loss has no gradient: it was detached, computed under no_grad, or does not depend on the model"
         )
-    return loss
+    return loss.reshape(()) if loss.ndim else loss
 
 
 def _find(output: Any) -> Any:
@@ -51,12 +51,10 @@ def _find(output: Any) -> Any:
 
 def detached(output: Any) -> Any:
     """`output` without its graph; an object of no known structure keeps its loss and logits alone."""
-    bare = tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
-    if bare is output or _is_leaf(bare):
+    if isinstance(output, Tensor):
+        return output.detach()
+    leaves = tree_leaves(output)
+    if len(leaves) == 1 and leaves[0] is output:
         fields = {name: getattr(output, name) for name in ("loss", "logits") if hasattr(output, name)}
-        return SimpleNamespace(**{name: detached(value) for name, value in fields.items()}) if fields else bare
-    return bare
-
-
-def _is_leaf(output: Any) -> bool:
-    return not isinstance(output, Tensor) and type(output) not in (tuple, list, dict) and not isinstance(output, Mapping)
+        return SimpleNamespace(**{name: detached(value) for name, value in fields.items()}) if fields else output
+    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)

@@ -78,6 +78,7 @@ class Engine:
         self.parallel = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), None)
         self.first: Pass | None = None
         self._busy = False
+        self._draw: Start | None = None
         self._seed = 0
         self._interceptions = [install(module, i, self.site) for i, module in enumerate(self.modules)]
 
@@ -103,8 +104,12 @@ class Engine:
     # The frame of a step
 
     @contextlib.contextmanager
-    def step(self, masks: Masks) -> Iterator[None]:
-        """Everything inside is one step: it starts from no perturbation and, if it fails, leaves no trace."""
+    def step(self, masks: Masks, start: Start | None = None) -> Iterator[None]:
+        """Everything inside is one step: it begins with no perturbation and, if it fails, leaves no trace.
+
+        `start` is where `self.start()` will put the perturbation. Its seed is drawn now, before the state that
+        dropout="same" replays, so that every step starts elsewhere.
+        """
         if self._busy:
             raise RuntimeError("a step is already running: the closure must not call the method that calls it")
         self._busy = True
@@ -112,6 +117,7 @@ class Engine:
         try:
             with self.guard(device), self.dropout.step(self.model):
                 self._begin(masks)
+                self._draw, self._seed = start, 0 if start is None else new_seed()
                 yield
         finally:
             self._busy = False
@@ -153,16 +159,15 @@ class Engine:
 
     # The verbs
 
-    def start(self, draw: Start | None) -> None:
+    def start(self) -> None:
         """Put the perturbation at its start; where its shape is not known yet, as soon as it is."""
-        calls, perturbation = self.site.calls, self.perturbation
+        calls, perturbation, draw, seed = self.site.calls, self.perturbation, self._draw, self._seed
         for call in calls:
             call.grad = None
         if draw is None:
             return self._to_zero()
-        self._seed = new_seed()
         before_any_pass = self.first is None
-        self.site.started = lambda call: perturbation.start(draw, self._seed, call)
+        self.site.started = lambda call: perturbation.start(draw, seed, call)
         if before_any_pass and (isinstance(perturbation, TablePerturbation) or self._masks_follow_ids()):
             calls.clear()  # what the start depends on is known only when the embedding is called
         for call in calls:

@@ -48,7 +48,7 @@ class Method:
         model: nn.Module,
         *,
         epsilon: float | None,
-        step_size: float | None,
+        step_size: float,
         steps: int,
         norm: str,
         scope: str,
@@ -77,7 +77,7 @@ class Method:
                 "tied='lookup' perturbs the lookups alone"
             )
         self.epsilon = None if epsilon is None else number("epsilon", epsilon)
-        self.step_size = None if step_size is None else number("step_size", step_size)
+        self.step_size = number("step_size", step_size)
         self.steps = whole("steps", steps, 1)
         self.norm = norm
         self.scope = scope
@@ -88,8 +88,9 @@ class Method:
         self.every = whole("every", every, 1)
         self.attacked = 0
         self._calls = 0
-        if not any(parameter.requires_grad for parameter in model.parameters()):
-            raise ValueError("every parameter of the model is frozen: there is nothing to train. Unfreeze some first")
+        self.model = model
+        self._check_trainable()
+        dispatch.require(fused, next(model.parameters()).device.type)
         self.engine = Engine(
             model,
             embedding=embedding,
@@ -100,7 +101,6 @@ class Method:
             scaler=scaler,
             atomic=atomic,
         )
-        dispatch.require(fused, self.engine.device.type)
 
     # What the user calls
 
@@ -123,9 +123,10 @@ class Method:
             RuntimeError: the closure never ran the embedding, or called backward itself.
             Whatever the closure raises. In every case the model is left as it was.
         """
+        self._check_trainable()
         now = self._calls if step is None else step
         attacking = now >= self.start_step and (now - self.start_step) % self.every == 0
-        with self.engine.step(mask):
+        with self.engine.step(mask, self.random_start):
             result = self.run(closure, attack) if attacking else self._plain(closure)
         self._calls += 1
         self.attacked += attacking
@@ -141,7 +142,7 @@ class Method:
             >>> with adv.perturbed(lambda: model(ids, labels=labels).loss):  # doctest: +SKIP
             ...     logits = model(ids).logits
         """
-        with self.engine.step(mask):
+        with self.engine.step(mask, self.random_start):
             self.start()
             self.probe(closure)
             self.climb(closure)
@@ -176,7 +177,7 @@ class Method:
 
     def start(self) -> None:
         """Put the perturbation at its start."""
-        self.engine.start(self.random_start)
+        self.engine.start()
 
     def probe(self, closure: Closure) -> Pass:
         """The perturbation's gradient alone."""
@@ -188,7 +189,6 @@ class Method:
 
     def ascend(self) -> None:
         """One step up the last gradient, then onto the ball."""
-        assert self.step_size is not None
         direction, ball = DIRECTION_AND_BALL[self.norm]
         self.engine.ascend(Rule(self.step_size, self.epsilon, direction, ball))
 
@@ -207,6 +207,10 @@ class Method:
         """The step's result, from its clean pass (if there was one) and its last."""
         first = self.engine.first or adversarial
         return StepResult((clean or adversarial).loss, adversarial.loss, first.output)
+
+    def _check_trainable(self) -> None:
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            raise ValueError("every parameter of the model is frozen: there is nothing to train. Unfreeze some first")
 
     def _plain(self, closure: Closure) -> StepResult:
         done = self.engine.plain(closure)

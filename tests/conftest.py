@@ -1,0 +1,23 @@
+"""Settings for every test: one thread of work at a time, a fixed seed, and no network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("fastadv", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fastadv")
+
+
+@pytest.fixture(autouse=True)
+def seed() -> Iterator[None]:
+    """Every test starts from the same place of torch's generator."""
+    torch.manual_seed(0)
+    yield

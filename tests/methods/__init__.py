@@ -1,0 +1,1 @@
+"""Methods against goldens, oracles and the reference; faults and bad input."""

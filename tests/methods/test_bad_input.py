@@ -1,0 +1,317 @@
+"""Bad input gets an error that says what to do, and nothing changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastadv
+from tests.models import TinyModel
+from tests.support import assert_unchanged, batch, seeded, snapshot
+
+METHODS = [fastadv.FGM, fastadv.PGD]
+
+
+def tiny() -> TinyModel:
+    """A model with gradients from before, so that a change to them shows."""
+    model, data = seeded(TinyModel), batch()
+    model(**data).loss.backward()
+    return model
+
+
+def refused(model: nn.Module, call: Callable[[], Any], error: type[BaseException], *phrases: str) -> str:
+    """`call` raises exactly `error`, its message has every phrase, and the model is what it was."""
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        call()
+    assert caught.type is error
+    message = str(caught.value)
+    for phrase in phrases:
+        assert phrase in message, f"{phrase!r} is not in {message!r}"
+    assert_unchanged(model, before)
+    return message
+
+
+NUMBERS = [
+    pytest.param({"epsilon": -1.0}, ValueError, ["epsilon", "at least 0", "-1"], id="epsilon-negative"),
+    pytest.param({"epsilon": math.nan}, ValueError, ["epsilon", "finite"], id="epsilon-nan"),
+    pytest.param({"epsilon": math.inf}, ValueError, ["epsilon", "finite"], id="epsilon-inf"),
+    pytest.param({"epsilon": "1"}, TypeError, ["epsilon", "number"], id="epsilon-str"),
+    pytest.param({"epsilon": True}, TypeError, ["epsilon", "number"], id="epsilon-bool"),
+    pytest.param({"norm": "l1"}, ValueError, ["norm", "'l2'", "'linf'", "'l1'"], id="norm"),
+    pytest.param({"scope": "sentence"}, ValueError, ["scope", "'table'", "'token'", "'sentence'"], id="scope"),
+    pytest.param({"dropout": "none"}, ValueError, ["dropout", "'fresh'", "'same'", "'off'"], id="dropout"),
+    pytest.param({"tied": "head"}, ValueError, ["tied", "'lookup'", "'both'"], id="tied"),
+    pytest.param({"tied": "both"}, NotImplementedError, ["tied='lookup'"], id="tied-both"),
+    pytest.param({"clean_weight": -0.5}, ValueError, ["clean_weight", "at least 0"], id="clean-weight"),
+    pytest.param({"clean_weight": math.nan}, ValueError, ["clean_weight", "finite"], id="clean-weight-nan"),
+    pytest.param({"adv_weight": math.inf}, ValueError, ["adv_weight", "finite"], id="adv-weight-inf"),
+    pytest.param({"every": 0}, ValueError, ["every", "at least 1"], id="every"),
+    pytest.param({"start_step": -1}, ValueError, ["start_step", "at least 0"], id="start-step"),
+    pytest.param({"random_start": -0.1}, ValueError, ["random_start", "at least 0"], id="start-negative"),
+    pytest.param({"random_start": math.nan}, ValueError, ["random_start", "finite"], id="start-nan"),
+    pytest.param({"random_start": "yes"}, TypeError, ["random_start", "callable"], id="start-str"),
+]
+PGD_NUMBERS = [
+    pytest.param({"step_size": -0.3}, ValueError, ["step_size", "at least 0"], id="step-size-negative"),
+    pytest.param({"step_size": math.nan}, ValueError, ["step_size", "finite"], id="step-size-nan"),
+    pytest.param({"step_size": math.inf}, ValueError, ["step_size", "finite"], id="step-size-inf"),
+    pytest.param({"step_size": None}, TypeError, ["step_size", "number"], id="step-size-none"),
+    pytest.param({"steps": 0}, ValueError, ["steps", "at least 1"], id="steps-0"),
+    pytest.param({"steps": -2}, ValueError, ["steps", "at least 1"], id="steps-negative"),
+    pytest.param({"steps": 2.5}, TypeError, ["steps", "whole number"], id="steps-float"),
+    pytest.param({"steps": True}, TypeError, ["steps", "whole number"], id="steps-bool"),
+    pytest.param(
+        {"random_start": True, "epsilon": None}, ValueError, ["random_start", "epsilon", "magnitude"], id="start-no-ball"
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "phrases"), NUMBERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_arguments(method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
+    model = tiny()
+    refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
+
+
+@pytest.mark.parametrize(("options", "error", "phrases"), PGD_NUMBERS)
+def test_arguments_of_pgd(options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
+    model = tiny()
+    refused(model, lambda: fastadv.PGD(model, embedding=model.word_embeddings, **options), error, *phrases)
+
+
+def test_fgm_needs_an_epsilon() -> None:
+    model = tiny()
+    refused(model, lambda: fastadv.FGM(model, embedding=model.word_embeddings, epsilon=None), ValueError, "epsilon")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_argument_is_an_error(method: Any) -> None:
+    model = tiny()
+    refused(model, lambda: method(model, embedding=model.word_embeddings, radius=1.0), TypeError, "radius")
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestEmbedding:
+    """None, several, or not the one that was named: the candidates are listed."""
+
+    def test_several(self, method: Any) -> None:
+        model = tiny()
+        names = ["bert.embeddings.word_embeddings", "bert.embeddings.position_embeddings"]
+        refused(model, lambda: method(model), ValueError, "embedding=", *names)
+
+    def test_none(self, method: Any) -> None:
+        model = nn.Sequential(nn.Linear(3, 3))
+        refused(model, lambda: method(model), ValueError, "no nn.Embedding", "embedding=")
+
+    def test_no_such_name(self, method: Any) -> None:
+        model = tiny()
+        refused(model, lambda: method(model, embedding="words"), ValueError, "'words'", "bert.embeddings.word_embeddings")
+
+    def test_an_ambiguous_name(self, method: Any) -> None:
+        model = nn.ModuleDict({"a": nn.ModuleDict({"e": nn.Embedding(3, 2)}), "b": nn.ModuleDict({"e": nn.Embedding(3, 2)})})
+        refused(model, lambda: method(model, embedding="e"), ValueError, "a.e", "b.e")
+
+    @pytest.mark.parametrize("choice", [7, [], [3]], ids=str)
+    def test_something_else(self, method: Any, choice: Any) -> None:
+        model = tiny()
+        refused(model, lambda: method(model, embedding=choice), TypeError, "embedding=", "name")
+
+    def test_a_module_of_another_model(self, method: Any) -> None:
+        model, other = tiny(), tiny()
+
+        def step() -> None:
+            adv = method(model, embedding=other.word_embeddings)
+            adv.backward(lambda: model(**batch()).loss)
+
+        before = snapshot(other)
+        with pytest.raises((ValueError, RuntimeError), match="embedding"):
+            step()
+        assert before.keys() == snapshot(other).keys()
+
+    @pytest.mark.parametrize("scope", ["table", "row"])
+    def test_a_table_scope_without_a_table(self, method: Any, scope: str) -> None:
+        model = tiny()
+        refused(
+            model, lambda: method(model, embedding="bert.embeddings.LayerNorm", scope=scope), ValueError, scope, "'sample'"
+        )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_frozen_model(method: Any) -> None:
+    model = tiny().requires_grad_(False)
+    refused(model, lambda: method(model, embedding=model.word_embeddings), ValueError, "frozen", "nfreeze")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_model_frozen_later(method: Any) -> None:
+    model = tiny()
+    adv = method(model, embedding=model.word_embeddings)
+    model.requires_grad_(False)
+    before = snapshot(model)
+    with pytest.raises((ValueError, RuntimeError), match="frozen|gradient"):
+        adv.backward(lambda: model(**batch()).loss)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_not_a_module(method: Any) -> None:
+    with pytest.raises(TypeError, match="Module"):
+        method(lambda ids: ids)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_fused_true_says_what_is_missing(method: Any) -> None:
+    model = tiny()
+    message = refused(
+        model, lambda: method(model, embedding=model.word_embeddings, fused=True), RuntimeError, "fused=True", "fused=None"
+    )
+    assert "ascend" in message or "segment_sum" in message
+
+
+def closures(model: TinyModel) -> dict[str, tuple[Callable[[], Any], type[Exception], list[str]]]:
+    """What a closure must not do, the error, and what it must say."""
+    data = batch()
+
+    def backwards() -> Tensor:
+        loss = model(**data).loss
+        loss.backward(retain_graph=True)
+        return loss
+
+    def without_grad() -> Tensor:
+        with torch.no_grad():
+            return model(**data).loss
+
+    def embeds() -> Tensor:
+        vectors = model.word_embeddings.weight[data["input_ids"]]
+        return model(None, data["attention_mask"], data["labels"], inputs_embeds=vectors).loss
+
+    def outside() -> Tensor:
+        ids = data["input_ids"].clone()
+        ids[0, 0] = 50
+        return model(ids, labels=data["labels"]).loss
+
+    return {
+        "returns-none": (lambda: None, RuntimeError, ["embedding"]),
+        "forgets-to-return": (lambda: [model(**data), None][1], TypeError, ["closure must return", "loss"]),
+        "no-labels": (lambda: model(data["input_ids"]), TypeError, ["loss is None", "labels"]),
+        "a-number": (lambda: model(**data).loss.item(), TypeError, ["closure must return", "float"]),
+        "a-vector": (lambda: model(**data).logits[:, 0], ValueError, ["scalar", "(4,)"]),
+        "an-integer": (lambda: model(**data).logits.argmax(), ValueError, ["scalar", "int64"]),
+        "a-dict-without-loss": (lambda: {"logits": model(**data).logits}, TypeError, ["'loss'"]),
+        "detached": (lambda: model(**data).loss.detach(), ValueError, ["no gradient", "detached"]),
+        "no-grad": (without_grad, RuntimeError, ["no_grad"]),
+        "calls-backward": (backwards, RuntimeError, ["called backward", "return the loss"]),
+        "inputs-embeds": (embeds, RuntimeError, ["never ran", "bert.embeddings.word_embeddings", "inputs_embeds"]),
+        "another-model": (lambda: tiny()(**data).loss, RuntimeError, ["never ran", "another model"]),
+        "id-too-large": (outside, IndexError, ["id 50", "50 rows"]),
+    }
+
+
+@pytest.mark.parametrize("name", list(closures(tiny())))
+@pytest.mark.parametrize("clean_weight", [1.0, 0.0])
+@pytest.mark.parametrize("method", METHODS)
+def test_closures(method: Any, clean_weight: float, name: str) -> None:
+    model = tiny()
+    adv = method(model, embedding=model.word_embeddings, clean_weight=clean_weight)
+    closure, error, phrases = closures(model)[name]
+    refused(model, lambda: adv.backward(closure), error, *phrases)
+    assert adv.attacked == 0
+
+
+def test_a_negative_id() -> None:
+    model, data = tiny(), batch()
+    data["input_ids"][1, 1] = -1
+    adv = fastadv.PGD(model, embedding=model.word_embeddings)
+    refused(model, lambda: adv.backward(lambda: model(**data)), IndexError, "id -1")
+
+
+def test_an_id_out_of_range_on_the_general_path() -> None:
+    """An embedding whose lookup is not plain goes through a hook: torch's own IndexError, nothing changed."""
+    model, data = seeded(TinyModel), batch()
+    model.word_embeddings.scale_grad_by_freq = True
+    data["input_ids"][0, 0] = 50
+    adv = fastadv.PGD(model, embedding=model.word_embeddings)
+    refused(model, lambda: adv.backward(lambda: model(**data)), IndexError)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (3, 7), (7, 4), (28,), (4, 7, 1)], ids=str)
+@pytest.mark.parametrize("scope", ["table", "sample"])
+@pytest.mark.parametrize("warm", [False, True], ids=["first-step", "second-step"])
+def test_a_mask_of_another_shape(warm: bool, scope: str, shape: tuple[int, ...]) -> None:
+    model, data = tiny(), batch()
+    adv = fastadv.PGD(model, embedding=model.word_embeddings, scope=scope)
+    if warm:
+        adv.backward(lambda: model(**data), mask=data["attention_mask"])
+    message = refused(
+        model, lambda: adv.backward(lambda: model(**data), mask=torch.ones(shape)), ValueError, "mask", str(shape), "(4, 7"
+    )
+    assert "must be" in message
+
+
+@pytest.mark.parametrize("returned", [torch.zeros(4, 7), None, torch.zeros(1, 7, 16)], ids=["2d", "none", "broadcast"])
+def test_a_random_start_of_another_shape(returned: Any) -> None:
+    model, data = tiny(), batch()
+    adv = fastadv.PGD(model, embedding=model.word_embeddings, scope="sample", random_start=lambda shape, mask: returned)
+    refused(model, lambda: adv.backward(lambda: model(**data)), ValueError, "random_start", "(4, 7, 16)")
+
+
+class Checkpointed(TinyModel):
+    """The MLP, or all of the model, runs under a checkpoint."""
+
+    reentrant, whole = True, False
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Any:
+        if self.whole:
+            pooled = checkpoint(self.bert, input_ids, attention_mask, use_reentrant=self.reentrant)
+        else:
+            e = self.bert.embeddings(input_ids)
+            pooled = checkpoint(lambda h: torch.tanh(self.bert.ff1(h)), e, use_reentrant=self.reentrant).mean(1)[:, :16]
+        loss = nn.functional.cross_entropy(self.classifier(pooled), labels)
+        return {"loss": loss}
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["after-the-embedding", "around-the-embedding"])
+@pytest.mark.parametrize("clean_weight", [1.0, 0.0])
+def test_reentrant_checkpointing(clean_weight: float, whole: bool) -> None:
+    model, data = seeded(Checkpointed), batch()
+    model.whole = whole
+    adv = fastadv.PGD(model, embedding=model.word_embeddings, clean_weight=clean_weight)
+    with pytest.warns() if whole else pytest.MonkeyPatch.context():
+        refused(model, lambda: adv.backward(lambda: model(**data)), RuntimeError, "use_reentrant=False")
+
+
+def test_a_step_inside_a_step() -> None:
+    model, data = tiny(), batch()
+    adv = fastadv.PGD(model, embedding=model.word_embeddings)
+
+    def nested() -> Tensor:
+        return adv.backward(lambda: model(**data)).loss
+
+    refused(model, lambda: adv.backward(nested), RuntimeError, "already running")
+
+
+def test_after_close() -> None:
+    model, data = tiny(), batch()
+    adv = fastadv.PGD(model, embedding=model.word_embeddings)
+    adv.close()
+    refused(model, lambda: adv.backward(lambda: model(**data)), RuntimeError, "never ran", "closed")
+
+
+def test_perturbed_refuses_what_backward_refuses() -> None:
+    model, data = tiny(), batch()
+    adv = fastadv.PGD(model, embedding=model.word_embeddings)
+
+    def search(closure: Callable[[], Any], mask: Tensor | None = None) -> None:
+        with adv.perturbed(closure, mask=mask):
+            pytest.fail("the body must not run")
+
+    refused(model, lambda: search(lambda: None), RuntimeError, "never ran")
+    refused(model, lambda: search(lambda: model(data["input_ids"])), TypeError, "labels")
+    refused(model, lambda: search(lambda: model(**data), torch.ones(4, 6)), ValueError, "mask", "(4, 6)")

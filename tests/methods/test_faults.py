@@ -1,0 +1,215 @@
+"""A step that fails leaves no trace: bit for bit, everything is what it was, and the next step is as good as new."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastadv
+from tests.models import Stateful
+from tests.support import assert_unchanged, batch, record, same_bits, seeded, snapshot
+
+METHODS: dict[str, tuple[int, Callable[..., Any]]] = {
+    "fgm-table": (2, lambda model, **o: fastadv.FGM(model, **o)),
+    "fgm-sample": (2, lambda model, **o: fastadv.FGM(model, scope="sample", clean_weight=0, **o)),
+    "pgd-table": (4, lambda model, **o: fastadv.PGD(model, **o)),
+    "pgd-token": (4, lambda model, **o: fastadv.PGD(model, scope="token", clean_weight=0, random_start=True, **o)),
+}
+PASSES = [(name, index) for name, (count, _) in METHODS.items() for index in range(count)]
+PLACES = ["before", "after", "forward", "backward"]
+EARLIER = ["none", "all", "some"]
+
+
+class Trap:
+    """A closure that fails in pass `index`: before or after the forward, inside it, or in its backward."""
+
+    def __init__(self, model: Stateful, data: dict[str, Tensor], index: int, place: str, error: BaseException) -> None:
+        self.model, self.data = model, data
+        self.index, self.place, self.error = index, place, error
+        self.passes = 0
+
+    def __call__(self) -> Tensor:
+        now = self.passes == self.index
+        self.passes += 1
+        if now and self.place == "before":
+            raise self.error
+        with self.inside() if now and self.place == "forward" else contextlib.nullcontext():
+            output = self.model(self.data["input_ids"], self.data["labels"])
+        if now and self.place == "after":
+            raise self.error
+        if now and self.place == "backward":
+            output.logits.register_hook(self.fail)
+        return output.loss
+
+    @contextlib.contextmanager
+    def inside(self) -> Any:
+        handle = self.model.head.register_forward_pre_hook(self.fail)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def fail(self, *_: Any) -> None:
+        raise self.error
+
+
+def prepare(earlier: str) -> tuple[Stateful, dict[str, Tensor]]:
+    """A model, a batch, and gradients from before the step: none, all, or where a normal backward leaves them."""
+    model, data = seeded(Stateful, dtype=torch.float32), batch()
+    if earlier != "none":
+        model(data["input_ids"], data["labels"]).loss.backward()
+    if earlier == "all":
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+    return model, data
+
+
+def check_as_new(adv: Any, model: Stateful, data: dict[str, Tensor], make: Callable[..., Any], **options: Any) -> None:
+    """The next step of `adv` and the first step of a new one on a copy agree, bit for bit."""
+    twin = copy.deepcopy(model)
+    for mine, its in zip(model.parameters(), twin.parameters(), strict=True):
+        its.grad = None if mine.grad is None else mine.grad.clone()
+    fresh = make(twin, embedding=twin.embed, **options)
+    seen = []
+    for method, net in ((adv, model), (fresh, twin)):
+        torch.manual_seed(11)
+        with record(net) as embedded:
+            result = method.backward(lambda net=net: net(data["input_ids"], data["labels"]).loss)
+        seen.append((embedded, result, torch.get_rng_state()))
+    (embedded, result, rng), (embedded2, result2, rng2) = seen
+    assert all(same_bits(a, b) for a, b in zip(embedded, embedded2, strict=True))
+    assert same_bits(result.loss, result2.loss)
+    assert torch.equal(rng, rng2)
+    assert adv.attacked == fresh.attacked
+    for (name, mine), its in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert (mine.grad is None) == (its.grad is None), name
+        assert mine.grad is None or same_bits(mine.grad, its.grad), name
+    for (name, mine), its in zip(model.named_buffers(), twin.buffers(), strict=True):
+        assert same_bits(mine, its), name
+
+
+@pytest.mark.parametrize("earlier", EARLIER)
+@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["RuntimeError", "KeyboardInterrupt"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("method", "index"), PASSES)
+def test_a_fault_in_any_pass(method: str, index: int, place: str, error: BaseException, earlier: str) -> None:
+    model, data = prepare(earlier)
+    make = METHODS[method][1]
+    adv = make(model, embedding=model.embed)
+    trap = Trap(model, data, index, place, error)
+    before = snapshot(model)
+    with pytest.raises(type(error)) as caught:
+        adv.backward(trap)
+    assert caught.value is error
+    assert trap.passes == index + 1
+    assert_unchanged(model, before)
+    assert adv.attacked == 0
+    check_as_new(adv, model, data, make)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("dropout", ["same", "off"])
+@pytest.mark.parametrize("index", range(4))
+def test_a_fault_while_dropout_is_held(index: int, dropout: str, place: str) -> None:
+    model, data = prepare("some")
+    make = METHODS["pgd-table"][1]
+    adv = make(model, embedding=model.embed, dropout=dropout)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        adv.backward(Trap(model, data, index, place, RuntimeError("boom")))
+    assert_unchanged(model, before)
+    check_as_new(adv, model, data, make, dropout=dropout)
+
+
+@pytest.mark.parametrize("earlier", EARLIER)
+@pytest.mark.parametrize("index", range(2))
+def test_a_fault_in_the_callers_backward(index: int, earlier: str) -> None:
+    """Gradients have landed by then, and the caller's own code fails."""
+    model, data = prepare(earlier)
+    calls = []
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        calls.append(loss)
+        if len(calls) == index + 1:
+            raise ZeroDivisionError
+
+    adv = fastadv.PGD(model, embedding=model.embed, backward=backward)
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError):
+        adv.backward(lambda: model(data["input_ids"], data["labels"]).loss)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("earlier", EARLIER)
+def test_a_fault_in_the_random_start(earlier: str) -> None:
+    model, data = prepare(earlier)
+
+    def start(shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
+        torch.rand(3)
+        raise ZeroDivisionError
+
+    adv = fastadv.PGD(model, embedding=model.embed, random_start=start, scope="sample", clean_weight=0)
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError):
+        adv.backward(lambda: model(data["input_ids"], data["labels"]).loss)
+    assert_unchanged(model, before)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_fault_in_an_attack_closure(index: int) -> None:
+    """The second closure is guarded like the first."""
+    model, data = prepare("some")
+    adv = fastadv.PGD(model, embedding=model.embed, scope="sample")
+    passes = []
+
+    def count(sign: int) -> Tensor:
+        passes.append(sign)
+        if len(passes) == index + 1:
+            raise ZeroDivisionError
+        return sign * model(data["input_ids"], data["labels"]).loss
+
+    before = snapshot(model)
+    with pytest.raises(ZeroDivisionError):
+        adv.backward(lambda: count(1), attack=lambda: count(-1))
+    assert_unchanged(model, before)
+
+
+def test_faults_of_perturbed() -> None:
+    """While the search runs and in the body: the perturbation is gone, and the model is what it was."""
+    model, data = prepare("some")
+    adv = fastadv.PGD(model, embedding=model.embed, scope="sample")
+    model.eval()
+    plain = model(data["input_ids"], data["labels"]).logits
+    before = snapshot(model)
+    for index in range(3):
+        with (
+            pytest.raises(RuntimeError, match="boom"),
+            adv.perturbed(Trap(model, data, index, "after", RuntimeError("boom"))),
+        ):
+            pytest.fail("the body must not run")
+        assert_unchanged(model, before)
+    with pytest.raises(KeyboardInterrupt), adv.perturbed(lambda: model(data["input_ids"], data["labels"]).loss):
+        raise KeyboardInterrupt
+    assert all(torch.equal(p, before[f"parameter {n}"]) for n, p in model.named_parameters())
+    assert torch.equal(model(data["input_ids"], data["labels"]).logits, plain)
+
+
+def test_without_atomic_parameters_hooks_and_generator_are_still_restored() -> None:
+    """`atomic=False` gives up the copy of earlier gradients, and nothing else."""
+    model, data = prepare("all")
+    adv = fastadv.PGD(model, embedding=model.embed, atomic=False)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        adv.backward(Trap(model, data, 3, "backward", RuntimeError("boom")))
+    for key in [key for key in before if key.startswith("gradient ")]:
+        del before[key]
+    after = snapshot(model)
+    for key, want in before.items():
+        assert same_bits(after[key], want) if isinstance(want, Tensor) else after[key] == want, key

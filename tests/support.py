@@ -1,0 +1,143 @@
+"""Helpers that the tests share: deterministic models and batches, recorders, comparisons, snapshots."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tests.models import CLASSES, V
+
+GOLDENS = Path(__file__).parent / "goldens"
+M = TypeVar("M", bound=nn.Module)
+
+
+def seeded(build: Callable[[], M], seed: int = 0, dtype: torch.dtype = torch.float64) -> M:
+    """Build a model from a seed of its own, without disturbing torch's generator."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return build().to(dtype)
+
+
+def batch(rows: int = 4, length: int = 7, seed: int = 1, pad: int = 0) -> dict[str, Tensor]:
+    """Ids with repeats, the padding mask and labels; the first row has no padding, the others lose one to three places."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, V // 2, (rows, length), generator=generator)
+    lengths = torch.tensor([length - row % 4 for row in range(rows)])
+    mask = (torch.arange(length) < lengths.unsqueeze(1)).long()
+    ids = torch.where(mask.bool(), ids, pad)
+    labels = torch.randint(0, CLASSES, (rows,), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@contextlib.contextmanager
+def record(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what passes the model's `tap`: the embedding as the model sees it, one entry per call."""
+    seen: list[Tensor] = []
+    handle = model.tap.register_forward_hook(lambda module, inputs, output: seen.append(output.detach().clone()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every gradient, zeros where there is none."""
+    return {
+        name: torch.zeros_like(p) if p.grad is None else p.grad.detach().clone() for name, p in model.named_parameters()
+    }
+
+
+def clear(model: nn.Module) -> None:
+    model.zero_grad(set_to_none=True)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want||, and the absolute norm where `want` is zero."""
+    difference = torch.linalg.vector_norm((got - want).detach().double())
+    size = torch.linalg.vector_norm(want.detach().double())
+    return float(difference / size) if size > 0 else float(difference)
+
+
+def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None:
+    assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, want {tuple(want.shape)}"
+    error = relative(got, want)
+    assert error <= tolerance, f"{what}: relative error {error:.3g} > {tolerance:.3g}"
+
+
+def assert_gradients(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, floor: float = 1e-6) -> None:
+    """Every parameter by itself, so that a large one hides no small one.
+
+    A gradient below `floor` of the whole is compared with that size instead of its own: the bias of an attention key has
+    the gradient zero, since softmax does not see it, and what computes to it is rounding.
+    """
+    assert got.keys() == want.keys()
+    least = floor * total_norm(want)
+    for name in want:
+        error = float((got[name] - want[name]).double().norm())
+        size = max(float(want[name].double().norm()), least)
+        assert error <= tolerance * size, f"gradient of {name}: relative error {error / size:.3g} > {tolerance:.3g}"
+
+
+def total_norm(tensors: dict[str, Tensor]) -> float:
+    return float(torch.stack([t.double().norm() for t in tensors.values()]).norm())
+
+
+def golden(name: str) -> dict[str, Any]:
+    """A recorded run: tensors by name, and the dictionaries `w` (weights) and `g` (final gradients)."""
+    run: dict[str, Any] = {"w": {}, "g": {}}
+    with np.load(GOLDENS / f"{name}.npz") as recorded:
+        for key in recorded.files:
+            group, _, parameter = key.partition("::")
+            value = torch.from_numpy(recorded[key])
+            if parameter:
+                run.setdefault(group, {})[parameter] = value
+            else:
+                run[key] = value
+    return run
+
+
+def snapshot(model: nn.Module) -> dict[str, Any]:
+    """All that a step must not leave a trace in; compare two with `assert_unchanged`."""
+    state: dict[str, Any] = {"rng": torch.get_rng_state()}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        state[f"parameter {name}"] = p.detach().clone()
+        state[f"parameter {name}, as"] = (id(p), p.data_ptr(), p.requires_grad, id(p.grad))
+        state[f"gradient {name}"] = None if p.grad is None else p.grad.detach().clone()
+        state[f"tensor hooks {name}"] = (_keys(p, "_backward_hooks"), _keys(p, "_post_accumulate_grad_hooks"))
+    for name, b in model.named_buffers():
+        state[f"buffer {name}"] = b.clone()
+        state[f"buffer {name}, as"] = (id(b), b.data_ptr())
+    for name, module in model.named_modules():
+        state[f"module {name}"] = (module.training, sorted(vars(module)))
+        hooks = [key for key in vars(module) if key.endswith("hooks")]
+        state[f"module hooks {name}"] = {key: _keys(module, key) for key in hooks}
+    return state
+
+
+def _keys(owner: object, name: str) -> list[Any]:
+    return list(getattr(owner, name, None) or {})
+
+
+def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
+    """Bit for bit what it was: values, identities, flags, hooks, torch's generator."""
+    after = snapshot(model)
+    assert after.keys() == before.keys()
+    for key, want in before.items():
+        got = after[key]
+        if isinstance(want, Tensor):
+            same = got is not None and got.dtype == want.dtype and same_bits(got, want)
+            assert same, f"{key} has changed"
+        else:
+            assert got == want, f"{key} has changed: {got}, it was {want}"
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal as bytes: NaN equals itself, and -0.0 differs from 0.0."""
+    a, b = (x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
+    return torch.equal(a, b)
