@@ -105,6 +105,8 @@ class Lookup(Interception):
         delta = self.site.enter(shape, weight.dtype, weight.device, input, self.index)
         if delta is None:
             return nn.Embedding.forward(module, input)  # type: ignore[arg-type]
+        if self.site.probing:
+            weight = weight.detach()  # autograd would compute the table's gradient and throw it away
         padding: int | None = module.padding_idx  # type: ignore[assignment]
         return gather_perturb(weight, input, delta, padding_idx=padding, fused=self.site.fused)
 

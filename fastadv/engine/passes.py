@@ -154,7 +154,7 @@ class Engine:
             calls.append(Call(delta, first.bool()))
 
     def _idle(self) -> None:
-        self.site.live = self.site.recomputing = False
+        self.site.live = self.site.recomputing = self.site.probing = False
         self.site.searching = True
 
     # The verbs
@@ -201,6 +201,7 @@ class Engine:
 
     def probe(self, closure: Closure) -> Pass:
         """The perturbation's gradient, and nothing in any `.grad`."""
+        self.site.probing = True
         with self._synchronised(False), self._frozen():
             output, loss = self._forward(closure)
             deltas = [call.delta for call in self.site.calls]

@@ -38,6 +38,7 @@ class Site:
         self.widths = widths
         self.live = False
         self.searching = True  # a pass that records; False where a found perturbation is only applied
+        self.probing = False  # no parameter's gradient is wanted
         self.recomputing = False
         self.calls: list[Call] = []
         self.cursor = 0

@@ -1,0 +1,224 @@
+"""The interception: idle it is invisible, copies do not carry it, `close()` removes it; `perturbed` for evaluation."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastadv
+from tests import oracles
+from tests.models import TinyModel
+from tests.support import assert_close, assert_gradients, assert_unchanged, batch, clear, gradients, same_bits, seeded
+from tests.support import snapshot
+
+METHODS = [fastadv.FGM, fastadv.PGD]
+PLAIN = "bert.embeddings.word_embeddings"
+GENERAL = "bert.embeddings"  # not an nn.Embedding: intercepted by a hook
+
+
+def ready() -> tuple[TinyModel, dict[str, Tensor], Callable[[], Tensor]]:
+    model, data = seeded(lambda: TinyModel("tfm")), batch()
+    return model, data, lambda: model(**data).loss
+
+
+def traces(model: nn.Module) -> dict[str, object]:
+    """What sits in and on every module."""
+    return {key: value for key, value in snapshot(model).items() if key.startswith("module")}
+
+
+@pytest.mark.parametrize("name", [PLAIN, GENERAL])
+@pytest.mark.parametrize("method", METHODS)
+class TestInterception:
+    def test_idle_it_changes_nothing(self, method: type[fastadv.Method], name: str) -> None:
+        model, _, closure = ready()
+        before = closure()
+        before.backward()
+        plain = gradients(model)
+        clear(model)
+        adv = method(model, embedding=name, scope="sample")
+        adv.backward(closure)
+        clear(model)
+        after = closure()
+        after.backward()
+        assert same_bits(before.detach(), after.detach())
+        assert all(same_bits(grad, plain[key]) for key, grad in gradients(model).items())
+        with torch.no_grad():
+            assert same_bits(closure(), before.detach())
+
+    def test_close_removes_it(self, method: type[fastadv.Method], name: str) -> None:
+        model, _, closure = ready()
+        before = traces(model)
+        adv = method(model, embedding=name, scope="sample")
+        assert traces(model) != before
+        adv.backward(closure)
+        adv.close()
+        assert traces(model) == before
+        adv.close()  # a second time it has nothing to do
+        assert traces(model) == before
+
+    def test_a_step_leaves_weights_and_hooks(self, method: type[fastadv.Method], name: str) -> None:
+        model, _, closure = ready()
+        adv = method(model, embedding=name, scope="sample")
+        before = snapshot(model)
+        adv.backward(closure)
+        clear(model)
+        assert_unchanged(model, before)
+
+    def test_a_deep_copy_does_not_carry_it(self, method: type[fastadv.Method], name: str) -> None:
+        model, data, closure = ready()
+        adv = method(model, embedding=name, scope="sample")
+        adv.backward(closure)
+        twin = copy.deepcopy(model)
+        clear(twin)
+        check_untouched(twin, model, data, adv)
+        again = method(twin, embedding=name, scope="sample")
+        again.backward(lambda: twin(**data).loss)
+        assert_gradients(gradients(twin), gradients(model), 1e-12)
+
+    def test_a_pickle_does_not_carry_it(self, method: type[fastadv.Method], name: str) -> None:
+        model, data, closure = ready()
+        adv = method(model, embedding=name, scope="sample")
+        adv.backward(closure)
+        pickled = pickle.dumps(model)
+        assert b"fastadv" not in pickled, "a saved model must load without this package"
+        twin = pickle.loads(pickled)
+        clear(twin)
+        check_untouched(twin, model, data, adv)
+        again = method(twin, embedding=name, scope="sample")
+        again.backward(lambda: twin(**data).loss)
+        assert_gradients(gradients(twin), gradients(model), 1e-12)
+
+    def test_torch_save_of_the_whole_model(self, method: type[fastadv.Method], name: str) -> None:
+        model, data, closure = ready()
+        adv = method(model, embedding=name, scope="sample")
+        file = io.BytesIO()
+        torch.save(model, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+        check_untouched(twin, model, data, adv)
+
+    def test_the_state_dict_does_not_carry_it(self, method: type[fastadv.Method], name: str) -> None:
+        model, data, closure = ready()
+        before = model.state_dict()
+        adv = method(model, embedding=name, scope="sample")
+        adv.backward(closure)
+        after = model.state_dict()
+        assert list(after) == list(before)
+        assert all(same_bits(after[key], before[key]) for key in before)
+        model.load_state_dict(before)
+        adv.backward(closure)
+
+
+def check_untouched(twin: TinyModel, model: TinyModel, data: dict[str, Tensor], adv: fastadv.Method) -> None:
+    """The copy computes what the model does, and is no part of a step on it."""
+    assert same_bits(twin(**data).logits.detach(), model(**data).logits.detach())
+    with pytest.raises(RuntimeError, match="never ran"):
+        adv.backward(lambda: twin(**data).loss)
+    with adv.perturbed(lambda: model(**data).loss):
+        plain = twin(**data).logits.detach()
+        assert same_bits(copy.deepcopy(model)(**data).logits.detach(), plain)
+        assert not torch.equal(model(**data).logits, plain)
+
+
+def test_hooks_on_the_embedding_still_run() -> None:
+    model, data, closure = ready()
+    seen: list[str] = []
+    model.word_embeddings.register_forward_pre_hook(lambda module, inputs: seen.append("pre"))
+    adv = fastadv.FGM(model, embedding=PLAIN)
+    model.word_embeddings.register_forward_hook(lambda module, inputs, output: seen.append("post"))
+    adv.backward(closure)
+    assert seen == ["pre", "post"] * 2
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_methods_on_one_model(order: tuple[int, int]) -> None:
+    """They take turns, each as if alone, and may be closed in any order."""
+    model, data, closure = ready()
+    alone = []
+    for method in METHODS:
+        adv = method(model, embedding=PLAIN)
+        adv.backward(closure)
+        alone.append(gradients(model))
+        clear(model)
+        adv.close()
+    before = traces(model)
+    both = [method(model, embedding=PLAIN) for method in METHODS]
+    for _ in range(2):
+        for adv, want in zip(both, alone, strict=True):
+            adv.backward(closure)
+            assert_gradients(gradients(model), want, 1e-12)
+            clear(model)
+    both[order[0]].close()
+    both[order[1]].backward(closure)
+    assert_gradients(gradients(model), alone[order[1]], 1e-12)
+    both[order[1]].close()
+    assert traces(model) == before
+
+
+@pytest.mark.parametrize("norm", oracles.NORMS)
+@pytest.mark.parametrize("scope", oracles.SCOPES)
+@pytest.mark.parametrize(("method", "steps", "step_size"), [(fastadv.FGM, 1, 0.5), (fastadv.PGD, 3, 0.3)])
+def test_perturbed_applies_the_worst_perturbation(
+    method: type[fastadv.Method], steps: int, step_size: float, scope: str, norm: str
+) -> None:
+    """What is found is the oracle's r_K; inside, gradients may be off; outside, the model is itself again."""
+    model, data, closure = ready()
+    model.eval()
+    ids, mask = data["input_ids"], data["attention_mask"]
+    options = {"step_size": step_size, "steps": steps} if method is fastadv.PGD else {}
+    adv = method(model, embedding=PLAIN, epsilon=0.5, scope=scope, norm=norm, **options)
+    closure().backward()
+    before, plain = snapshot(model), model(**data).logits
+    with adv.perturbed(closure, mask=mask), torch.no_grad():
+        logits = model(ids, mask).logits
+        again = model(ids, mask).logits
+    assert_unchanged(model, before)
+    want = oracles.attack(
+        model,
+        lambda e: model(None, mask, data["labels"], e).loss,
+        model.word_embeddings.weight,
+        ids,
+        scope=scope,
+        norm=norm,
+        epsilon=0.5,
+        step_size=step_size,
+        steps=steps,
+        mask=mask,
+        clean_weight=0,
+    )
+    embeds = model.word_embeddings.weight[ids] + want.perturbations[-1]
+    assert_close(logits, model(None, mask, None, embeds).logits, 1e-9, "logits")
+    assert same_bits(logits, again)
+    assert same_bits(model(**data).logits.detach(), plain.detach())
+    assert adv.attacked == 0
+
+
+def test_perturbed_on_a_frozen_evaluation() -> None:
+    """`eval()` and parameters that want no gradient afterwards: evaluation needs the perturbation's gradient alone."""
+    model, data, closure = ready()
+    adv = fastadv.PGD(model, embedding=PLAIN, scope="sample")
+    model.eval()
+    model.requires_grad_(False)
+    plain = float(closure())
+    with adv.perturbed(closure, mask=data["attention_mask"]), torch.inference_mode():
+        worst = float(closure())
+    assert worst > plain
+
+
+def test_perturbed_and_backward_take_turns() -> None:
+    model, data, closure = ready()
+    adv = fastadv.PGD(model, embedding=PLAIN)
+    adv.backward(closure)
+    want = gradients(model)
+    clear(model)
+    other = batch(3, 5, seed=4)
+    with adv.perturbed(lambda: model(**other).loss):
+        model(**other)
+    adv.backward(closure)
+    assert_gradients(gradients(model), want, 1e-12)
