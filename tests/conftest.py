@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 settings.register_profile("fastadv", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("fastadv")
+torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
 
 
 @pytest.fixture(autouse=True)

@@ -92,8 +92,11 @@ def _chosen(model: nn.Module, choice: str | nn.Module) -> nn.Module:
     found = {name: part for name, part in inner.named_modules() if name == choice}
     found = found or {name: part for name, part in inner.named_modules() if name.endswith("." + choice)}
     if len(found) == 1:
-        return next(iter(found.values()))
-    problem = f"several modules are called {choice!r}: {', '.join(found)}" if found else f"no module is called {choice!r}"
+        (only,) = found.values()
+        return only
+    problem = f"several modules are called {choice!r}: {', '.join(found)}"
+    if not found:
+        problem = f"no module is called {choice!r}"
     raise ValueError(f"{problem}. Give one full name. {_listed(inner)}")
 
 

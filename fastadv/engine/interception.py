@@ -41,7 +41,7 @@ class Interception:
         raise NotImplementedError
 
     def add(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
-        """hidden + delta, summed in delta's dtype and rounded once."""
+        """`hidden` + delta, summed in delta's dtype and rounded once."""
         delta = self.site.enter(hidden.shape, hidden.dtype, hidden.device, ids, self.index)
         if delta is None:
             return hidden

@@ -32,7 +32,8 @@ def loss_of(output: Any) -> Tensor:
         )
     if not loss.requires_grad:
         raise ValueError(
-            "the closure's loss has no gradient: it was detached, computed under no_grad, or does not depend on the model"
+            "the closure's loss has no gradient: it was detached, computed under no_grad, or does not depend on the "
+            "model"
         )
     return loss.reshape(()) if loss.ndim else loss
 

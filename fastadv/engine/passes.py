@@ -23,7 +23,7 @@ from fastadv.engine.interception import install
 from fastadv.engine.loss import detached, loss_of
 from fastadv.engine.perturbation import TABLE_SCOPES, Perturbation, PositionPerturbation, Rule, TablePerturbation
 from fastadv.engine.rng import new_seed
-from fastadv.engine.site import Call, Masks, Site, new_delta
+from fastadv.engine.site import Masks, Site
 from fastadv.engine.start import Start
 
 Closure = Callable[[], Any]
@@ -35,8 +35,8 @@ REENTRANT = (
     "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
 NEVER_CALLED = (
-    "the closure never ran the perturbed embedding ({names}). Does it run another model, or pass inputs_embeds? Was the "
-    "model compiled and called before the method was made (make the method first)? Was the method closed?"
+    "the closure never ran the perturbed embedding ({names}). Does it run another model, or pass inputs_embeds? "
+    "Was the model compiled and called before the method was made (make the method first)? Was the method closed?"
 )
 
 
@@ -64,11 +64,7 @@ class Engine:
     ) -> None:
         self.model = model
         self.modules = embeddings.find(model, embedding)
-        self.site = Site(
-            fused,
-            [getattr(module, "padding_idx", None) for module in self.modules],
-            [getattr(module, "embedding_dim", None) for module in self.modules],
-        )
+        self.site = Site(self.modules, fused)
         self.perturbation = self._scoped(scope)
         self.guard = Guard(model, atomic)
         self.dropout = Dropout(dropout)
@@ -116,46 +112,14 @@ class Engine:
         device = self.device
         try:
             with self.guard(device), self.dropout.step(self.model):
-                self._begin(masks)
+                self.first = None
+                self.site.begin(masks)
+                self.perturbation.reset()
                 self._draw, self._seed = start, 0 if start is None else new_seed()
                 yield
         finally:
             self._busy = False
-            self._idle()
-            self.site.started = None
-
-    def _begin(self, masks: Masks) -> None:
-        self.first = None
-        self.site.masks = masks
-        self.site.started = None
-        self.perturbation.reset()
-        self._keep_room()
-        with torch.no_grad():
-            for call in self.site.calls:
-                call.grad = call.delta.grad = None
-                call.delta.zero_()
-
-    def _keep_room(self) -> None:
-        """Reuse the last step's buffers where the masks have their shape; make the first one where its shape is known.
-
-        A compiled model must find its buffers ready: making one inside of its graph would break the graph.
-        """
-        calls, site = self.site.calls, self.site
-        for index, call in enumerate(calls):
-            mask = site.given_mask(index)
-            if mask is not None and mask.shape != call.delta.shape[:-1]:
-                del calls[index:]
-                break
-            call.mask = None if mask is None else mask.bool()
-        first, width = site.given_mask(0), site.widths[0]
-        if not calls and first is not None and width is not None:
-            weight: Tensor = self.modules[0].weight  # type: ignore[assignment]
-            delta = new_delta((*first.shape, width), weight.dtype, weight.device)
-            calls.append(Call(delta, first.bool()))
-
-    def _idle(self) -> None:
-        self.site.live = self.site.recomputing = self.site.probing = False
-        self.site.searching = True
+            self.site.idle()
 
     # The verbs
 
@@ -165,22 +129,15 @@ class Engine:
         for call in calls:
             call.grad = None
         if draw is None:
-            return self._to_zero()
+            perturbation.reset()
+            self.site.to_zero()
+            return
         before_any_pass = self.first is None
         self.site.started = lambda call: perturbation.start(draw, seed, call)
-        if before_any_pass and (isinstance(perturbation, TablePerturbation) or self._masks_follow_ids()):
+        if before_any_pass and (isinstance(perturbation, TablePerturbation) or self.site.masks_follow_ids()):
             calls.clear()  # what the start depends on is known only when the embedding is called
         for call in calls:
             self.site.started(call)
-
-    def _to_zero(self) -> None:
-        self.perturbation.reset()
-        with torch.no_grad():
-            for call in self.site.calls:
-                call.delta.zero_()
-
-    def _masks_follow_ids(self) -> bool:
-        return self.site.given_mask(0) is None and any(index is not None for index in self.site.padding)
 
     def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
         """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet."""
@@ -224,16 +181,15 @@ class Engine:
 
     def apply(self) -> None:
         """From here to the end of the step, every forward sees the perturbation that was found."""
+        self.site.begin_pass()
         self.site.searching = False
-        self.site.cursor = 0
-        self.site.live = True
 
     # A pass
 
     def _forward(self, closure: Closure) -> tuple[Any, Tensor]:
         site = self.site
         self.dropout.before_pass(self.device)
-        site.cursor, site.without_grad, site.live = 0, False, True
+        site.begin_pass()
         with self._eagerly_if_unknown():
             output = closure()
         self._check_calls()
@@ -250,11 +206,7 @@ class Engine:
             raise RuntimeError(NEVER_CALLED.format(names=", ".join(names) or type(self.modules[0]).__name__))
         if any(call.delta.grad is not None for call in site.calls):
             raise RuntimeError("the closure called backward: it must only run the forward and return the loss")
-        del site.calls[site.cursor :]
-        for call in site.calls:
-            padding = site.padding[call.module]
-            if call.mask is None and padding is not None and call.ids is not None:
-                call.mask = call.ids != padding
+        site.end_forward()
 
     def _hand_over(self, loss: Tensor) -> None:
         """Give the loss to whoever owns the backward."""
@@ -266,7 +218,7 @@ class Engine:
             loss.backward()  # type: ignore[no-untyped-call]
 
     def _finish(self, output: Any, loss: Tensor) -> Pass:
-        self._idle()
+        self.site.idle()
         done = Pass(loss.detach(), detached(output))
         self.first = self.first or done
         return done
@@ -277,7 +229,8 @@ class Engine:
         """Under DDP, gradients are reduced in the last full pass alone."""
         if reduce or self.parallel is None:
             return contextlib.nullcontext()
-        return self.parallel.no_sync()
+        quiet: contextlib.AbstractContextManager[Any] = self.parallel.no_sync()
+        return quiet
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:

@@ -154,7 +154,7 @@ class TablePerturbation(Perturbation):
     @torch.no_grad()
     def _spread(self) -> None:
         assert self.rows is not None
-        slots = self._plan().slot.split([_ids(call).numel() for call in self.site.calls])
+        slots = torch.split(self._plan().slot, [_ids(call).numel() for call in self.site.calls])
         for call, slot in zip(self.site.calls, slots, strict=True):
             call.delta.copy_(self.rows[slot].reshape(call.delta.shape))
             if call.mask is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 
 Masks = Tensor | Sequence[Tensor | None] | None
 
@@ -32,10 +32,10 @@ class Started(Protocol):
 class Site:
     """The state that the interceptions read. Idle, it costs them one attribute."""
 
-    def __init__(self, fused: bool | None, padding: Sequence[int | None], widths: Sequence[int | None]) -> None:
+    def __init__(self, modules: Sequence[nn.Module], fused: bool | None) -> None:
+        self.modules = modules
         self.fused = fused
-        self.padding = padding
-        self.widths = widths
+        self.padding: list[int | None] = [getattr(module, "padding_idx", None) for module in modules]
         self.live = False
         self.searching = True  # a pass that records; False where a found perturbation is only applied
         self.probing = False  # no parameter's gradient is wanted
@@ -45,6 +45,66 @@ class Site:
         self.masks: Masks = None
         self.started: Started | None = None
         self.without_grad = False
+
+    # Between passes
+
+    def begin(self, masks: Masks) -> None:
+        """A new step, with no perturbation.
+
+        The last step's buffers serve again where the masks have their shape. Where there is none yet and the shape is
+        known, one is made now: a compiled model must find it ready, or its graph would break where one is made.
+        """
+        self.masks, self.started = masks, None
+        for index, call in enumerate(self.calls):
+            mask = self.given_mask(index)
+            if mask is not None and mask.shape != call.delta.shape[:-1]:
+                del self.calls[index:]
+                break
+            call.mask = None if mask is None else mask.bool()
+            call.grad = call.delta.grad = None
+        first, module = self.given_mask(0), self.modules[0]
+        if not self.calls and first is not None and isinstance(module, nn.Embedding):
+            delta = new_delta((*first.shape, module.embedding_dim), module.weight.dtype, module.weight.device)
+            self.calls.append(Call(delta, first.bool()))
+        self.to_zero()
+
+    @torch.no_grad()
+    def to_zero(self) -> None:
+        """No perturbation, in every call."""
+        for call in self.calls:
+            call.delta.zero_()
+
+    def idle(self) -> None:
+        """No forward is perturbed."""
+        self.live = self.recomputing = self.probing = False
+        self.searching = True
+
+    def begin_pass(self) -> None:
+        """The next forward's calls are counted from the first."""
+        self.cursor, self.without_grad, self.live = 0, False, True
+
+    def end_forward(self) -> None:
+        """Forget calls that this forward did not make; find the masks that follow from ids."""
+        del self.calls[self.cursor :]
+        for call in self.calls:
+            if call.mask is None and call.ids is not None:
+                call.mask = self._padding_mask(call.ids, call.module)
+
+    def masks_follow_ids(self) -> bool:
+        """Whether the masks are known only when the ids are."""
+        return self.given_mask(0) is None and any(index is not None for index in self.padding)
+
+    def given_mask(self, index: int) -> Tensor | None:
+        """The mask that the user gave for call `index`."""
+        if self.masks is None or isinstance(self.masks, Tensor):
+            return self.masks
+        return self.masks[index] if index < len(self.masks) else None
+
+    def _padding_mask(self, ids: Tensor, module: int) -> Tensor | None:
+        padding = self.padding[module]
+        return None if padding is None else ids != padding
+
+    # Inside a forward
 
     def enter(
         self, shape: Size, dtype: torch.dtype, device: torch.device, ids: Tensor | None, module: int
@@ -104,17 +164,10 @@ class Site:
             if mask.shape != shape[:-1]:
                 raise ValueError(
                     f"mask has shape {tuple(mask.shape)}, but the embedding returned {tuple(shape)}: it must be "
-                    f"{tuple(shape[:-1])}. Where the embedding is called several times, give one mask (or None) per call."
+                    f"{tuple(shape[:-1])}. Where the embedding is called several times, give one mask (or None) a call."
                 )
             return mask.bool()
-        padding = self.padding[module]
-        return None if padding is None or ids is None else ids != padding
-
-    def given_mask(self, index: int) -> Tensor | None:
-        """The mask that the user gave for call `index`."""
-        if self.masks is None or isinstance(self.masks, Tensor):
-            return self.masks
-        return self.masks[index] if index < len(self.masks) else None
+        return None if ids is None else self._padding_mask(ids, module)
 
 
 def new_delta(shape: Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

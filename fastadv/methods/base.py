@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
@@ -110,10 +109,10 @@ class Method:
         """Adversarial training's stand-in for `loss.backward()`: accumulates into `.grad`; the optimizer is yours.
 
         Args:
-            closure: runs the model's forward and returns the loss, an output with `.loss`, a dict with "loss" or a tuple
-                that begins with it. It is called once per pass and never calls backward.
-            mask: [B, T], true or 1 where a token is. Elsewhere there is no perturbation. Default: where the embedding's
-                `padding_idx` is not. A sequence of masks where the embedding is called several times.
+            closure: runs the model's forward and returns the loss, an output with `.loss`, a dict with "loss" or a
+                tuple that begins with it. It is called once per pass and never calls backward.
+            mask: [B, T], true or 1 where a token is. Elsewhere there is no perturbation. Default: where the
+                embedding's `padding_idx` is not. A sequence of masks where the embedding is called several times.
             attack: a second closure, whose value the ascent maximises where that is not the loss.
             step: the step that `start_step` and `every` look at. Default: the number of earlier calls.
 

@@ -17,8 +17,8 @@ class FGM(Method):
     .. math:: r = \epsilon \, g / \lVert g \rVert, \qquad
         \nabla = w_{clean} \nabla L(x) + w_{adv} \nabla L(x + r)
 
-    Two full passes a step. `norm="linf"` takes r = epsilon * sign(g). The default is what the classic scripts do: the norm
-    is over the whole table, so all samples of a batch share one budget, and both gradients are summed. With
+    Two full passes a step. `norm="linf"` takes r = epsilon * sign(g). The default is what the classic scripts do: the
+    norm is over the whole table, so all samples of a batch share one budget, and both gradients are summed. With
     `scope="sample", clean_weight=0` it is the paper's adversarial loss by itself.
 
     Args:
@@ -73,6 +73,6 @@ class FGM(Method):
         adversarial = self.descend(closure, self.adv_weight)  # accumulates onto the clean gradient
         return self.result(clean, adversarial)
 
-    def climb(self, target: Closure) -> None:
-        """r = epsilon g / |g|."""
+    def climb(self, target: Closure) -> None:  # noqa: ARG002
+        """The one ascent: r = epsilon g / |g|."""
         self.ascend()

@@ -17,13 +17,13 @@ class PGD(Method):
     .. math:: r_{t+1} = \Pi_{\lVert r \rVert \le \epsilon}\big(r_t + \alpha \, g_t / \lVert g_t \rVert\big), \qquad
         \nabla = w_{clean} \nabla L(x) + w_{adv} \nabla L(x + r_K)
 
-    Two full passes and K - 1 probes a step: a probe computes the gradient of the perturbation alone. `norm="linf"` steps by
-    alpha * sign(g) and clips. The default is what the classic scripts do (norm over the whole table, so that the samples
-    of a batch share one budget; r starts at zero; clean and last gradient summed). `clean_weight=0` trains on the
-    adversarial pass alone (K probes, one full pass), usually with `random_start=True`.
+    Two full passes and K - 1 probes a step: a probe computes the gradient of the perturbation alone. `norm="linf"`
+    steps by alpha * sign(g) and clips. The default is what the classic scripts do (norm over the whole table, so that
+    the samples of a batch share one budget; r starts at zero; clean and last gradient summed). `clean_weight=0` trains
+    on the adversarial pass alone (K probes, one full pass), usually with `random_start=True`.
 
-    Perturbations are float32 (float64 for a float64 model), [B, T, D] in position scopes ("batch", "sample", "token") and
-    one vector per distinct id in table scopes ("table", "row"). They live in the embedding's own units.
+    Perturbations are float32 (float64 for a float64 model), [B, T, D] in position scopes ("batch", "sample", "token")
+    and one vector per distinct id in table scopes ("table", "row"). They live in the embedding's own units.
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.

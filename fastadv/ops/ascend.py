@@ -13,9 +13,9 @@ direction  d(g), per group                  ball       projection, per group
 =========  ==============================   =========  ===============================================
 
 `delta` and `grad` have the same shape [..., D]; the first `group` dimensions index the groups (0: all is one group).
-`mask` [...] marks what exists: elsewhere there is no gradient. Reductions are in float32 (float64 for float64), scaled, so
-that gradients of 1e30 and 1e-30 give right directions. A group without a gradient takes no step; one whose gradient is
-not finite takes no step and is counted in `skipped` (int64, 0-d). All is on the device; nothing waits for it.
+`mask` [...] marks what exists: elsewhere there is no gradient. Reductions are in float32 (float64 for float64), and
+scaled, so that gradients of 1e30 and 1e-30 give right directions. A group without a gradient takes no step; one whose
+gradient is not finite takes no step and is counted in `skipped` (int64, 0-d). All is on the device; nothing waits for it.
 """
 
 from __future__ import annotations
@@ -87,10 +87,12 @@ def l2_norm(x: Tensor) -> Tensor:
 
 
 def _largest(x: Tensor) -> Tensor:
+    """The largest magnitude of each row."""
     return x.abs().amax(dim=1, keepdim=True)
 
 
 def _or_one(x: Tensor) -> Tensor:
+    """A divisor: `x`, or one where it is zero."""
     return torch.where(x > 0, x, 1)
 
 
@@ -151,4 +153,5 @@ def _check(delta: Tensor, grad: Tensor, mask: Tensor | None, direction: str, bal
     if not 0 <= group < delta.ndim:
         raise ValueError(f"group must be from 0 to {delta.ndim - 1}, not {group}")
     if mask is not None and (mask.shape != delta.shape[:-1] or mask.dtype != torch.bool):
-        raise ValueError(f"mask must be bool with shape {tuple(delta.shape[:-1])}, not {mask.dtype} {tuple(mask.shape)}")
+        wanted, got = tuple(delta.shape[:-1]), tuple(mask.shape)
+        raise ValueError(f"mask must be bool with shape {wanted}, not {mask.dtype} with shape {got}")

@@ -52,10 +52,10 @@ class Op:
         self.device_types = tuple(device_types)
         self.backends = {backend.device: backend for backend in backends}
         LIBRARY.define(f"{name}{schema}")
-        LIBRARY.impl(name, eager, "CompositeExplicitAutograd")
+        LIBRARY.impl(name, eager, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         for backend in self.backends.values():
             if backend.function is not None:
-                LIBRARY.impl(name, backend.function, backend.device.upper())
+                LIBRARY.impl(name, backend.function, backend.device.upper())  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"fastadv::{name}", fake, lib=LIBRARY)
         OPS.append(self)
 

@@ -2,9 +2,9 @@ r"""Look words up and add their perturbation, in one op.
 
 .. math:: out_n = round(W[ids_n] + \delta_n), \qquad\text{or}\qquad out_n = round(W[ids_n] + r[slot_n])
 
-`weight` [V, D] in any floating dtype, `ids` int64 or int32 of any shape, `delta` [*ids.shape, D] (or, with `slot` of
-ids' shape, the rows [R, D] that slot points into), float32 (float64 for a float64 weight) -> [*ids.shape, D] in the
-weight's dtype. The sum is taken in the perturbation's dtype and rounded once.
+`weight` [V, D] in any floating dtype, `ids` int64 or int32 of any shape, `delta` [*ids.shape, D] (or, with `slot`
+of ids' shape, the rows [R, D] that slot points into), float32 (float64 for a float64 weight) -> [*ids.shape, D] in
+the weight's dtype. The sum is taken in the perturbation's dtype and rounded once.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastadv.native as native
+from fastadv import native
 from fastadv.native.gather_perturb import gather_perturb as native_gather_perturb
 from fastadv.ops.dispatch import Backend, Op
 

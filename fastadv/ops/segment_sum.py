@@ -3,8 +3,8 @@ r"""Sum the rows of equal ids: the gradient of a table's touched rows.
 .. math:: out_s = \sum_{i:\, slot_i = s} values_i
 
 One sort per batch (`segments`) serves every step on that batch. Rows are summed in the order of their position, in
-float32 (float64 for float64), so the result repeats bit for bit. Nothing is read back from the device: there is room for
-`min(N, V)` rows, and those beyond the number of distinct ids are zero.
+float32 (float64 for float64), so the result repeats bit for bit. Nothing is read back from the device: there is room
+for `min(N, V)` rows, and those beyond the number of distinct ids are zero.
 """
 
 from __future__ import annotations

@@ -75,9 +75,7 @@ def test_direction_of_tiny_and_huge_gradients(direction: str, scale: float) -> N
 
 
 def test_large_perturbation_is_projected_without_overflow() -> None:
-    moved, _ = run(
-        torch.full((1, 4), 1e30), torch.zeros(1, 4), 1, step=1.0, epsilon=2.0, direction="l2", ball="l2"
-    )
+    moved, _ = run(torch.full((1, 4), 1e30), torch.zeros(1, 4), 1, step=1.0, epsilon=2.0, direction="l2", ball="l2")
     assert torch.allclose(moved, torch.ones(1, 4))
 
 

@@ -1,0 +1,1 @@
+"""csrc and its launchers."""

@@ -1,0 +1,116 @@
+"""Two gloo processes, half of the batch each, against one process in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+import fastadv
+from tests.distributed import workers
+from tests.support import assert_gradients, batch, clear, gradients, same_bits
+
+pytestmark = [pytest.mark.dist, pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")]
+TOLERANCE = 1e-6
+
+
+def start(suite: str, folder: Path) -> Path:
+    mp.spawn(workers.run, (suite, str(folder)), nprocs=workers.WORLD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ddp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start("ddp", tmp_path_factory.mktemp("ddp"))
+
+
+@pytest.fixture(scope="module")
+def fsdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return start("fsdp", tmp_path_factory.mktemp("fsdp"))
+
+
+def outcome(folder: Path, case: str) -> dict[str, Tensor]:
+    """What both processes found, the same to the bit."""
+    ranks: list[Any] = [torch.load(folder / f"{case}-{rank}.pt") for rank in range(workers.WORLD)]
+    for found in ranks:
+        if isinstance(found, str):
+            pytest.fail(found)
+    for name, value in ranks[0].items():
+        assert same_bits(value, ranks[1][name]), f"{name} differs between the processes"
+    return ranks[0]
+
+
+def one(model: nn.Module, name: str, data: dict[str, Tensor]) -> dict[str, Tensor]:
+    """One process, the unwrapped model: the gradients of a step on `data` by itself."""
+    make, options = workers.METHODS[name]
+    kept = [p.grad for p in model.parameters()]
+    clear(model)
+    adv = make(model, embedding="word_embeddings", **options)
+    workers.step(adv, model, data)
+    adv.close()
+    found = gradients(model)
+    for p, grad in zip(model.parameters(), kept, strict=True):
+        p.grad = grad
+    return found
+
+
+def halves(name: str, seed: int = 1, form: str = "plain") -> dict[str, Tensor]:
+    """The mean over the two halves, each with its own perturbation: what data parallelism computes in any scope."""
+    found = [one(workers.build(form), name, workers.half(rank, seed)) for rank in range(workers.WORLD)]
+    return {key: (found[0][key] + found[1][key]) / 2 for key in found[0]}
+
+
+@pytest.mark.parametrize("on", ["wrapper", "model"])
+@pytest.mark.parametrize("name", workers.METHODS)
+def test_ddp(ddp: Path, name: str, on: str) -> None:
+    found = outcome(ddp, f"{name}-{on}")
+    assert_gradients(found, halves(name), TOLERANCE)
+    if "table" not in name:  # a sample's perturbation does not depend on who else is in the batch
+        assert_gradients(found, one(workers.build(), name, batch()), TOLERANCE)
+
+
+@pytest.mark.parametrize("form", [form for form in workers.DDP_FORMS if form != "plain"])
+def test_forms_of_ddp(ddp: Path, form: str) -> None:
+    found = outcome(ddp, f"pgd-sample-{form}")
+    assert_gradients(found, one(workers.build(form), "pgd-sample", batch()), TOLERANCE)
+
+
+@pytest.mark.parametrize("form", workers.DDP_FORMS)
+def test_several_steps(ddp: Path, form: str) -> None:
+    model = workers.build(form)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    adv = fastadv.PGD(model, embedding="word_embeddings", scope="sample", **workers.PGD)
+    for seed in range(3):
+        workers.step(adv, model, batch(seed=seed))
+        optimizer.step()
+        optimizer.zero_grad()
+    want = {name: p.detach() for name, p in model.named_parameters()}
+    assert_gradients(outcome(ddp, f"training-{form}"), want, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", workers.METHODS)
+def test_gradient_accumulation(ddp: Path, name: str) -> None:
+    """Two micro-batches, the first in `no_sync`: the sum of both, each with the direction of its own."""
+    parts = [halves(name, seed) for seed in range(2)]
+    want = {key: parts[0][key] + parts[1][key] for key in parts[0]}
+    assert_gradients(outcome(ddp, f"accumulation-{name}"), want, TOLERANCE)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_fault_on_every_process(ddp: Path, index: int) -> None:
+    assert_gradients(outcome(ddp, f"fault-{index}"), one(workers.build(), "pgd-sample", batch()), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", workers.METHODS)
+def test_fsdp2(fsdp: Path, name: str) -> None:
+    assert_gradients(outcome(fsdp, f"sharded-{name}"), halves(name), TOLERANCE)
+
+
+def test_fsdp2_accumulates(fsdp: Path) -> None:
+    parts = [halves("pgd-sample", seed) for seed in range(2)]
+    want = {key: parts[0][key] + parts[1][key] for key in parts[0]}
+    assert_gradients(outcome(fsdp, "sharded-accumulation"), want, TOLERANCE)

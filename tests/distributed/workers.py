@@ -1,0 +1,164 @@
+"""What each of two gloo processes runs; the results go to files that the tests read."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+import fastadv
+from tests.models import TinyModel
+from tests.support import assert_unchanged, batch, gradients, seeded, snapshot
+
+WORLD = 2
+PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}
+DDP_FORMS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bucket-views": {"gradient_as_bucket_view": True},
+    "find-unused": {"find_unused_parameters": True},
+}
+METHODS: dict[str, tuple[Callable[..., fastadv.Method], dict[str, Any]]] = {
+    "fgm-table": (fastadv.FGM, {"epsilon": 0.5}),
+    "fgm-sample": (fastadv.FGM, {"epsilon": 0.5, "scope": "sample"}),
+    "pgd-table": (fastadv.PGD, PGD),
+    "pgd-sample": (fastadv.PGD, {**PGD, "scope": "sample"}),
+    "pgd-last": (fastadv.PGD, {**PGD, "scope": "sample", "clean_weight": 0}),
+}
+
+
+class Unused(TinyModel):
+    """Has a head that the loss never sees."""
+
+    def __init__(self) -> None:
+        super().__init__("tfm")
+        self.spare = nn.Linear(3, 3)
+
+
+def build(form: str = "plain") -> TinyModel:
+    return seeded(Unused if form == "find-unused" else lambda: TinyModel("tfm"))
+
+
+def half(rank: int, seed: int = 1) -> dict[str, Tensor]:
+    """This process's half of a batch of four."""
+    return {name: value[2 * rank : 2 * rank + 2] for name, value in batch(seed=seed).items()}
+
+
+def step(adv: fastadv.Method, model: nn.Module, data: dict[str, Tensor]) -> None:
+    adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])
+
+
+def gradient(rank: int, form: str, name: str, on: str) -> dict[str, Tensor]:
+    """One step; the method made on the wrapper, or on the model inside it."""
+    model = build(form)
+    ddp = DDP(model, **DDP_FORMS[form])
+    make, options = METHODS[name]
+    adv = make(ddp if on == "wrapper" else model, embedding="word_embeddings", **options)
+    step(adv, ddp, half(rank))
+    return gradients(model)
+
+
+def training(rank: int, form: str) -> dict[str, Tensor]:
+    """Three optimizer steps, so that what a step leaves in the reducer is seen by the next."""
+    model = build(form)
+    ddp = DDP(model, **DDP_FORMS[form])
+    adv = fastadv.PGD(ddp, embedding="word_embeddings", scope="sample", **PGD)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for seed in range(3):
+        step(adv, ddp, half(rank, seed))
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: p.detach() for name, p in model.named_parameters()}
+
+
+def accumulation(rank: int, name: str) -> dict[str, Tensor]:
+    """Two micro-batches, the first in no_sync as gradient accumulation has it."""
+    model = build()
+    ddp = DDP(model)
+    make, options = METHODS[name]
+    adv = make(ddp, embedding="word_embeddings", **options)
+    for micro in range(2):
+        with ddp.no_sync() if micro == 0 else contextlib.nullcontext():
+            step(adv, ddp, half(rank, micro))
+    return gradients(model)
+
+
+def fault(rank: int, index: int) -> dict[str, Tensor]:
+    """A closure fails in pass `index` on every process; nothing is left of it, and the next step is right."""
+    model = build()
+    ddp = DDP(model)
+    adv = fastadv.PGD(ddp, embedding="word_embeddings", scope="sample", **PGD)
+    data, passes = half(rank), []
+
+    def closure() -> Tensor:
+        passes.append(1)
+        if len(passes) == index + 1:
+            raise ZeroDivisionError
+        return ddp(**data).loss
+
+    before = snapshot(model)
+    with contextlib.suppress(ZeroDivisionError):
+        adv.backward(closure)
+    assert_unchanged(model, before)
+    assert len(passes) == index + 1
+    step(adv, ddp, data)
+    return gradients(model)
+
+
+def sharded(rank: int, name: str, micro_batches: int) -> dict[str, Tensor]:
+    """FSDP2: every layer with parameters by itself, then the rest."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = build()
+    mesh = init_device_mesh("cpu", (WORLD,))
+    fully_shard(model.bert, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    make, options = METHODS[name]
+    adv = make(model, embedding="word_embeddings", **options)
+    before = {key: p.full_tensor().clone() for key, p in model.named_parameters()}
+    for micro in range(micro_batches):
+        step(adv, model, half(rank, micro if micro_batches > 1 else 1))
+    for key, p in model.named_parameters():
+        assert torch.equal(p.full_tensor(), before[key]), key
+    return {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}
+
+
+DDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
+    **{f"{name}-{on}": (gradient, ("plain", name, on)) for name in METHODS for on in ("wrapper", "model")},
+    **{f"pgd-sample-{form}": (gradient, (form, "pgd-sample", "wrapper")) for form in DDP_FORMS if form != "plain"},
+    **{f"training-{form}": (training, (form,)) for form in DDP_FORMS},
+    **{f"accumulation-{name}": (accumulation, (name,)) for name in METHODS},
+    **{f"fault-{index}": (fault, (index,)) for index in range(4)},
+}
+FSDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
+    **{f"sharded-{name}": (sharded, (name, 1)) for name in METHODS},
+    "sharded-accumulation": (sharded, ("pgd-sample", 2)),
+}
+SUITES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES}
+
+
+def run(rank: int, suite: str, folder: str) -> None:
+    """All cases of a suite in one pair of processes: starting them is what takes the time."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meeting",
+        rank=rank,
+        world_size=WORLD,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    for name, (case, arguments) in SUITES[suite].items():
+        try:
+            outcome: Any = case(rank, *arguments)
+        except Exception:  # the test that asks for this case shows it
+            outcome = traceback.format_exc()
+        torch.save(outcome, Path(folder) / f"{name}-{rank}.pt")
+    dist.destroy_process_group()

