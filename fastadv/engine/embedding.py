@@ -89,11 +89,10 @@ def _chosen(model: nn.Module, choice: str | nn.Module) -> nn.Module:
     if not isinstance(choice, str):
         raise TypeError(f"embedding= takes names and modules, not {choice!r}")
     inner = unwrap(model)
-    found = {name: part for name, part in inner.named_modules() if name == choice}
+    found: dict[str, nn.Module] = {name: part for name, part in inner.named_modules() if name == choice}
     found = found or {name: part for name, part in inner.named_modules() if name.endswith("." + choice)}
     if len(found) == 1:
-        (only,) = found.values()
-        return only
+        return next(iter(found.values()))
     problem = f"several modules are called {choice!r}: {', '.join(found)}"
     if not found:
         problem = f"no module is called {choice!r}"

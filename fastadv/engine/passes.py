@@ -250,5 +250,6 @@ class Engine:
     def _eagerly_if_unknown(self) -> contextlib.AbstractContextManager[Any]:
         """A compiled model runs eagerly in the one pass that finds out the shape (never, if a mask is given)."""
         if self.compiled and not self.site.calls:
-            return torch.compiler.set_stance("force_eager")
+            eagerly: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+            return eagerly
         return contextlib.nullcontext()

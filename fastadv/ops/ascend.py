@@ -15,7 +15,7 @@ direction  d(g), per group                  ball       projection, per group
 `delta` and `grad` have the same shape [..., D]; the first `group` dimensions index the groups (0: all is one group).
 `mask` [...] marks what exists: elsewhere there is no gradient. Reductions are in float32 (float64 for float64), and
 scaled, so that gradients of 1e30 and 1e-30 give right directions. A group without a gradient takes no step; one whose
-gradient is not finite takes no step and is counted in `skipped` (int64, 0-d). All is on the device; nothing waits for it.
+gradient is not finite takes no step and is counted in `skipped` (int64, 0-d). Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -54,18 +54,9 @@ def eager(
     finite = g.isfinite().all(dim=1, keepdim=True)
     skipped += (~finite).sum()
     g = torch.where(finite, g, 0)
-    moved = delta.reshape(groups).to(wide) + step_size * _direct(g, direction)
+    step = step_size * g.sign() if direction == "sign" else with_norm(g, step_size, direction)
+    moved = delta.reshape(groups).to(wide) + step
     delta.copy_(_project(moved, epsilon, ball, direction).reshape(delta.shape))
-
-
-def _direct(g: Tensor, direction: str) -> Tensor:
-    """The direction of each row of `g`; zero where the row is zero."""
-    if direction == "sign":
-        return g.sign()
-    unit = g / _or_one(_largest(g))
-    if direction == "max":
-        return unit
-    return unit / _or_one(torch.linalg.vector_norm(unit, dim=1, keepdim=True))
 
 
 def _project(moved: Tensor, epsilon: float | None, ball: str, direction: str) -> Tensor:
@@ -75,25 +66,36 @@ def _project(moved: Tensor, epsilon: float | None, ball: str, direction: str) ->
     if ball == "linf":
         return moved.clamp(-epsilon, epsilon)
     if ball == "unit":
-        return epsilon * _direct(moved, "l2" if direction == "l2" else "max")
-    norm = l2_norm(moved)
-    return torch.where(norm > epsilon, moved * (epsilon / norm), moved)
+        return with_norm(moved, epsilon, direction)
+    return torch.where(l2_norm(moved) > epsilon, with_norm(moved, epsilon, "l2"), moved)
+
+
+def with_norm(x: Tensor, length: float, kind: str) -> Tensor:
+    """Each row of `x` [G, n] brought to `length`, in the l2 norm or in the largest magnitude; a zero row stays zero."""
+    x = x / _scale(x)
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True) if kind == "l2" else _largest(x)
+    return length * x / torch.where(norm > 0, norm, 1)
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """The l2 norm of each row of `x` [G, n] -> [G, 1], scaled so that squares neither overflow nor vanish."""
-    scale = _or_one(_largest(x))
-    return scale * torch.linalg.vector_norm(x / scale, dim=1, keepdim=True)
+    """The l2 norm of each row of `x` [G, n] -> [G, 1]."""
+    scale = _scale(x)
+    norm: Tensor = scale * torch.linalg.vector_norm(x / scale, dim=1, keepdim=True)
+    return norm
+
+
+def _scale(x: Tensor) -> Tensor:
+    """A power of two near each row's largest magnitude: squares of x / scale neither overflow nor vanish.
+
+    Dividing by a power of two is exact, so that where the plain formula is safe, this is the plain formula bit for bit.
+    """
+    largest = _largest(x)
+    return torch.ldexp(torch.ones_like(largest), largest.frexp().exponent - 1)
 
 
 def _largest(x: Tensor) -> Tensor:
     """The largest magnitude of each row."""
     return x.abs().amax(dim=1, keepdim=True)
-
-
-def _or_one(x: Tensor) -> Tensor:
-    """A divisor: `x`, or one where it is zero."""
-    return torch.where(x > 0, x, 1)
 
 
 def fake(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-LIBRARY = torch.library.Library("fastadv", "DEF")
+LIBRARY = torch.library.Library("fastadv", "DEF")  # type: ignore[no-untyped-call]
 
 
 class Backend(NamedTuple):
@@ -51,7 +51,7 @@ class Op:
         self.eager = eager
         self.device_types = tuple(device_types)
         self.backends = {backend.device: backend for backend in backends}
-        LIBRARY.define(f"{name}{schema}")
+        LIBRARY.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
         LIBRARY.impl(name, eager, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         for backend in self.backends.values():
             if backend.function is not None:

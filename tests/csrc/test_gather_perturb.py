@@ -15,7 +15,6 @@ from fastadv.native.gather_perturb import gather_perturb
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no C++ ops: {native.reason()}")
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-INT16 = {torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
 def sum_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -48,9 +47,7 @@ def seeded() -> Iterator[None]:
     [((3, 5), 11, 7), ((1,), 1, 1), ((2, 3, 4), 9, 33), ((17, 31), 101, 129), ((), 4, 8)],
     ids=str,
 )
-def test_agrees_with_pytorch(
-    shape: tuple[int, ...], rows: int, dim: int, form: str, dtype: torch.dtype
-) -> None:
+def test_agrees_with_pytorch(shape: tuple[int, ...], rows: int, dim: int, form: str, dtype: torch.dtype) -> None:
     weight, ids = table(rows, dim, dtype), torch.randint(rows, shape)
     slot = torch.randint(5, shape) if form == "slot" else None
     leading = (5,) if form == "slot" else shape
@@ -107,7 +104,7 @@ def test_int32_and_strided_ids() -> None:
 
 
 def test_a_lookup_keeps_bits_and_a_sum_keeps_nan() -> None:
-    for dtype in INT16:
+    for dtype in (torch.bfloat16, torch.float16):
         weight = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(256, 256)
         ids = torch.arange(256)
         looked_up = gather_perturb(weight, ids, None, None)
@@ -131,21 +128,24 @@ def edge_values(dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("flush", [False, True], ids=["denormals", "flushed"])
-def test_rounds_as_pytorch_does(dtype: torch.dtype, flush: bool) -> None:
+def test_rounds_as_pytorch_does(dtype: torch.dtype) -> None:
     values = edge_values(dtype).view(1, -1)
-    want = (values + 0).to(dtype)
     weight = torch.zeros(1, values.shape[1], dtype=dtype)
-    ids = torch.zeros(1, dtype=torch.int64)
-    if flush and dtype == torch.bfloat16:
-        pytest.skip("bfloat16 shares float32's denormals, which this mode flushes by definition")
-    if flush and not torch.set_flush_denormal(True):
+    got = gather_perturb(weight, torch.tensor([0]), values, None)
+    assert_same_bits(got, (values + 0).to(dtype))
+
+
+def test_half_denormals_survive_flush_to_zero() -> None:
+    """They are ordinary float32 numbers, so a mode that flushes float32's own denormals must not touch them."""
+    weight = torch.arange(0x400, dtype=torch.int16).view(torch.float16).view(1, -1)
+    want = weight.float() * 2
+    if not torch.set_flush_denormal(True):
         pytest.skip("this processor has no flush-to-zero mode")
     try:
-        got = gather_perturb(weight, ids, values, None)
+        got = gather_perturb(weight, torch.tensor([0]), want / 2, None)
     finally:
         torch.set_flush_denormal(False)
-    assert_same_bits(got, want)
+    assert torch.equal(got, want.half())
 
 
 def assert_same_bits(got: Tensor, want: Tensor) -> None:
@@ -179,9 +179,7 @@ def test_nothing_is_written_when_an_id_is_out_of_range() -> None:
     weight, out = torch.randn(5, 3), torch.full((4, 3), 7.0)
     ids = torch.tensor([0, 1, 2, 99])
     extension = native.extension()
-    call = extension.GatherPerturbCall(
-        0, weight.data_ptr(), 3, 5, ids.data_ptr(), 0, 0, 0, out.data_ptr(), 4, 3
-    )
+    call = extension.GatherPerturbCall(0, weight.data_ptr(), 3, 5, ids.data_ptr(), 0, 0, 0, out.data_ptr(), 4, 3)
     with pytest.raises(IndexError):
         extension.gather_perturb_cpu(call, 1)
     assert torch.equal(out, torch.full((4, 3), 7.0))
@@ -216,6 +214,7 @@ def test_refused_before_an_address_is_taken(name: str) -> None:
         gather_perturb(*arguments)
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer")
 def test_fake_tensors_have_no_address() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -34,7 +34,7 @@ def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
     tools = toolchain()
     try:
         nvcc = tools.find_nvcc()
-    except tools.Missing as missing:
+    except tools.ToolchainError as missing:
         pytest.skip(str(missing))
     if str(arch) not in [known.removesuffix("+PTX") for known in nvcc.architectures]:
         pytest.skip(f"nvcc {nvcc.version} does not know sm_{arch}")
@@ -55,9 +55,7 @@ def test_a_cuda_tensor_without_cuda_ops_says_why() -> None:
     assert native.cuda_reason()
 
 
-needs_cuda = pytest.mark.skipif(
-    native.cuda_reason() is not None, reason=f"no CUDA ops: {native.cuda_reason()}"
-)
+needs_cuda = pytest.mark.skipif(native.cuda_reason() is not None, reason=f"no CUDA ops: {native.cuda_reason()}")
 
 
 @pytest.mark.gpu

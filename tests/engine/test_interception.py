@@ -108,7 +108,7 @@ def test_tuple_outputs() -> None:
 
 def test_table_scope_needs_a_table() -> None:
     model = Model(nn.Sequential(nn.Embedding(7, 4)))
-    with pytest.raises(ValueError, match="needs an nn.Embedding"):
+    with pytest.raises(ValueError, match=r"needs an nn\.Embedding"):
         fastadv.FGM(model, embedding=model.embedding)
 
 
