@@ -40,7 +40,10 @@ OP = Op(
     "(Tensor weight, Tensor ids, Tensor? delta, Tensor? slot) -> Tensor",
     eager=eager,
     fake=fake,
-    backends=[Backend("C++", "cpu", None if _reason else native_gather_perturb, _reason)],
+    backends=[
+        Backend("C++", "cpu", None if _reason else native_gather_perturb, _reason),
+        Backend("CUDA C++", "cuda", None, native.cuda_reason() or "compiled, but not yet checked on a GPU"),
+    ],
 )
 
 

@@ -1,0 +1,69 @@
+"""What the documentation shows runs, and what it links to exists."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "tests/goldens/README.md"]
+
+
+@pytest.mark.parametrize("name", ["fastadv.methods.fgm", "fastadv.methods.pgd"])
+def test_docstring_examples(name: str) -> None:
+    results = doctest.testmod(importlib.import_module(name))
+    assert results.attempted >= 4
+    assert results.failed == 0
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not target.startswith(("http", "#")):
+            assert (page.parent / target.split("#")[0]).exists(), f"{page.name} links to {target}"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text()
+    missing = [page for page in (ROOT / "docs").rglob("*.md") if str(page.relative_to(ROOT / "docs")) not in navigation]
+    assert not missing
+
+
+def test_every_op_and_method_has_its_page_and_test() -> None:
+    for source in (ROOT / "fastadv/methods").glob("[!_]*.py"):
+        if source.stem != "base":
+            assert (ROOT / f"docs/methods/{source.stem}.md").exists()
+            assert (ROOT / f"fastadv/reference/{source.stem}.py").exists()
+    for source in (ROOT / "fastadv/ops").glob("[!_]*.py"):
+        assert (ROOT / f"tests/ops/test_{source.stem}.py").exists()
+
+
+def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/plain_loop.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    losses = [float(value) for value in re.findall(r"loss ([\d.]+)", printed)]
+    assert losses[-1] < losses[0]
+    assert "attacked 300 steps; groups skipped for a non-finite gradient: 0" in printed
+
+
+def test_batch_coupling_repeats_what_the_docs_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["batch_coupling.py", "--output", str(tmp_path / "out.json")])
+    runpy.run_path(str(ROOT / "examples/batch_coupling.py"), run_name="__main__")
+    measured = json.loads((tmp_path / "out.json").read_text())
+    assert measured == json.loads((ROOT / "docs/results/batch_coupling.json").read_text())
+    page = (ROOT / "docs/concepts.md").read_text()
+    for scope, row in measured.items():
+        assert f'`scope="{scope}"` | ' + " | ".join(f"{value:.3f}" for value in row.values()) in page
+
+
+def test_files_stay_short() -> None:
+    sources = [*(ROOT / "fastadv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "csrc").glob("*.*")]
+    long = {source.name: count for source in sources if (count := len(source.read_text().splitlines())) > 300}
+    assert not long
