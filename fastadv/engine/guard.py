@@ -25,6 +25,12 @@ class _Buffer(NamedTuple):
     copy: Tensor
 
 
+class _Constant(NamedTuple):
+    buffer: Tensor
+    version: int
+    copy: Tensor
+
+
 class _Saved(NamedTuple):
     gradients: list[_Gradient]
     buffers: list[_Buffer]
@@ -42,7 +48,7 @@ class Guard:
     def __init__(self, model: nn.Module, atomic: bool) -> None:
         self.model = model
         self.atomic = atomic
-        self._constants: dict[int, tuple[int, Tensor]] = {}
+        self._constants: dict[int, _Constant] = {}
 
     @contextlib.contextmanager
     def __call__(self, device: torch.device) -> Iterator[None]:
@@ -78,11 +84,10 @@ class Guard:
         """
         if buffer.is_floating_point():
             return buffer.clone()
-        version, copy = self._constants.get(id(buffer), (-1, buffer))
-        if version != buffer._version or copy.shape != buffer.shape:
-            version, copy = buffer._version, buffer.clone()
-            self._constants[id(buffer)] = version, copy
-        return copy
+        known = self._constants.get(id(buffer))
+        if known is None or known.buffer is not buffer or known.version != buffer._version:
+            known = self._constants[id(buffer)] = _Constant(buffer, buffer._version, buffer.clone())
+        return known.copy
 
     @torch.no_grad()
     def _restore(self, saved: _Saved, device: torch.device) -> None:

@@ -112,13 +112,12 @@ class Engine:
         device = self.device
         try:
             with self.guard(device), self.dropout.step(self.model):
-                self.first = None
                 self.site.begin(masks)
                 self.perturbation.reset()
                 self._draw, self._seed = start, 0 if start is None else new_seed()
                 yield
         finally:
-            self._busy = False
+            self._busy, self.first = False, None
             self.site.idle()
 
     # The verbs
