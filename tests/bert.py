@@ -36,7 +36,7 @@ def text(rows: int = 4, length: int = 9, vocabulary: int = VOCABULARY, padding: 
     """Ids whose frequency falls as words' does, a padding mask (id 0 is padding), and labels."""
     generator = torch.Generator().manual_seed(7)
     uniform = torch.rand(rows, length, generator=generator)
-    ids = (vocabulary ** uniform).long().clamp(1, vocabulary - 1)
+    ids = (vocabulary**uniform).long().clamp(1, vocabulary - 1)
     lengths = torch.tensor([length - (row * 5 % max(1, length // 2) if padding else 0) for row in range(rows)])
     mask = (torch.arange(length) < lengths.unsqueeze(1)).long()
     labels = torch.randint(0, 2, (rows,), generator=generator)

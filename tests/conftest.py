@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -18,7 +17,6 @@ torch.set_num_threads(1)  # the models are tiny: a second thread only waits for 
 
 
 @pytest.fixture(autouse=True)
-def seed() -> Iterator[None]:
+def seed() -> None:
     """Every test starts from the same place of torch's generator."""
     torch.manual_seed(0)
-    yield

@@ -1,7 +1,7 @@
 """Tiny models that the tests share; parameter names are those of the goldens.
 
-Every model has a `tap`, an identity behind the word embedding: what it lets through is the embedding as the model sees it,
-perturbation included, so that tests can record perturbations without knowing how they got there.
+Every model has a `tap`, an identity behind the word embedding: what it lets through is the embedding as the model sees
+it, perturbation included, so that tests can record perturbations without knowing how they got there.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Embeddings(nn.Module):
 
 
 class Encoder(nn.Module):
-    """kind "mlp": a tanh MLP per position, masked mean. "tfm": an attention head before it, the first position pooled."""
+    """kind "mlp": a tanh MLP per position, masked mean. "tfm": attention before it, and the first position pooled."""
 
     def __init__(self, kind: str, dropout: float = 0.0, padding_idx: int | None = None) -> None:
         super().__init__()
@@ -173,7 +173,7 @@ class TiedLM(nn.Module):
 
 
 class TwoCalls(nn.Module):
-    """One embedding called twice in a forward, on ids of different lengths, as an encoder and a decoder share theirs."""
+    """One embedding called twice in a forward, on ids of two lengths, as an encoder and a decoder share theirs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -191,7 +191,7 @@ class TwoCalls(nn.Module):
 
 
 class Stateful(nn.Module):
-    """All that a step could leave a trace in: running statistics, an integer buffer, dropout, a frozen and an unused part."""
+    """All that a step could leave a trace in: running statistics, a counter, dropout, frozen and unused parts."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -208,6 +208,6 @@ class Stateful(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor) -> Output:
         self.calls += 1
         h = self.frozen(self.dropout(self.tap(self.embed(ids))))
-        h = self.still(self.norm(h.transpose(1, 2)).transpose(1, 2))
+        h = self.still(self.norm(h.flatten(0, 1)).view_as(h))
         logits = self.head(torch.tanh(h).mean(1))
         return Output(F.cross_entropy(logits, labels), logits)

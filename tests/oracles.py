@@ -68,7 +68,7 @@ def attack(
     adv_weight: float = 1.0,
     start: Tensor | None = None,
 ) -> Wanted:
-    """The whole step. `loss_at(embeds)` is the loss as a function of the looked-up embeddings; `start` has r's shape."""
+    """The whole step. `loss_at(embeds)` is the loss as a function of what was looked up; `start` has r's shape."""
     keep = torch.ones(ids.shape) if mask is None else mask
     keep = keep.to(weight).unsqueeze(-1)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ def seeded(build: Callable[[], M], seed: int = 0, dtype: torch.dtype = torch.flo
 
 
 def batch(rows: int = 4, length: int = 7, seed: int = 1, pad: int = 0) -> dict[str, Tensor]:
-    """Ids with repeats, the padding mask and labels; the first row has no padding, the others lose one to three places."""
+    """Ids with repeats, the padding mask and labels; the first row has no padding, others lose one to three places."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(2, V // 2, (rows, length), generator=generator)
     lengths = torch.tensor([length - row % 4 for row in range(rows)])
@@ -73,14 +74,14 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None
 def assert_gradients(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, floor: float = 1e-6) -> None:
     """Every parameter by itself, so that a large one hides no small one.
 
-    A gradient below `floor` of the whole is compared with that size instead of its own: the bias of an attention key has
-    the gradient zero, since softmax does not see it, and what computes to it is rounding.
+    A gradient below `floor` of the whole is compared with that size instead of its own: the bias of an attention key
+    has the gradient zero, since softmax does not see it, and what computes to it is rounding.
     """
     assert got.keys() == want.keys()
     least = floor * total_norm(want)
-    for name in want:
-        error = float((got[name] - want[name]).double().norm())
-        size = max(float(want[name].double().norm()), least)
+    for name, target in want.items():
+        error = float((got[name] - target).double().norm())
+        size = max(float(target.double().norm()), least)
         assert error <= tolerance * size, f"gradient of {name}: relative error {error / size:.3g} > {tolerance:.3g}"
 
 
@@ -139,5 +140,18 @@ def assert_unchanged(model: nn.Module, before: dict[str, Any]) -> None:
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Equal as bytes: NaN equals itself, and -0.0 differs from 0.0."""
-    a, b = (x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
-    return torch.equal(a, b)
+    bytes_a, bytes_b = (x.contiguous().view(-1).view(torch.uint8) for x in (a, b))
+    return a.shape == b.shape and torch.equal(bytes_a, bytes_b)
+
+
+def refused(model: nn.Module, call: Callable[[], Any], error: type[BaseException], *phrases: str) -> str:
+    """`call` raises exactly `error`, its message has every phrase, and the model is what it was."""
+    before = snapshot(model)
+    with pytest.raises(error) as caught:
+        call()
+    assert caught.type is error
+    message = str(caught.value)
+    for phrase in phrases:
+        assert phrase in message, f"{phrase!r} is not in {message!r}"
+    assert_unchanged(model, before)
+    return message

@@ -2,7 +2,9 @@
 
 >>> from fastadv.integrations.transformers import AdversarialTrainer  # doctest: +SKIP
 >>> trainer = AdversarialTrainer(  # doctest: +SKIP
-...     model=model, args=args, train_dataset=data,
+...     model=model,
+...     args=args,
+...     train_dataset=data,
 ...     adversary=(fastadv.PGD, {"epsilon": 0.2, "step_size": 0.1, "scope": "sample"}),
 ... )
 >>> trainer.train()  # doctest: +SKIP
@@ -15,8 +17,8 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from accelerate.utils import DistributedType
-from accelerate.utils.memory import clear_device_cache
+from accelerate.utils import DistributedType  # type: ignore[import-untyped, unused-ignore]
+from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped, unused-ignore]
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
@@ -32,7 +34,7 @@ else:
 
 
 class AdversarialMixin(_Trainer):
-    """Trains adversarially what a Trainer, or any subclass of it, trains: `class T(AdversarialMixin, SomeTrainer)`.
+    """Trains adversarially what a Trainer or a subclass of it trains: `class T(AdversarialMixin, SomeTrainer)`.
 
     Every micro-batch is attacked by itself, so gradient accumulation changes no direction. `start_step` and `every` count
     optimizer steps (`state.global_step`). The method is made when training begins, around the wrapped model (DDP,
@@ -228,11 +230,15 @@ def _factory(adversary: Adversary) -> Callable[[nn.Module], Method]:
 def _refuse(trainer: Trainer) -> None:
     """Where a step cannot have two backward passes, say so before the first."""
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError("DeepSpeed steps its optimizer in every backward: adversarial passes are not supported under it")
-    if str(getattr(trainer.args.optim, "value", trainer.args.optim)) in ("lomo", "adalomo"):
-        raise ValueError("LOMO optimizers update weights during backward, so a step cannot have two: choose another --optim")
-    if isinstance(trainer.model_wrapped, nn.DataParallel):
         raise ValueError(
+            "DeepSpeed steps its optimizer in every backward: adversarial passes are not supported under it"
+        )
+    if str(getattr(trainer.args.optim, "value", trainer.args.optim)) in ("lomo", "adalomo"):
+        raise ValueError(
+            "LOMO optimizers update weights during backward, so a step cannot have two: choose another --optim"
+        )
+    if isinstance(trainer.model_wrapped, nn.DataParallel):
+        raise ValueError(  # noqa: TRY004 - the way of launching is wrong, not a type
             "nn.DataParallel runs the embedding in several threads at once: launch one process per GPU with torchrun, "
             "or show one GPU with CUDA_VISIBLE_DEVICES=0"
         )

@@ -41,6 +41,7 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
                 [0.5000, 1.5000]])
     """
     extension = checks.extension_for(OP, weight)
+    table = checks.address(OP, "weight", weight)
     _check_weight(weight)
     ids = _check_indices("ids", ids, weight.device)
     slot = _check_slot(slot, ids, delta)
@@ -49,14 +50,14 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
     out = weight.new_empty((*ids.shape, weight.shape[1]))
     call = extension.GatherPerturbCall(
         checks.dtype_code(OP, "weight", weight),
-        checks.address(OP, "weight", weight),
+        table,
         weight.stride(0),
         weight.shape[0],
         checks.address(OP, "ids", ids),
         0 if delta is None else checks.address(OP, "delta", delta),
         0 if slot is None else checks.address(OP, "slot", slot),
         0 if delta is None or slot is None else delta.shape[0],
-        checks.address(OP, "out", out),
+        out.data_ptr(),
         ids.numel(),
         weight.shape[1],
     )
@@ -74,8 +75,10 @@ def check(device: torch.device) -> None:
 
     On the CPU a call raises at once, so there is nothing to wait for.
     """
-    flag = _flags.get(device.index if device.index is not None else torch.cuda.current_device()) if device.type == "cuda" else None
-    if flag is not None and int(flag.item()):
+    if device.type != "cuda":
+        return
+    flag = _flags.get(torch.cuda.current_device() if device.index is None else device.index)
+    if flag is not None and flag.item():
         flag.zero_()
         raise IndexError(f"{OP}: an id or slot was out of range on {device}; its row was read as zeros")
 
@@ -102,6 +105,8 @@ def _check_indices(name: str, indices: Tensor, device: torch.device) -> Tensor:
     checks.same_device(OP, name, indices, device)
     if indices.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{OP}: {name} must be int64 or int32, but is {indices.dtype}")
+    if indices.dtype == torch.int64 and indices.is_contiguous():
+        return indices
     # A copy does no harm here: indices are small, and only read.
     return indices.to(torch.int64).contiguous()
 

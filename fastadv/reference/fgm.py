@@ -7,8 +7,8 @@ r"""FGM on the embedding table, as the classic script has it.
 3. forward and backward at E + r: its gradients are added to g
 4. E <- E0
 
-G is whatever lies in `weight.grad`: under gradient accumulation that is the sum over the earlier micro-batches too, as in
-the script (Miyato et al. 2017, https://arxiv.org/abs/1605.07725, has one norm per sample and no accumulation).
+G is whatever lies in `weight.grad`: under gradient accumulation that is the sum over the earlier micro-batches too, as
+in the script (Miyato et al. 2017, https://arxiv.org/abs/1605.07725, has one norm per sample and no accumulation).
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def fgm(
     del model  # the same signature for every method; this one needs the table alone
     attacker = FGM(embedding)
     loss = closure()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     attacker.attack(epsilon)
     adv_loss = closure()
-    adv_loss.backward()
+    adv_loss.backward()  # type: ignore[no-untyped-call]
     attacker.restore()
     return loss.detach(), adv_loss.detach()

@@ -31,7 +31,7 @@ class PGD:
         self.grad_backup: dict[str, Tensor] = {}
 
     def attack(self, epsilon: float = 1.0, alpha: float = 0.3, is_first_attack: bool = False) -> None:
-        """Move the table by `alpha` along its gradient, then onto the ball of radius `epsilon` around its first value."""
+        """Move the table by `alpha` along its gradient, then onto the ball of radius `epsilon` around its start."""
         if is_first_attack:
             self.table_backup = self.weight.data.clone()
         grad = self.weight.grad
@@ -87,7 +87,7 @@ def pgd(
     """
     attacker = PGD(model, embedding)
     loss = closure()
-    loss.backward()
+    loss.backward()  # type: ignore[no-untyped-call]
     attacker.backup_grad()
     adv_losses = []
     for t in range(steps):
@@ -97,7 +97,7 @@ def pgd(
         else:
             attacker.restore_grad()
         adv_loss = closure()
-        adv_loss.backward()
+        adv_loss.backward()  # type: ignore[no-untyped-call]
         adv_losses.append(adv_loss.detach())
     attacker.restore()
     return loss.detach(), adv_losses

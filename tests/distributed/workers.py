@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
+import datetime as dt
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel as DDP
+from torch.nn.parallel import DistributedDataParallel
 
 import fastadv
 from tests.models import TinyModel
@@ -58,7 +58,7 @@ def step(adv: fastadv.Method, model: nn.Module, data: dict[str, Tensor]) -> None
 def gradient(rank: int, form: str, name: str, on: str) -> dict[str, Tensor]:
     """One step; the method made on the wrapper, or on the model inside it."""
     model = build(form)
-    ddp = DDP(model, **DDP_FORMS[form])
+    ddp = DistributedDataParallel(model, **DDP_FORMS[form])
     make, options = METHODS[name]
     adv = make(ddp if on == "wrapper" else model, embedding="word_embeddings", **options)
     step(adv, ddp, half(rank))
@@ -68,7 +68,7 @@ def gradient(rank: int, form: str, name: str, on: str) -> dict[str, Tensor]:
 def training(rank: int, form: str) -> dict[str, Tensor]:
     """Three optimizer steps, so that what a step leaves in the reducer is seen by the next."""
     model = build(form)
-    ddp = DDP(model, **DDP_FORMS[form])
+    ddp = DistributedDataParallel(model, **DDP_FORMS[form])
     adv = fastadv.PGD(ddp, embedding="word_embeddings", scope="sample", **PGD)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for seed in range(3):
@@ -81,7 +81,7 @@ def training(rank: int, form: str) -> dict[str, Tensor]:
 def accumulation(rank: int, name: str) -> dict[str, Tensor]:
     """Two micro-batches, the first in no_sync as gradient accumulation has it."""
     model = build()
-    ddp = DDP(model)
+    ddp = DistributedDataParallel(model)
     make, options = METHODS[name]
     adv = make(ddp, embedding="word_embeddings", **options)
     for micro in range(2):
@@ -93,7 +93,7 @@ def accumulation(rank: int, name: str) -> dict[str, Tensor]:
 def fault(rank: int, index: int) -> dict[str, Tensor]:
     """A closure fails in pass `index` on every process; nothing is left of it, and the next step is right."""
     model = build()
-    ddp = DDP(model)
+    ddp = DistributedDataParallel(model)
     adv = fastadv.PGD(ddp, embedding="word_embeddings", scope="sample", **PGD)
     data, passes = half(rank), []
 
@@ -153,12 +153,12 @@ def run(rank: int, suite: str, folder: str) -> None:
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=WORLD,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=dt.timedelta(seconds=60),
     )
     for name, (case, arguments) in SUITES[suite].items():
         try:
             outcome: Any = case(rank, *arguments)
-        except Exception:  # the test that asks for this case shows it
+        except Exception:  # noqa: BLE001 - the test that asks for this case shows it
             outcome = traceback.format_exc()
         torch.save(outcome, Path(folder) / f"{name}-{rank}.pt")
     dist.destroy_process_group()

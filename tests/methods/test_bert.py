@@ -1,8 +1,8 @@
 """FGM and PGD on real BERT models against `fastadv.reference`, in eager mode and compiled by inductor.
 
 Compared is the gradient of every parameter, each by itself: ||mine - reference|| / ||reference||, and the same for all
-parameters as one vector. A parameter whose gradient is below 1e-4 of the whole is measured against that size: the biases of
-attention keys have the gradient zero, since softmax does not see them, and what computes to it is rounding.
+parameters as one vector. A parameter whose gradient is below 1e-4 of the whole is measured against that size: the
+biases of attention keys have the gradient zero, since softmax does not see them, and what computes to it is rounding.
 """
 
 from __future__ import annotations
@@ -160,3 +160,35 @@ def test_minilm_compiled(
     """The same under inductor, with and without padding, in at most three graphs."""
     data = [text(16, 128, vocabulary=30522, padding=padding) for padding in (True, False)]
     check_compiled(real, data, method, call, numbers, counted)
+
+
+@pytest.mark.parametrize(("method", "call", "numbers"), METHODS)
+def test_gradient_checkpointing(method: Any, call: Any, numbers: dict[str, Any]) -> None:
+    """transformers' own, not reentrant: the gradients of the model without it."""
+    model, data = tiny_bert(), text()
+    want = of_reference(call, model, lambda: model(**data).loss, numbers)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    adv = method(model, **numbers)
+    adv.backward(lambda: model(**data), mask=data["attention_mask"])
+    compare(gradients(model), want, 1e-9)
+
+
+@pytest.mark.parametrize(("method", "call", "numbers"), METHODS)
+@pytest.mark.parametrize("clean_weight", [1.0, 0.0])
+def test_reentrant_checkpointing_is_right_or_refused(
+    clean_weight: float, method: Any, call: Any, numbers: dict[str, Any]
+) -> None:
+    """Only a step without a probe needs nothing that reentrant checkpointing cannot give."""
+    model, data = tiny_bert(), text()
+    adv = method(model, clean_weight=clean_weight, **numbers)
+    adv.backward(lambda: model(**data), mask=data["attention_mask"])
+    want = gradients(model)
+    clear(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    if method is fastadv.FGM and clean_weight:
+        adv.backward(lambda: model(**data), mask=data["attention_mask"])
+        compare(gradients(model), want, 1e-9)
+        return
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        adv.backward(lambda: model(**data), mask=data["attention_mask"])
+    assert all(p.grad is None for p in model.parameters())

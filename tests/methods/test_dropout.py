@@ -35,9 +35,7 @@ def losses_of(model: nn.Module, data: dict[str, Tensor], **options: Any) -> list
     def start(shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
         return torch.full(shape, 0.1)
 
-    adv = fastadv.PGD(
-        model, step_size=0.0, epsilon=None, clean_weight=0, scope="sample", random_start=start, **options
-    )
+    adv = fastadv.PGD(model, step_size=0.0, epsilon=None, clean_weight=0, scope="sample", random_start=start, **options)
     try:
         adv.backward(closure, mask=data["attention_mask"])
     finally:

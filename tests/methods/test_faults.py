@@ -95,7 +95,9 @@ def check_as_new(adv: Any, model: Stateful, data: dict[str, Tensor], make: Calla
 
 
 @pytest.mark.parametrize("earlier", EARLIER)
-@pytest.mark.parametrize("error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["RuntimeError", "KeyboardInterrupt"])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("boom"), KeyboardInterrupt()], ids=["RuntimeError", "KeyboardInterrupt"]
+)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(("method", "index"), PASSES)
 def test_a_fault_in_any_pass(method: str, index: int, place: str, error: BaseException, earlier: str) -> None:
@@ -181,6 +183,19 @@ def test_a_fault_in_an_attack_closure(index: int) -> None:
     assert_unchanged(model, before)
 
 
+@pytest.mark.parametrize("place", PLACES)
+def test_a_fault_in_a_step_that_is_not_attacked(place: str) -> None:
+    model, data = prepare("some")
+    adv = fastadv.PGD(model, embedding=model.embed, start_step=1)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        adv.backward(Trap(model, data, 0, place, RuntimeError("boom")))
+    assert_unchanged(model, before)
+    assert adv.backward(lambda: model(data["input_ids"], data["labels"]).loss).adv_loss is None, (
+        "the step was not taken"
+    )
+
+
 def test_faults_of_perturbed() -> None:
     """While the search runs and in the body: the perturbation is gone, and the model is what it was."""
     model, data = prepare("some")
@@ -213,3 +228,72 @@ def test_without_atomic_parameters_hooks_and_generator_are_still_restored() -> N
     after = snapshot(model)
     for key, want in before.items():
         assert same_bits(after[key], want) if isinstance(want, Tensor) else after[key] == want, key
+
+
+class Shares(Stateful):
+    """A buffer of twelve elements in one place of memory, as `expand` makes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shared", torch.zeros(1, 1, dtype=torch.int64).expand(3, 4))
+        self.register_buffer("nothing", None)
+
+
+class Replaces(Stateful):
+    """The forward puts other tensors in the place of its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("total", torch.zeros(()))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Any:
+        self.count, self.total = self.count + 1, self.total + 1
+        return super().forward(ids, labels)
+
+
+class Uncounted(Stateful):
+    """The forward writes where the version counter does not see it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("average", torch.zeros(3))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Any:
+        output = super().forward(ids, labels)
+        self.average.data += output.logits.detach().mean(0)
+        return output
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("kind", [Shares, Replaces, Uncounted])
+def test_buffers_of_every_kind(kind: type[Stateful], index: int, steps: int) -> None:
+    """Also after steps that went well, from which copies may have been kept."""
+    model, data = seeded(kind, dtype=torch.float32), batch()
+    adv = fastadv.PGD(model, embedding=model.embed)
+    for _ in range(steps):
+        adv.backward(lambda: model(data["input_ids"], data["labels"]).loss)
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        adv.backward(Trap(model, data, index, "after", RuntimeError("boom")))
+    assert_unchanged(model, before)
+    assert int(model.calls) == 4 * steps
+
+
+@pytest.mark.parametrize("place", ["before", "after", "backward"])
+@pytest.mark.parametrize("index", range(4))
+def test_a_fault_in_a_compiled_model(index: int, place: str) -> None:
+    """Probes of a compiled model freeze its parameters: they must thaw."""
+    model, data = prepare("some")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager")
+    adv = fastadv.PGD(compiled, embedding=model.embed)
+    trap = Trap(model, data, index, place, RuntimeError("boom"))
+    trap.model = compiled
+    before = snapshot(model)
+    with pytest.raises(RuntimeError, match="boom"):
+        adv.backward(trap, mask=data["attention_mask"])
+    assert_unchanged(model, before)
+    adv.backward(lambda: compiled(data["input_ids"], data["labels"]).loss, mask=data["attention_mask"])
+    assert adv.attacked == 1

@@ -35,7 +35,9 @@ def hyperparameters(name: str) -> dict[str, Any]:
     return found
 
 
-def load(name: str, build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64) -> tuple[nn.Module, dict[str, Any]]:
+def load(
+    name: str, build: Callable[[], nn.Module], dtype: torch.dtype = torch.float64
+) -> tuple[nn.Module, dict[str, Any]]:
     run = golden(name)
     model = seeded(build, dtype=dtype)
     model.load_state_dict(run["w"])
@@ -103,9 +105,7 @@ def test_the_reference_meets_the_classic_scripts(name: str) -> None:
 def test_miyato(fused: bool | None) -> None:
     """Sample scope, the adversarial gradient alone. float32; its norm has 1e-6 under the root, hence 2e-4."""
     model, run = load("fgm_miyato_tf_eps1", TinyModel, torch.float32)
-    adv = fastadv.FGM(
-        model, epsilon=1.0, scope="sample", clean_weight=0, embedding=model.word_embeddings, fused=fused
-    )
+    adv = fastadv.FGM(model, epsilon=1.0, scope="sample", clean_weight=0, embedding=model.word_embeddings, fused=fused)
     watched = Watched(lambda: model(run["ids"], run["mask"], run["labels"]).loss)
     with record(model) as seen:
         result = adv.backward(watched, mask=run["mask"])
@@ -122,7 +122,7 @@ def test_miyato(fused: bool | None) -> None:
 @pytest.mark.parametrize("masked", [True, False], ids=["mask", "padding_idx"])
 @pytest.mark.parametrize("fused", ENGINES)
 def test_freelb_repository(fused: bool | None, masked: bool) -> None:
-    """Sample scope with a random start, K probes, the last gradient alone; the mask given, or taken from `padding_idx`."""
+    """Sample scope, a random start, K probes, the last gradient alone; the mask given, or that of `padding_idx`."""
     model, run = load("pgd_freelbrepo_K3_max0.15", TinyRoberta)
     starts = []
 

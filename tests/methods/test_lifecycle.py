@@ -14,8 +14,17 @@ from torch import Tensor, nn
 import fastadv
 from tests import oracles
 from tests.models import TinyModel
-from tests.support import assert_close, assert_gradients, assert_unchanged, batch, clear, gradients, same_bits, seeded
-from tests.support import snapshot
+from tests.support import (
+    assert_close,
+    assert_gradients,
+    assert_unchanged,
+    batch,
+    clear,
+    gradients,
+    same_bits,
+    seeded,
+    snapshot,
+)
 
 METHODS = [fastadv.FGM, fastadv.PGD]
 PLAIN = "bert.embeddings.word_embeddings"
@@ -95,7 +104,7 @@ class TestInterception:
         assert_gradients(gradients(twin), gradients(model), 1e-12)
 
     def test_torch_save_of_the_whole_model(self, method: type[fastadv.Method], name: str) -> None:
-        model, data, closure = ready()
+        model, data, _ = ready()
         adv = method(model, embedding=name, scope="sample")
         file = io.BytesIO()
         torch.save(model, file)
@@ -104,7 +113,7 @@ class TestInterception:
         check_untouched(twin, model, data, adv)
 
     def test_the_state_dict_does_not_carry_it(self, method: type[fastadv.Method], name: str) -> None:
-        model, data, closure = ready()
+        model, _, closure = ready()
         before = model.state_dict()
         adv = method(model, embedding=name, scope="sample")
         adv.backward(closure)
@@ -127,7 +136,7 @@ def check_untouched(twin: TinyModel, model: TinyModel, data: dict[str, Tensor], 
 
 
 def test_hooks_on_the_embedding_still_run() -> None:
-    model, data, closure = ready()
+    model, _, closure = ready()
     seen: list[str] = []
     model.word_embeddings.register_forward_pre_hook(lambda module, inputs: seen.append("pre"))
     adv = fastadv.FGM(model, embedding=PLAIN)
@@ -139,7 +148,7 @@ def test_hooks_on_the_embedding_still_run() -> None:
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_two_methods_on_one_model(order: tuple[int, int]) -> None:
     """They take turns, each as if alone, and may be closed in any order."""
-    model, data, closure = ready()
+    model, _, closure = ready()
     alone = []
     for method in METHODS:
         adv = method(model, embedding=PLAIN)
@@ -212,7 +221,7 @@ def test_perturbed_on_a_frozen_evaluation() -> None:
 
 
 def test_perturbed_and_backward_take_turns() -> None:
-    model, data, closure = ready()
+    model, _, closure = ready()
     adv = fastadv.PGD(model, embedding=PLAIN)
     adv.backward(closure)
     want = gradients(model)

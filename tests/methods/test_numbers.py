@@ -84,7 +84,12 @@ def test_a_sample_without_a_gradient_gives_no_nan(scope: str, norm: str, start: 
     model, data, loss = ready()
     data["input_ids"][BAD] = torch.tensor([40, 41, 42, 43, 44, 0, 0])
     adv = fastadv.PGD(
-        model, embedding=model.word_embeddings, scope=scope, norm=norm, random_start=start, clean_weight=float(not start)
+        model,
+        embedding=model.word_embeddings,
+        scope=scope,
+        norm=norm,
+        random_start=start,
+        clean_weight=float(not start),
     )
     moved = perturbation(model, adv, lambda: loss([1, 1, 0, 1]), data["attention_mask"])
     assert moved.isfinite().all()

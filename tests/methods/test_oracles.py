@@ -63,9 +63,7 @@ def in_table(start: Tensor, ids: Tensor, keep: Tensor, rows: int) -> Tensor:
 @pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
 @pytest.mark.parametrize("kind", ["tfm", "roberta"])
 @pytest.mark.parametrize(("scope", "norm", "method", "clean_weight"), CASES)
-def test_step(
-    scope: str, norm: str, method: str, clean_weight: float, kind: str, masked: bool, started: bool
-) -> None:
+def test_step(scope: str, norm: str, method: str, clean_weight: float, kind: str, masked: bool, started: bool) -> None:
     """Gradients, perturbations and losses of every pass, to 1e-9."""
     model, data = build(kind), batch(pad=1)
     ids, numbers = data["input_ids"], sizes(method, norm)
@@ -78,7 +76,13 @@ def test_step(
         return 0.05 * (2 * torch.rand(shape, generator=noise, dtype=torch.float64) - 1)
 
     adv = make(
-        model, method, numbers, scope=scope, norm=norm, clean_weight=clean_weight, random_start=start if started else False
+        model,
+        method,
+        numbers,
+        scope=scope,
+        norm=norm,
+        clean_weight=clean_weight,
+        random_start=start if started else False,
     )
     losses: list[Tensor] = []
 
@@ -121,7 +125,9 @@ def test_step(
 
 @pytest.mark.parametrize(("clean_weight", "adv_weight"), [(1.0, 0.5), (0.25, 2.0), (0.0, 3.0)])
 @pytest.mark.parametrize("method", ["fgm", "pgd"])
-def test_weights_scale_the_two_gradients_and_not_the_attack(method: str, clean_weight: float, adv_weight: float) -> None:
+def test_weights_scale_the_two_gradients_and_not_the_attack(
+    method: str, clean_weight: float, adv_weight: float
+) -> None:
     model, data = build("tfm"), batch()
     numbers = sizes(method, "l2")
     adv = make(model, method, numbers, scope="sample", clean_weight=clean_weight, adv_weight=adv_weight)
@@ -181,9 +187,7 @@ def test_a_sample_without_a_token_stays_as_it_is(scope: str) -> None:
     adv = make(model, "pgd", PGD, scope=scope)
     with record(model) as seen:
         adv.backward(lambda: model(ids, labels=data["labels"]).loss, mask=mask)
-    want = oracles.attack(
-        model, loss_at(model, data), model.word_embeddings.weight, ids, scope=scope, mask=mask, **PGD
-    )
+    want = oracles.attack(model, loss_at(model, data), model.word_embeddings.weight, ids, scope=scope, mask=mask, **PGD)
     assert_gradients(gradients(model), want.gradients, 1e-9)
     assert torch.equal(seen[-1][2], model.word_embeddings.weight[ids[2]])
     assert int(adv.skipped) == 0

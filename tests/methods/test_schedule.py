@@ -37,7 +37,7 @@ def ready(dtype: torch.dtype = torch.float64) -> tuple[TinyModel, dict[str, Tens
 )
 def test_start_step_and_every(method: Any, options: dict[str, int], attacked: list[int]) -> None:
     """Other steps are plain training, to the bit."""
-    model, data, closure = ready()
+    model, _, closure = ready()
     adv = method(model, embedding=model.word_embeddings, **options)
     closure().backward()
     plain = gradients(model)
@@ -89,7 +89,9 @@ def test_backward_takes_every_full_pass_and_no_probe(method: Any, passes: int, c
         assert_close(losses[0], clean_weight * result.loss, 1e-12, "the clean loss that backward was given")
     mine = gradients(model)
     clear(model)
-    other = method(seeded(lambda: TinyModel("tfm")), embedding="word_embeddings", clean_weight=clean_weight, adv_weight=0.5)
+    other = method(
+        seeded(lambda: TinyModel("tfm")), embedding="word_embeddings", clean_weight=clean_weight, adv_weight=0.5
+    )
     twin = other.engine.model
     other.backward(lambda: twin(**batch()).loss)
     assert_gradients(mine, gradients(twin), 1e-12)
@@ -99,7 +101,7 @@ def test_backward_takes_every_full_pass_and_no_probe(method: Any, passes: int, c
 @pytest.mark.parametrize("method", METHODS)
 def test_scaler(method: Any, scope: str) -> None:
     """Gradients come out scaled, as after `scaler.scale(loss).backward()`; the perturbation is the same."""
-    model, data, closure = ready(torch.float32)
+    model, _, closure = ready(torch.float32)
     plain = method(model, embedding=model.word_embeddings, scope=scope)
     with record(model) as seen:
         plain.backward(closure)
@@ -156,7 +158,7 @@ def test_accumulation_follows_the_direction_of_the_micro_batch_alone(method: Any
 
 def test_the_reference_follows_the_accumulated_gradient_as_the_script_does() -> None:
     """A defect of the classic script, kept in the reference and not in the engine."""
-    model, data, first = ready()
+    model, _, first = ready()
     second_batch = batch(seed=9)
     weight = model.word_embeddings.weight
     first().backward()
@@ -185,9 +187,7 @@ def test_attack_follows_another_loss(scope: str, clean_weight: float) -> None:
     def loss_at(embeds: Tensor, labels: Tensor) -> Tensor:
         return model(None, data["attention_mask"], labels, embeds).loss
 
-    adv = fastadv.PGD(
-        model, epsilon=0.5, embedding=model.word_embeddings, scope=scope, clean_weight=clean_weight
-    )
+    adv = fastadv.PGD(model, epsilon=0.5, embedding=model.word_embeddings, scope=scope, clean_weight=clean_weight)
     with record(model) as seen:
         result = adv.backward(closure, attack=lambda: -model(ids, data["attention_mask"], target).loss)
     path = oracles.attack(

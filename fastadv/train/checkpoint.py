@@ -1,0 +1,83 @@
+"""`fastadv evaluate`: a saved model on the test samples of its run, or on others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastadv.train import data, plots
+from fastadv.train.compare import SETTINGS, settings_of, versions
+from fastadv.train.data import DataSettings, Sample, Tokens
+from fastadv.train.errors import UserError
+from fastadv.train.evaluate import Evaluator
+from fastadv.train.job import quiet, read_json, write_json
+from fastadv.train.model import label_names, load_checkpoint, tokenizer_of
+from fastadv.train.phase import device_name, measured
+
+
+def evaluate(
+    folder: Path,
+    given: DataSettings | None,
+    radii: Sequence[float],
+    *,
+    steps: int,
+    samples: int | None = None,
+    max_length: int = 128,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Clean accuracy over all test samples, and under PGD over the first `samples` of them (default: all).
+
+    Raises:
+        UserError: the checkpoint is none of this job's, or its test samples are not to be had.
+    """
+    if min(radii) <= 0 or steps < 1 or (samples is not None and samples < 1):
+        raise UserError("--radii must be above 0, --steps and --samples at least 1")
+    quiet(offline=given is None or given.data == data.DEFAULT or Path(given.data).exists())
+    network = load_checkpoint(folder)
+    if torch.cuda.is_available():
+        network.cuda()
+    labels = label_names(network)
+    test = _test_of_run(folder, labels) if given is None else data.load_test(given, labels)
+    tokenizer = tokenizer_of(str(folder))
+    evaluator = Evaluator(network, Tokens(test, tokenizer, max_length), tokenizer, progress)
+    accuracy = measured(evaluator, evaluator.clean(), samples, tuple(radii), steps)
+    return {
+        "checkpoint": str(folder),
+        "data": None if given is None else given.data,
+        "attack": {"method": "PGD", "steps": steps, "norm": "l2", "scope": "sample", "step_size": "radius / 4"},
+        "accuracy": accuracy,
+        "hardware": device_name(str(evaluator.device)),
+        "versions": versions(),
+    }
+
+
+def _test_of_run(folder: Path, labels: list[str]) -> list[Sample]:
+    """The samples that the run of this checkpoint was tested on."""
+    for place in (folder.parent, folder.parent.parent):
+        saved = read_json(place / SETTINGS)
+        if saved is not None:
+            break
+    else:
+        raise UserError(
+            f"{folder} does not lie in the folder of its run, so its test samples are not known: give --data"
+        )
+    samples = data.load(settings_of(saved["settings"]).data, labels)
+    if data.fingerprint(samples.test) != saved["data"]["test_fingerprint"]:
+        raise UserError(
+            f"{samples.settings.data} has changed since the training: its test samples are not the same, and may have "
+            "been trained on. Give --data"
+        )
+    return samples.test
+
+
+def write(result: dict[str, Any], folder: Path) -> list[Path]:
+    """evaluation.json and evaluation.svg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = [folder / "evaluation.json", folder / "evaluation.svg"]
+    write_json(files[0], result)
+    picture = plots.radii({Path(result["checkpoint"]).name: result["accuracy"]}, result["attack"]["steps"])
+    files[1].write_text(picture, encoding="utf-8")
+    return files

@@ -1,0 +1,190 @@
+# mypy: disable-error-code="no-untyped-call"
+"""What a run consists of, checked before anything is trained or written."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import set_seed
+from transformers.utils import logging as transformers_logging
+
+from fastadv.methods import Method
+from fastadv.train import data, model, options
+from fastadv.train.data import DataSettings, Samples, Tokens
+from fastadv.train.errors import UserError
+
+METHOD = "fgm"
+TRAIN_SAMPLES = 3200  # of the default data: two trainings and their evaluations then fit into ten minutes on two cores
+RADII = (0.1, 0.2)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of `fastadv train`."""
+
+    model: str = model.DEFAULT
+    data: DataSettings = field(default_factory=DataSettings)
+    method: str = METHOD
+    max_length: int = 128
+    head_dropout: float = 0.1
+    attack_radii: tuple[float, ...] = RADII
+    attack_steps: int = 10
+    attack_samples: int = 500
+    extra: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Job:
+    """Settings with everything they name, read and checked."""
+
+    settings: Settings
+    model_path: str
+    samples: Samples
+    tokenizer: Any
+    train: Tokens
+    test: Tokens
+    method: type[Method]
+    method_arguments: dict[str, Any]
+    training: dict[str, str | None]
+
+    def arguments(self, folder: Path, **fixed: Any) -> Any:
+        """TrainingArguments for one training."""
+        given = {name: value for name, value in self.training.items() if name not in fixed}
+        if not torch.cuda.is_available():
+            given.setdefault("dataloader_pin_memory", "False")  # else every epoch warns
+        args = options.training_arguments(given, output_dir=folder, disable_tqdm=True, **fixed)
+        # One process trains on one device; nn.DataParallel would run the embedding in several threads at once.
+        args._n_gpu = min(args.n_gpu, 1)
+        return args
+
+    def build(self, seed: int) -> model.MeanPoolClassifier:
+        """The classifier as training finds it: the same for the same seed."""
+        set_seed(seed)
+        return model.build(self.model_path, self.samples.labels, self.settings.head_dropout)
+
+    def adversary(self, network: Any) -> Method:
+        """The method around a model.
+
+        Raises:
+            UserError: the method refuses its arguments.
+        """
+        try:
+            return self.method(network, **self.method_arguments)
+        except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
+            raise UserError(f"{self.method.__name__}: {error}") from None
+
+    def description(self) -> dict[str, Any]:
+        """What settings.json and the report show."""
+        settings = asdict(self.settings)
+        settings.pop("extra")
+        return {
+            **settings,
+            "data": self.samples.description(),
+            "method": self.method.__name__,
+            "method_arguments": self.method_arguments,
+            "training_arguments": {**options.TRAINING, **self.training},
+        }
+
+
+def prepare(settings: Settings) -> Job:
+    """Read and check everything. Nothing is written.
+
+    Raises:
+        UserError: see `data.load`, `model.encoder_config`, `options.split`; and numbers out of range.
+    """
+    _check(settings)
+    quiet(offline=_is_local(settings))
+    method = options.method_class(settings.method)
+    extra = options.split(settings.extra, method, _option_names())
+    folder = model.resolve(settings.model)
+    model.encoder_config(folder)
+    if settings.data.data == data.DEFAULT and settings.data.train_samples is None:
+        settings = replace(settings, data=replace(settings.data, train_samples=TRAIN_SAMPLES))
+    samples = data.load(settings.data)
+    tokenizer = model.tokenizer_of(folder)
+    job = Job(
+        settings,
+        folder,
+        samples,
+        tokenizer,
+        Tokens(samples.train, tokenizer, settings.max_length),
+        Tokens(samples.test, tokenizer, settings.max_length),
+        method,
+        {**options.METHOD_DEFAULTS.get(settings.method.lower(), {}), **extra.method},
+        extra.training,
+    )
+    args = job.arguments(Path("unused"))
+    job.adversary(job.build(args.seed)).close()
+    return job
+
+
+def _check(settings: Settings) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "this command runs in one process; to train in several, use "
+            "fastadv.integrations.transformers.AdversarialTrainer in a script of your own"
+        )
+    for name, value in (("attack-steps", settings.attack_steps), ("attack-samples", settings.attack_samples)):
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1, not {value}")
+    if not settings.attack_radii or min(settings.attack_radii) <= 0:
+        raise UserError("--attack-radii must be one or more numbers above 0, such as 0.1,0.2")
+    if settings.max_length < 3:
+        raise UserError(f"--max-length must be at least 3, not {settings.max_length}")
+    if not 0 <= settings.head_dropout < 1:
+        raise UserError(f"--head-dropout must be at least 0 and below 1, not {settings.head_dropout}")
+    if settings.data.train_samples is not None and settings.data.train_samples < 2:
+        raise UserError(f"--train-samples must be at least 2, not {settings.data.train_samples}")
+
+
+def _is_local(settings: Settings) -> bool:
+    local_data = settings.data.data == data.DEFAULT or Path(settings.data.data).exists()
+    return local_data and (settings.model == model.DEFAULT or Path(settings.model).expanduser().exists())
+
+
+def _option_names() -> list[str]:
+    names = [*Settings.__dataclass_fields__, *DataSettings.__dataclass_fields__]
+    return [*(name for name in names if name != "extra"), "resume", "output_dir"]
+
+
+def quiet(offline: bool = False) -> None:
+    """Leave the terminal to the job; and with everything at hand, do not look for it on the network."""
+    if offline:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a file that is either there as a whole or not at all."""
+    temporary = path.with_suffix(path.suffix + ".tmp")
+    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote; None where there is no such file.
+
+    Raises:
+        UserError: the file is there and is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}): remove it and run again") from None
+
+
+def command_line(arguments: Sequence[str] | None = None) -> str:
+    """The command as its user typed it."""
+    import shlex
+
+    return "fastadv " + shlex.join(sys.argv[1:] if arguments is None else arguments)

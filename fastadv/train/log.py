@@ -1,0 +1,136 @@
+"""What a training shows and keeps while it runs: a JSON Lines log, a progress bar, and a way to stop it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class JsonLines(TrainerCallback):
+    """Appends every row of the Trainer's log to a file, with its phase and the seconds of each step since the last."""
+
+    def __init__(self, path: Path, phase: str) -> None:
+        self.path = path
+        self.phase = phase
+        self._begun = 0.0
+        self._seconds: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._begun = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self._seconds.append(round(time.perf_counter() - self._begun, 5))
+
+    def on_log(
+        self,
+        _args: TrainingArguments,
+        state: TrainerState,
+        _control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        row = {"phase": self.phase, "step": state.global_step, **(logs or {}), "step_seconds": self._seconds}
+        self._seconds = []
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def read_log(path: Path, phase: str | None = None) -> list[dict[str, Any]]:
+    """The rows of a log, or those of one phase. A line cut off by a crash is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if phase is None or row["phase"] == phase:
+                rows.append(row)
+    return rows
+
+
+def rewind(path: Path, phase: str, step: int) -> None:
+    """Drop the rows of `phase` after `step`: a resumed training writes them again."""
+    rows = [row for row in read_log(path) if row["phase"] != phase or row["step"] <= step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
+
+
+class Progress(TrainerCallback):
+    """One bar per training, with the latest losses."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.bar: Any = None
+
+    def on_train_begin(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        interval = 0.1 if sys.stderr.isatty() else 10.0
+        self.bar = tqdm(
+            total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", mininterval=interval
+        )
+
+    def on_step_end(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+        self.bar.update(state.global_step - self.bar.n)
+
+    def on_log(
+        self,
+        _args: TrainingArguments,
+        state: TrainerState,
+        _control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        shown = {name: f"{value:.3f}" for name, value in (logs or {}).items() if name in ("loss", "adv_loss")}
+        if shown and self.bar is not None:
+            self.bar.set_postfix(shown)
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Also after an error, so that its message starts on a line of its own."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+
+class Stop(TrainerCallback):
+    """Ctrl-C (or a termination signal) ends training after the current step, with a checkpoint; a second one at once."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        try:
+            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not the main thread: its owner handles signals
+            self._before = {}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def on_step_end(self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if self.requested:
+            control.should_save = control.should_training_stop = True

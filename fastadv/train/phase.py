@@ -1,0 +1,140 @@
+# mypy: disable-error-code="no-untyped-call"
+"""One training: plain, or with a method. The two of a comparison differ in that alone."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
+from transformers.trainer_utils import get_last_checkpoint
+
+from fastadv.integrations.transformers import AdversarialMixin
+from fastadv.methods import Method
+from fastadv.train.data import LengthGrouped, Tokens
+from fastadv.train.errors import Interrupted
+from fastadv.train.evaluate import Evaluator
+from fastadv.train.job import Job
+from fastadv.train.log import JsonLines, Progress, Stop, read_log, rewind
+from fastadv.train.memory import PeakMemory
+from fastadv.train.model import MeanPoolClassifier, check_same_model
+
+PLAIN, ADVERSARIAL = "plain", "adversarial"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training took."""
+
+    steps: int
+    seconds_per_step: float  # the median
+    peak_memory: int  # bytes
+    device: str
+
+
+class PlainTrainer(Trainer):
+    """`Trainer`, with batches whose order follows from seed and epoch alone."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        data = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy == "group_by_length" and isinstance(data, Tokens):
+            size = self.args.train_batch_size
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return LengthGrouped(data.lengths(), size, seed)
+        return super()._get_train_sampler(train_dataset)
+
+
+class AdversarialPhaseTrainer(AdversarialMixin, PlainTrainer):
+    """The same, adversarially."""
+
+
+def train(
+    job: Job,
+    title: str,
+    folder: Path,
+    log: Path,
+    adversary: Callable[[nn.Module], Method] | None,
+    *,
+    resume: bool = False,
+    **fixed: Any,
+) -> tuple[MeanPoolClassifier, Cost]:
+    """Train one model; its checkpoints go to `folder`, its rows to `log`. `fixed`: TrainingArguments that are set.
+
+    Raises:
+        Interrupted: the user stopped it, after a checkpoint was saved.
+        UserError: the checkpoint to resume from is of another model.
+    """
+    args = job.arguments(folder, **fixed)
+    model = job.build(args.seed)
+    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
+    if checkpoint is not None:
+        check_same_model(Path(checkpoint), model)
+    rewind(log, title, 0 if checkpoint is None else int(checkpoint.rpartition("-")[2]))
+    progress, stop = Progress(title), Stop()
+    common: dict[str, Any] = {
+        "model": model,
+        "args": args,
+        "train_dataset": job.train,
+        "processing_class": job.tokenizer,
+        "data_collator": DataCollatorWithPadding(job.tokenizer),
+        "callbacks": [JsonLines(log, title), progress, stop],
+    }
+    trainer = PlainTrainer(**common) if adversary is None else AdversarialPhaseTrainer(**common, adversary=adversary)
+    trainer.remove_callback(PrinterCallback)
+    try:
+        with stop, PeakMemory(args.device) as memory:
+            trainer.train(resume_from_checkpoint=checkpoint)
+    finally:
+        progress.close()
+    if stop.requested and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(f"{title}: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}")
+    seconds = [value for row in read_log(log, title) for value in row["step_seconds"]]
+    return model, Cost(trainer.state.global_step, statistics.median(seconds), memory.peak, str(args.device))
+
+
+def measure(job: Job, model: MeanPoolClassifier, *, progress: bool = True) -> list[dict[str, Any]]:
+    """Accuracy over all test samples, then under the attack at each radius over the first of them."""
+    evaluator = Evaluator(model, job.test, job.tokenizer, progress)
+    right = evaluator.clean()
+    return measured(evaluator, right, job.settings.attack_samples, job.settings.attack_radii, job.settings.attack_steps)
+
+
+def measured(
+    evaluator: Evaluator, right: list[int], samples: int | None, radii: tuple[float, ...], steps: int
+) -> list[dict[str, Any]]:
+    """The clean accuracy, and those of the radii, as result.json has them."""
+    from fastadv.train.evaluate import Accuracy
+
+    total = len(evaluator.data)
+    attacked = total if samples is None else min(samples, total)
+    clean = Accuracy(0.0, len(right), total)
+    first = [index for index in right if index < attacked]
+    return [accuracy.as_dict() for accuracy in [clean, *evaluator.attacked(first, attacked, radii, steps)]]
+
+
+def cost_dict(cost: Cost) -> dict[str, Any]:
+    """For JSON."""
+    return asdict(cost)
+
+
+def device_name(device: str) -> str:
+    """The hardware that trained."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(torch.device(device))
+    threads = torch.get_num_threads()
+    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,81 @@
+"""Pictures for the report: SVG text, to be put into a page as it is."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from typing import Any, cast
+
+import matplotlib as mpl
+
+mpl.use("svg")
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+COLOURS = {"plain": "#6b7280", "adversarial": "#1d5fbf", "attacked": "#c2410c"}
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#9ca3af",
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "svg.fonttype": "path",  # the page must look the same without this machine's fonts
+}
+
+
+def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
+    """Training losses against steps: of both trainings, and the adversarial one of the second."""
+
+    def draw(axes: Axes) -> None:
+        for phase, key, colour, style, name in (
+            ("plain", "loss", COLOURS["plain"], "-", "plain training"),
+            ("adversarial", "loss", COLOURS["adversarial"], "-", f"{method}: without perturbation"),
+            ("adversarial", "adv_loss", COLOURS["attacked"], "--", f"{method}: at its perturbation"),
+        ):
+            points = [(row["step"], row[key]) for row in rows if row["phase"] == phase and key in row]
+            if points:
+                marker = "o" if len(points) == 1 else None
+                axes.plot(*zip(*points, strict=True), color=colour, ls=style, lw=1.6, marker=marker, label=name)
+        axes.set(xlabel="step", ylabel="training loss")
+        axes.set_ylim(bottom=0)
+        if axes.lines:
+            axes.legend()
+
+    return _svg(draw, "losses")
+
+
+def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
+    """Accuracy against the radius of the attack, with 95 % intervals."""
+
+    def draw(axes: Axes) -> None:
+        for index, (name, cells) in enumerate(models.items()):
+            x = [cell["radius"] for cell in cells]
+            y = [100 * cell["accuracy"] for cell in cells]
+            below = [100 * (cell["accuracy"] - cell["low"]) for cell in cells]
+            above = [100 * (cell["high"] - cell["accuracy"]) for cell in cells]
+            colour = (COLOURS["plain"], COLOURS["adversarial"])[index % 2]
+            if len(models) == 1:
+                colour = COLOURS["adversarial"]
+            axes.errorbar(x, y, yerr=[below, above], color=colour, lw=1.6, marker="o", ms=4, capsize=3, label=name)
+        axes.set(xlabel=f"radius of the PGD-{steps} attack (l2 norm per sample)", ylabel="accuracy, %")
+        axes.set_ylim(0, 102)
+        axes.set_xticks(sorted({cell["radius"] for cells in models.values() for cell in cells}))
+        axes.legend()
+
+    return _svg(draw, "radii")
+
+
+def _svg(draw: Any, salt: str) -> str:
+    with mpl.rc_context(cast("Any", {**STYLE, "svg.hashsalt": salt})):
+        figure = Figure(figsize=(5.6, 3.6), layout="constrained")
+        draw(figure.add_subplot())
+        file = io.StringIO()
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = file.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    return text[text.index("<svg") :]

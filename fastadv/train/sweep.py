@@ -1,0 +1,111 @@
+"""Which radius helps, and what it costs: the same training under many settings of the methods, and plainly."""
+
+from __future__ import annotations
+
+import itertools
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastadv.train import options, phase
+from fastadv.train.errors import UserError
+from fastadv.train.job import Job, Settings, prepare, read_json, write_json
+
+Point = tuple[str, dict[str, Any]]
+
+
+def points(tries: Sequence[str]) -> list[Point]:
+    """`"fgm epsilon=0.1,0.2 scope=sample"` is two settings: every combination of the values.
+
+    Raises:
+        UserError: an unknown method, a parameter that it does not have, or no value.
+    """
+    found: list[Point] = []
+    for text in tries:
+        name, *assignments = text.split()
+        accepted = options.parameters(options.method_class(name))
+        values: list[list[tuple[str, Any]]] = []
+        for assignment in assignments:
+            key, _, listed = assignment.partition("=")
+            key = key.removeprefix("--").replace("-", "_")
+            if key not in accepted:
+                raise UserError(f"--try {text!r}: {name} has no parameter {key!r}; it takes {', '.join(accepted)}")
+            if not listed:
+                raise UserError(f"--try {text!r}: give {key} a value, or several with commas between")
+            values.append([(key, options.literal(one)) for one in listed.split(",")])
+        found += [(name.lower(), dict(chosen)) for chosen in itertools.product(*values)]
+    return found
+
+
+def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], output: Path, command: str) -> dict[str, Any]:
+    """Train and measure plainly and with every setting, seed by seed; finished ones in `output` are kept.
+
+    `output` (JSON) is written after each training.
+    """
+    grid: list[Point] = [("plain", {}), *points(tries)]
+    first = next((point for point in grid[1:]), None)
+    job = prepare(settings if first is None else replace(settings, method=first[0]))
+    result = read_json(output) or {"command": command, "job": job.description(), "runs": []}
+    for seed, (name, arguments) in itertools.product(seeds, grid):
+        done = any((one["method"], one["arguments"], one["seed"]) == (name, arguments, seed) for one in result["runs"])
+        if not done:
+            result["runs"].append(_one(job, name, arguments, seed))
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_json(output, result)
+    return dict(result)
+
+
+def _one(job: Job, name: str, arguments: dict[str, Any], seed: int) -> dict[str, Any]:
+    title = label(name, arguments) + f", seed {seed}"
+    build = None
+    if name != "plain":
+        mine = replace(job, method=options.method_class(name), method_arguments=arguments)
+        mine.adversary(job.build(seed)).close()
+        build = mine.adversary
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder) / "log.jsonl"
+        model, cost = phase.train(job, title, Path(folder), log, build, seed=seed, save_strategy="no")
+        accuracy = phase.measure(job, model)
+    return {
+        "method": name,
+        "arguments": arguments,
+        "seed": seed,
+        "seconds_per_step": cost.seconds_per_step,
+        "steps": cost.steps,
+        "accuracy": accuracy,
+    }
+
+
+def label(name: str, arguments: dict[str, Any]) -> str:
+    """A setting on one line."""
+    return " ".join([name, *(f"{key}={value}" for key, value in arguments.items())])
+
+
+def summary(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per setting: the means over its seeds, and the difference of clean accuracy to plain training's.
+
+    The difference is taken seed by seed, over the seeds that both have.
+    """
+    runs = list(runs)
+    plain = {one["seed"]: one["accuracy"][0]["accuracy"] for one in runs if one["method"] == "plain"}
+    rows = []
+    for name in dict.fromkeys(label(one["method"], one["arguments"]) for one in runs):
+        mine = [one for one in runs if label(one["method"], one["arguments"]) == name]
+        columns = zip(*(one["accuracy"] for one in mine), strict=True)
+        differences = [one["accuracy"][0]["accuracy"] - plain[one["seed"]] for one in mine if one["seed"] in plain]
+        rows.append(
+            {
+                "setting": name,
+                "seeds": [one["seed"] for one in mine],
+                "accuracy": {cells[0]["radius"]: _mean([cell["accuracy"] for cell in cells]) for cells in columns},
+                "difference": _mean(differences) if differences else None,
+                "seconds_per_step": _mean([one["seconds_per_step"] for one in mine]),
+            }
+        )
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

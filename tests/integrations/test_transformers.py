@@ -1,0 +1,347 @@
+"""The Trainer against loops written by hand, which know nothing of fastadv."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import fastadv
+from fastadv.integrations.transformers import AdversarialMixin, AdversarialTrainer
+
+EPSILON, RATE = 0.7, 0.1
+Loss = Callable[[nn.Module, dict[str, Tensor], int], Tensor]
+
+
+class Classifier(BertForSequenceClassification):
+    """Takes no **kwargs, so that the Trainer does the scaling for gradient accumulation."""
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
+
+
+def bert() -> Classifier:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=3,
+        initializer_range=0.2,
+    )
+    return Classifier(config)
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=16,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config)
+
+
+def samples(count: int, *, language: bool = False) -> list[dict[str, Tensor]]:
+    """Padded rows of 9 tokens, of which 4 to 9 are real."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for index in range(count):
+        real = 4 + index % 6
+        mask = (torch.arange(9) < real).long()
+        ids = torch.randint(1, 40, (9,), generator=generator) * mask
+        labels = torch.where(mask.bool(), ids, -100) if language else torch.tensor(index % 3)
+        rows.append({"input_ids": ids, "attention_mask": mask, "labels": labels})
+    return rows
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    """SGD on two rows a batch in the given order, so that a hand-written loop sees the same."""
+    common: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 1,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+    }
+    return TrainingArguments(**{**common, **changes})
+
+
+def sample_scope(model: Any) -> fastadv.Method:
+    return fastadv.FGM(model, epsilon=EPSILON, scope="sample")
+
+
+def train(model: nn.Module, folder: Path, data: list[Any], *, kind: Any = AdversarialTrainer, **changes: Any) -> Any:
+    named = {name: changes.pop(name) for name in ("adversary", "compute_loss_func", "callbacks") if name in changes}
+    named.setdefault("adversary", sample_scope)
+    trainer = kind(model=model, args=arguments(folder, **changes), train_dataset=data, **named)
+    trainer.train()
+    return trainer
+
+
+def by_hand(model: Any, rows: list[dict[str, Tensor]], loss: Loss, accumulate: int = 1, start: int = 0) -> list[float]:
+    """FGM as the paper writes it, one direction per micro-batch; returns the adversarial loss of each step."""
+    table, added = model.get_input_embeddings(), {"delta": None}
+    handle = table.register_forward_hook(
+        lambda module, inputs, output: output if added["delta"] is None else output + added["delta"]
+    )
+    batches = [rows[i : i + 2] for i in range(0, len(rows), 2)]
+    history = []
+    model.train()
+    for number, begin in enumerate(range(0, len(batches), accumulate)):
+        micro = [
+            {name: torch.stack([row[name] for row in batch]) for name in batch[0]}
+            for batch in batches[begin : begin + accumulate]
+        ]
+        count = sum(int((batch["labels"][..., 1:] != -100).sum()) for batch in micro if batch["labels"].dim() == 2)
+        total = 0.0
+        for batch in micro:
+            divisor = count or len(micro)
+            delta = torch.zeros(*batch["input_ids"].shape, 32, requires_grad=True)
+            added["delta"] = delta
+            loss(model, batch, divisor).backward()
+            if number >= start:
+                gradient = delta.grad * batch["attention_mask"].unsqueeze(-1)
+                norms = gradient.flatten(1).norm(dim=1)[:, None, None]
+                added["delta"] = EPSILON * gradient / norms
+                adversarial = loss(model, batch, divisor)
+                adversarial.backward()
+                total += adversarial.item()
+        added["delta"] = None
+        history.append(total)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= RATE * parameter.grad
+        model.zero_grad()
+    handle.remove()
+    return history
+
+
+def classify(model: Any, batch: dict[str, Tensor], divisor: int, smoothing: float = 0.0) -> Tensor:
+    """The mean cross entropy over a micro-batch, divided by the number of micro-batches."""
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    return F.cross_entropy(logits.float(), batch["labels"], label_smoothing=smoothing) / divisor
+
+
+def assert_same(got: nn.Module, want: nn.Module, tolerance: float = 2e-6) -> None:
+    start = bert().state_dict()
+    for (name, a), b in zip(got.state_dict().items(), want.state_dict().values(), strict=True):
+        assert float((a - b).abs().max()) <= tolerance, name
+        if name == "classifier.weight":
+            assert float((a - start[name]).abs().max()) > 1e-3, "nothing was trained"
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_one_direction_per_micro_batch(tmp_path: Path, accumulate: int) -> None:
+    """Ten rows are five micro-batches: with three a step, the second step has only two."""
+    model, want = bert(), bert()
+    trainer = train(model, tmp_path, samples(10), gradient_accumulation_steps=accumulate)
+    history = by_hand(want, samples(10), classify, accumulate)
+    assert_same(model, want)
+    logged = [row["adv_loss"] for row in trainer.state.log_history if "adv_loss" in row]
+    assert logged == pytest.approx(history, abs=2e-6)
+
+
+def test_label_smoothing_takes_the_labels_in_every_pass(tmp_path: Path) -> None:
+    model, want = bert(), bert()
+    train(model, tmp_path, samples(8), label_smoothing_factor=0.2)
+    by_hand(want, samples(8), lambda m, b, d: classify(m, b, d, smoothing=0.2))
+    assert_same(model, want)
+
+
+def test_loss_over_all_tokens_of_a_step(tmp_path: Path) -> None:
+    """A causal model divides by `num_items_in_batch`: the tokens of all micro-batches, not each one's own."""
+
+    def loss(model: Any, batch: dict[str, Tensor], divisor: int) -> Tensor:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        shifted = logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
+        return F.cross_entropy(*shifted, ignore_index=-100, reduction="sum") / divisor
+
+    model, want = llama(), llama()
+    train(model, tmp_path, samples(8, language=True), gradient_accumulation_steps=2)
+    by_hand(want, samples(8, language=True), loss, accumulate=2)
+    assert_same(model, want)
+
+
+def test_compute_loss_func(tmp_path: Path) -> None:
+    def mine(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        return 3 * F.cross_entropy(outputs.logits, labels)
+
+    model, want = bert(), bert()
+    train(model, tmp_path, samples(8), gradient_accumulation_steps=2, compute_loss_func=mine)
+    by_hand(want, samples(8), lambda m, b, d: 3 * classify(m, b, 1), accumulate=2)
+    assert_same(model, want)
+
+
+def test_bf16(tmp_path: Path) -> None:
+    def loss(model: Any, batch: dict[str, Tensor], divisor: int) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return F.cross_entropy(logits.float(), batch["labels"]) / divisor
+
+    model, want, full = bert(), bert(), bert()
+    train(model, tmp_path, samples(4), bf16=True)
+    by_hand(want, samples(4), loss)
+    by_hand(full, samples(4), classify)
+    assert_same(model, want, 2e-3)
+    assert float((model.classifier.weight - full.classifier.weight).abs().max()) > 1e-5, "autocast was off"
+
+
+def test_start_step_counts_optimizer_steps(tmp_path: Path) -> None:
+    model, want = bert(), bert()
+    adversary = (fastadv.FGM, {"epsilon": EPSILON, "scope": "sample", "start_step": 1})
+    trainer = train(model, tmp_path, samples(12), gradient_accumulation_steps=3, adversary=adversary)
+    by_hand(want, samples(12), classify, accumulate=3, start=1)
+    assert_same(model, want)
+    assert trainer.adversary.attacked == 3
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert ["adv_loss" in row for row in rows] == [False, True]
+
+
+def test_log(tmp_path: Path) -> None:
+    trainer = train(bert(), tmp_path, samples(8), logging_steps=2)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert row["adv_loss"] > row["loss"]
+        assert row["adv_norm"] == pytest.approx(EPSILON, rel=1e-5)
+        assert row["adv_skipped"] == 0
+
+
+def test_mixin_with_a_subclass_of_trainer(tmp_path: Path) -> None:
+    class Doubled(Trainer):
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+            loss = super().compute_loss(model, inputs, **kwargs)
+            return (2 * loss, {}) if return_outputs else 2 * loss
+
+    class Mine(AdversarialMixin, Doubled):
+        pass
+
+    model, want = bert(), bert()
+    train(model, tmp_path, samples(6), kind=Mine)
+    by_hand(want, samples(6), lambda m, b, d: 2 * classify(m, b, d))
+    assert_same(model, want)
+
+
+def test_compiled_model_that_was_evaluated_before(tmp_path: Path) -> None:
+    model, want = bert(), bert()
+    args = arguments(tmp_path, torch_compile_backend="aot_eager", remove_unused_columns=False)
+    trainer = AdversarialTrainer(
+        model=model, args=args, train_dataset=samples(6), eval_dataset=samples(2), adversary=sample_scope
+    )
+    try:
+        trainer.evaluate()
+        trainer.train()
+    finally:
+        torch.compiler.reset()
+    by_hand(want, samples(6), classify)
+    assert_same(model, want, 1e-5)
+
+
+def test_pgd_keeps_inside_its_ball(tmp_path: Path) -> None:
+    adversary = (fastadv.PGD, {"epsilon": 0.5, "step_size": 0.3, "steps": 3, "scope": "sample"})
+    trainer = train(bert(), tmp_path, samples(4), adversary=adversary)
+    norms = [row["adv_norm"] for row in trainer.state.log_history if "adv_norm" in row]
+    assert len(norms) == 2
+    assert all(0.3 < norm <= 0.5 + 1e-5 for norm in norms)
+
+
+class Broken(TrainerCallback):
+    """Fails in the middle of a training."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            raise RuntimeError("no more")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_model_is_left_without_interception(tmp_path: Path, fails: bool) -> None:
+    model = bert()
+    outcome = pytest.raises(RuntimeError, match="no more") if fails else contextlib.nullcontext()
+    with outcome:
+        train(model, tmp_path, samples(8), callbacks=[Broken()] if fails else [])
+    for module in model.modules():
+        assert "forward" not in vars(module)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+
+
+def test_a_run_without_an_attack_warns(tmp_path: Path) -> None:
+    adversary = (fastadv.FGM, {"start_step": 100})
+    with pytest.warns(UserWarning, match="start_step=100"):
+        train(bert(), tmp_path, samples(4), adversary=adversary)
+
+
+def test_attach_gets_the_optimizer(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    class Attached(fastadv.FGM):
+        def attach(self, optimizer: Any) -> None:
+            seen.append(optimizer)
+
+    trainer = train(bert(), tmp_path, samples(4), adversary=(Attached, {"epsilon": 0.1}))
+    assert seen == [trainer.optimizer]
+
+
+def test_training_twice_starts_a_method_each_time(tmp_path: Path) -> None:
+    model, want = bert(), bert()
+    trainer = train(model, tmp_path, samples(4))
+    first = trainer.adversary
+    trainer.train()
+    assert trainer.adversary is not first
+    by_hand(want, samples(4), classify)
+    by_hand(want, samples(4), classify)
+    assert_same(model, want)
+
+
+@pytest.mark.parametrize("adversary", ["fgm", (fastadv.FGM,), None, (fastadv.FGM, {}, {})])
+def test_what_is_no_adversary(tmp_path: Path, adversary: Any) -> None:
+    with pytest.raises(TypeError, match="a method class with its arguments"):
+        AdversarialTrainer(model=bert(), args=arguments(tmp_path), adversary=adversary)
+
+
+def test_lomo_and_data_parallel_are_refused(tmp_path: Path) -> None:
+    trainer = AdversarialTrainer(model=bert(), args=arguments(tmp_path), adversary=sample_scope)
+    trainer.args.optim = "adalomo"
+    with pytest.raises(ValueError, match="during backward"):
+        trainer.begin_adversary()
+    trainer.args.optim = "sgd"
+    trainer.model_wrapped = nn.DataParallel(trainer.model)
+    with pytest.raises(ValueError, match="torchrun"):
+        trainer.begin_adversary()
+    assert "forward" not in vars(trainer.model.get_input_embeddings())

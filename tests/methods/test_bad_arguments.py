@@ -1,0 +1,138 @@
+"""Bad arguments of FGM and PGD get an error that says what to do, and nothing changes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from torch import nn
+
+import fastadv
+from tests.models import TinyModel
+from tests.support import batch, refused, seeded, snapshot
+
+METHODS = [fastadv.FGM, fastadv.PGD]
+
+
+def tiny() -> TinyModel:
+    """A model with gradients from before, so that a change to them shows."""
+    model = seeded(TinyModel)
+    model(**batch()).loss.backward()
+    return model
+
+
+NUMBERS = [
+    pytest.param({"epsilon": -1.0}, ValueError, ["epsilon", "at least 0", "-1"], id="epsilon-negative"),
+    pytest.param({"epsilon": math.nan}, ValueError, ["epsilon", "finite"], id="epsilon-nan"),
+    pytest.param({"epsilon": math.inf}, ValueError, ["epsilon", "finite"], id="epsilon-inf"),
+    pytest.param({"epsilon": "1"}, TypeError, ["epsilon", "number"], id="epsilon-str"),
+    pytest.param({"epsilon": True}, TypeError, ["epsilon", "number"], id="epsilon-bool"),
+    pytest.param({"norm": "l1"}, ValueError, ["norm", "'l2'", "'linf'", "'l1'"], id="norm"),
+    pytest.param({"scope": "sentence"}, ValueError, ["scope", "'table'", "'token'", "'sentence'"], id="scope"),
+    pytest.param({"dropout": "none"}, ValueError, ["dropout", "'fresh'", "'same'", "'off'"], id="dropout"),
+    pytest.param({"tied": "head"}, ValueError, ["tied", "'lookup'", "'both'"], id="tied"),
+    pytest.param({"tied": "both"}, NotImplementedError, ["tied='lookup'"], id="tied-both"),
+    pytest.param({"clean_weight": -0.5}, ValueError, ["clean_weight", "at least 0"], id="clean-weight"),
+    pytest.param({"clean_weight": math.nan}, ValueError, ["clean_weight", "finite"], id="clean-weight-nan"),
+    pytest.param({"adv_weight": math.inf}, ValueError, ["adv_weight", "finite"], id="adv-weight-inf"),
+    pytest.param({"every": 0}, ValueError, ["every", "at least 1"], id="every"),
+    pytest.param({"start_step": -1}, ValueError, ["start_step", "at least 0"], id="start-step"),
+    pytest.param({"random_start": -0.1}, ValueError, ["random_start", "at least 0"], id="start-negative"),
+    pytest.param({"random_start": math.nan}, ValueError, ["random_start", "finite"], id="start-nan"),
+    pytest.param({"random_start": "yes"}, TypeError, ["random_start", "callable"], id="start-str"),
+]
+PGD_NUMBERS = [
+    pytest.param({"step_size": -0.3}, ValueError, ["step_size", "at least 0"], id="step-size-negative"),
+    pytest.param({"step_size": math.nan}, ValueError, ["step_size", "finite"], id="step-size-nan"),
+    pytest.param({"step_size": math.inf}, ValueError, ["step_size", "finite"], id="step-size-inf"),
+    pytest.param({"step_size": None}, TypeError, ["step_size", "number"], id="step-size-none"),
+    pytest.param({"steps": 0}, ValueError, ["steps", "at least 1"], id="steps-0"),
+    pytest.param({"steps": -2}, ValueError, ["steps", "at least 1"], id="steps-negative"),
+    pytest.param({"steps": 2.5}, TypeError, ["steps", "whole number"], id="steps-float"),
+    pytest.param({"steps": True}, TypeError, ["steps", "whole number"], id="steps-bool"),
+    pytest.param(
+        {"random_start": True, "epsilon": None},
+        ValueError,
+        ["random_start", "epsilon", "magnitude"],
+        id="start-no-ball",
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "phrases"), NUMBERS)
+@pytest.mark.parametrize("method", METHODS)
+def test_arguments(method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
+    model = tiny()
+    refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
+
+
+@pytest.mark.parametrize(("options", "error", "phrases"), PGD_NUMBERS)
+def test_arguments_of_pgd(options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
+    model = tiny()
+    refused(model, lambda: fastadv.PGD(model, embedding=model.word_embeddings, **options), error, *phrases)
+
+
+def test_fgm_needs_an_epsilon() -> None:
+    model = tiny()
+    refused(model, lambda: fastadv.FGM(model, embedding=model.word_embeddings, epsilon=None), ValueError, "epsilon")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_unknown_argument_is_an_error(method: Any) -> None:
+    model = tiny()
+    refused(model, lambda: method(model, embedding=model.word_embeddings, radius=1.0), TypeError, "radius")
+
+
+@pytest.mark.parametrize("method", METHODS)
+class TestEmbedding:
+    """None, several, or not the one that was named: the candidates are listed."""
+
+    def test_several(self, method: Any) -> None:
+        model = tiny()
+        names = ["bert.embeddings.word_embeddings", "bert.embeddings.position_embeddings"]
+        refused(model, lambda: method(model), ValueError, "embedding=", *names)
+
+    def test_none(self, method: Any) -> None:
+        model = nn.Sequential(nn.Linear(3, 3))
+        refused(model, lambda: method(model), ValueError, "no nn.Embedding", "embedding=")
+
+    def test_no_such_name(self, method: Any) -> None:
+        model = tiny()
+        refused(
+            model, lambda: method(model, embedding="words"), ValueError, "'words'", "bert.embeddings.word_embeddings"
+        )
+
+    def test_an_ambiguous_name(self, method: Any) -> None:
+        model = nn.ModuleDict(
+            {"a": nn.ModuleDict({"e": nn.Embedding(3, 2)}), "b": nn.ModuleDict({"e": nn.Embedding(3, 2)})}
+        )
+        refused(model, lambda: method(model, embedding="e"), ValueError, "a.e", "b.e")
+
+    @pytest.mark.parametrize("choice", [7, [], [3]], ids=str)
+    def test_something_else(self, method: Any, choice: Any) -> None:
+        model = tiny()
+        refused(model, lambda: method(model, embedding=choice), TypeError, "embedding=", "name")
+
+    def test_a_module_of_another_model(self, method: Any) -> None:
+        model, other = tiny(), tiny()
+
+        def step() -> None:
+            adv = method(model, embedding=other.word_embeddings)
+            adv.backward(lambda: model(**batch()).loss)
+
+        before = snapshot(other)
+        with pytest.raises((ValueError, RuntimeError), match="embedding"):
+            step()
+        assert before.keys() == snapshot(other).keys()
+
+    @pytest.mark.parametrize("scope", ["table", "row"])
+    def test_a_table_scope_without_a_table(self, method: Any, scope: str) -> None:
+        model = tiny()
+        refused(
+            model,
+            lambda: method(model, embedding="bert.embeddings.LayerNorm", scope=scope),
+            ValueError,
+            scope,
+            "'sample'",
+        )

@@ -1,0 +1,90 @@
+"""Options that come from a method's signature and from TrainingArguments."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import fastadv
+from fastadv.train import options
+from fastadv.train.errors import UserError
+
+
+def test_methods_are_those_that_fastadv_exports() -> None:
+    assert options.methods()["fgm"] is fastadv.FGM
+    assert options.methods()["pgd"] is fastadv.PGD
+    assert "method" not in options.methods()
+
+
+def test_parameters_are_the_signatures() -> None:
+    pgd, fgm = options.parameters(fastadv.PGD), options.parameters(fastadv.FGM)
+    assert {"epsilon", "step_size", "steps", "norm", "scope", "random_start", "clean_weight", "every"} <= set(pgd)
+    assert pgd["step_size"].default == 0.3
+    assert not {"step_size", "steps"} & set(fgm), "FGM decides these itself"
+    assert not {"model", "backward", "scaler"} & set(pgd)
+
+
+def test_split() -> None:
+    given = [
+        "--epsilon",
+        "0.5",
+        "--scope=token",
+        "--learning-rate",
+        "3e-5",
+        "--bf16",
+        "--random-start",
+        "--max_steps",
+        "4",
+    ]
+    found = options.split(given, fastadv.PGD)
+    assert found.method == {"epsilon": 0.5, "scope": "token", "random_start": True}
+    assert found.training == {"learning_rate": "3e-5", "bf16": None, "max_steps": "4"}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("0.5", 0.5), ("1e-3", 1e-3), ("none", None), ("True", True), ("l2", "l2"), (None, True)],
+)
+def test_literal(text: str | None, value: object) -> None:
+    assert options.literal(text) == value
+    assert type(options.literal(text)) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--epsilom", "1"], "there is no option --epsilom: did you mean --epsilon?"),
+        (["--steps", "3"], "--steps is no parameter of FGM (of PGD); it takes --epsilon"),
+        (["--xyzzy"], "there is no option --xyzzy: see"),
+        (["--epsilon", "1", "2"], "'2' belongs to no option"),
+        (["--eval-strategy", "epoch"], "--eval-strategy is decided by this job"),
+        (["--backward", "x"], "there is no option --backward"),
+    ],
+)
+def test_split_errors(given: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        options.split(given, fastadv.FGM)
+    assert message in str(caught.value)
+
+
+def test_training_arguments(tmp_path: Path) -> None:
+    args = options.training_arguments({"num_train_epochs": "2", "use_cpu": None}, output_dir=tmp_path)
+    assert (args.num_train_epochs, args.use_cpu, args.learning_rate) == (2.0, True, 1e-4)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"learning_rate": "fast"}, "invalid float value: 'fast'"),
+        ({"lr_scheduler_type": "zigzag"}, "zigzag"),
+        ({"warmup_steps": "-1"}, "warmup_steps"),
+        ({"learning_rate": None}, "expected one argument"),
+    ],
+)
+def test_training_arguments_errors(tmp_path: Path, given: dict[str, str | None], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        options.training_arguments(given, output_dir=tmp_path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
