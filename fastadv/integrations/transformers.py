@@ -36,8 +36,8 @@ else:
 class AdversarialMixin(_Trainer):
     """Trains adversarially what a Trainer or a subclass of it trains: `class T(AdversarialMixin, SomeTrainer)`.
 
-    Every micro-batch is attacked by itself, so gradient accumulation changes no direction. `start_step` and `every` count
-    optimizer steps (`state.global_step`). The method is made when training begins, around the wrapped model (DDP,
+    Every micro-batch is attacked by itself, so gradient accumulation changes no direction. `start_step` and `every`
+    count optimizer steps (`state.global_step`). The method is made when training begins, around the wrapped model (DDP,
     torch.compile, PEFT), and taken out of the model when training ends, with an error or without.
 
     The Trainer's log gets `adv_loss` (scaled as `loss` is), `adv_norm` (mean norm of the perturbations) and

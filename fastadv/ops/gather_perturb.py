@@ -35,6 +35,7 @@ def fake(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None)
 
 
 _reason = native.reason()
+_unchecked = "compiled, but not yet checked on a GPU" if native.cuda_compiled() else "not compiled"
 OP = Op(
     "gather_perturb",
     "(Tensor weight, Tensor ids, Tensor? delta, Tensor? slot) -> Tensor",
@@ -42,7 +43,7 @@ OP = Op(
     fake=fake,
     backends=[
         Backend("C++", "cpu", None if _reason else native_gather_perturb, _reason),
-        Backend("CUDA C++", "cuda", None, native.cuda_reason() or "compiled, but not yet checked on a GPU"),
+        Backend("CUDA C++", "cuda", None, _unchecked),
     ],
 )
 

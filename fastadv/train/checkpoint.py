@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fastadv.train import data, plots
+from fastadv.train import data, phase, plots
 from fastadv.train.compare import SETTINGS, settings_of, versions
 from fastadv.train.data import DataSettings, Sample, Tokens
 from fastadv.train.errors import UserError
@@ -36,9 +36,7 @@ def evaluate(
     if min(radii) <= 0 or steps < 1 or (samples is not None and samples < 1):
         raise UserError("--radii must be above 0, --steps and --samples at least 1")
     quiet(offline=given is None or given.data == data.DEFAULT or Path(given.data).exists())
-    network = load_checkpoint(folder)
-    if torch.cuda.is_available():
-        network.cuda()
+    network = phase.place(load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu")
     labels = label_names(network)
     test = _test_of_run(folder, labels) if given is None else data.load_test(given, labels)
     tokenizer = tokenizer_of(str(folder))

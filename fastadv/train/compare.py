@@ -61,7 +61,7 @@ def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
         write_json(mine / DONE, record)
         _forget_checkpoints(job, mine)
     elif "accuracy" not in record:
-        network = load_checkpoint(mine).to(record["cost"]["device"])
+        network = phase.place(load_checkpoint(mine), record["cost"]["device"])
     if "accuracy" not in record:
         record["accuracy"] = phase.measure(job, network)
         write_json(mine / DONE, record)

@@ -25,6 +25,6 @@ def loading(what: str, advice: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # what loaders raise depends on the file that they are given
+    except Exception as error:  # noqa: BLE001 - what a loader raises depends on the file it is given
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{what} ({lines[0]}): {advice}") from None

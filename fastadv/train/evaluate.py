@@ -79,7 +79,7 @@ class Evaluator:
     def attacked(self, right: Sequence[int], total: int, radii: Sequence[float], steps: int) -> list[Accuracy]:
         """Accuracy under PGD at each radius, over `total` samples of which `right` are right without an attack.
 
-        The ball is each sample's: the l2 norm over its tokens. PGD starts at zero and takes `steps` steps of radius / 4.
+        The ball is each sample's: the l2 norm over its tokens. PGD starts at zero, and takes steps of radius / 4.
         A sample that is wrong already needs no attack, and what an attack of a smaller radius found lies inside the
         larger ball too: both count as wrong, and only the others are attacked.
         """

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG002 - transformers decides what its callbacks are given
 """What a training shows and keeps while it runs: a JSON Lines log, a progress bar, and a way to stop it."""
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ class JsonLines(TrainerCallback):
 
     def on_log(
         self,
-        _args: TrainingArguments,
+        args: TrainingArguments,
         state: TrainerState,
-        _control: TrainerControl,
+        control: TrainerControl,
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
@@ -75,20 +76,20 @@ class Progress(TrainerCallback):
         self.title = title
         self.bar: Any = None
 
-    def on_train_begin(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         interval = 0.1 if sys.stderr.isatty() else 10.0
         self.bar = tqdm(
             total=state.max_steps, initial=state.global_step, desc=self.title, unit="step", mininterval=interval
         )
 
-    def on_step_end(self, _args: TrainingArguments, state: TrainerState, _control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(
         self,
-        _args: TrainingArguments,
+        args: TrainingArguments,
         state: TrainerState,
-        _control: TrainerControl,
+        control: TrainerControl,
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
@@ -107,7 +108,7 @@ class Progress(TrainerCallback):
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C (or a termination signal) ends training after the current step, with a checkpoint; a second one at once."""
+    """Ctrl-C (or a termination signal) ends training after the current step, with a checkpoint; again: at once."""
 
     def __init__(self) -> None:
         self.requested = False
@@ -131,6 +132,6 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
         self.requested = True
 
-    def on_step_end(self, _args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.requested:
             control.should_save = control.should_training_stop = True

