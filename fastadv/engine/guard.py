@@ -61,10 +61,11 @@ class Guard:
 
     def _save(self, device: torch.device) -> _Saved:
         modules = list(self.model.modules())
+        known, self._constants = self._constants, {}
         return _Saved(
             [self._save_gradient(parameter) for parameter in self.model.parameters()],
             [
-                _Buffer(module, name, buffer, self._copy(buffer))
+                _Buffer(module, name, buffer, self._copy(buffer, known))
                 for module in modules
                 for name, buffer in module._buffers.items()
                 if buffer is not None
@@ -77,17 +78,18 @@ class Guard:
         grad = parameter.grad
         return _Gradient(parameter, grad, grad.clone() if grad is not None and self.atomic else None)
 
-    def _copy(self, buffer: Tensor) -> Tensor:
-        """A copy; kept from step to step for integer buffers (position ids, causal masks), whose version counter tells.
+    def _copy(self, buffer: Tensor, known: dict[int, _Constant]) -> Tensor:
+        """A copy; of an integer buffer (position ids, causal masks), the last step's if its version has not moved.
 
         Batch norm writes its running statistics without counting, so floating-point buffers are copied every time.
         """
         if buffer.is_floating_point():
-            return buffer.clone()
-        known = self._constants.get(id(buffer))
-        if known is None or known.buffer is not buffer or known.version != buffer._version:
-            known = self._constants[id(buffer)] = _Constant(buffer, buffer._version, buffer.clone())
-        return known.copy
+            return _distinct(buffer).clone()
+        constant = known.get(id(buffer))
+        if constant is None or constant.buffer is not buffer or constant.version != buffer._version:
+            constant = _Constant(buffer, buffer._version, _distinct(buffer).clone())
+        self._constants[id(buffer)] = constant
+        return constant.copy
 
     @torch.no_grad()
     def _restore(self, saved: _Saved, device: torch.device) -> None:
@@ -97,7 +99,15 @@ class Guard:
                 grad.copy_(grad_copy)
         for module, name, buffer, copy in saved.buffers:
             module._buffers[name] = buffer
-            buffer.copy_(copy)
+            _distinct(buffer).copy_(copy)
         for module, training in saved.modes:
             module.training = training
         rng.restore(saved.rng, device)
+
+
+def _distinct(buffer: Tensor) -> Tensor:
+    """`buffer` without repetitions of the same memory: an expanded one cannot be copied to."""
+    for dim, stride in enumerate(buffer.stride()):
+        if stride == 0:
+            buffer = buffer.narrow(dim, 0, min(1, buffer.shape[dim]))
+    return buffer

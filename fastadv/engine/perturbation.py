@@ -84,7 +84,7 @@ class PositionPerturbation(Perturbation):
     def norm(self, kind: str) -> Tensor:
         """Over the groups of all calls."""
         leading = {"batch": 0, "sample": 1, "token": -1}[self.scope]
-        norms = [_norms(call.delta.detach(), leading, kind) for call in self.site.calls if call.delta.numel()]
+        norms = [_norms(call.delta.detach(), leading, kind) for call in self.site.calls]
         return _mean_of_nonzero(norms)
 
 
@@ -190,6 +190,9 @@ def _masked_gradient(call: Call) -> Tensor:
 
 
 def _norms(delta: Tensor, leading: int, kind: str) -> Tensor:
+    """The norm of each group, which the first `leading` dimensions index (-1: all but the last)."""
+    if delta.numel() == 0:
+        return delta.new_zeros(0)
     groups = delta.reshape(1, -1) if leading == 0 else delta.flatten(0, leading - 1 if leading > 0 else -2).flatten(1)
     return l2_norm(groups) if kind == "l2" else groups.abs().amax(dim=1, keepdim=True)
 

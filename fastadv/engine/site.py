@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Size, Tensor, nn
 
+OTHER_BATCH = "the closure must run the same batch in every pass of a step, but the embedding's calls differ"
+
 Masks = Tensor | Sequence[Tensor | None] | None
 
 
@@ -37,6 +39,7 @@ class Site:
         self.fused = fused
         self.padding: list[int | None] = [getattr(module, "padding_idx", None) for module in modules]
         self.live = False
+        self.settled = False  # a pass of this step has shown how often the embedding is called, and on what
         self.searching = True  # a pass that records; False where a found perturbation is only applied
         self.probing = False  # no parameter's gradient is wanted
         self.recomputing = False
@@ -54,7 +57,7 @@ class Site:
         The last step's buffers serve again where the masks have their shape. Where there is none yet and the shape is
         known, one is made now: a compiled model must find it ready, or its graph would break where one is made.
         """
-        self.masks, self.started = masks, None
+        self.masks, self.started, self.settled = masks, None, False
         for index, call in enumerate(self.calls):
             mask = self.given_mask(index)
             if mask is not None and mask.shape != call.delta.shape[:-1]:
@@ -84,7 +87,12 @@ class Site:
         self.cursor, self.without_grad, self.live = 0, False, True
 
     def end_forward(self) -> None:
-        """Forget calls that this forward did not make; find the masks that follow from ids."""
+        """After the first pass: forget calls that it did not make, and find the masks that follow from ids."""
+        if self.settled:
+            if self.cursor != len(self.calls):
+                raise RuntimeError(f"{OTHER_BATCH}: {self.cursor} calls, and before {len(self.calls)}")
+            return
+        self.settled = True
         del self.calls[self.cursor :]
         for call in self.calls:
             if call.mask is None and call.ids is not None:
@@ -151,6 +159,9 @@ class Site:
                 f"no perturbation was found for an embedding call of shape {tuple(shape)}: inside `perturbed`, run the "
                 "model on the batch that the closure ran it on"
             )
+        if self.settled:
+            before = ", ".join(str(tuple(call.delta.shape)) for call in self.calls)
+            raise RuntimeError(f"{OTHER_BATCH}: {tuple(shape)} in call {index}, and before {before}")
         mask = self._mask(index, shape, ids, module)
         call = Call(new_delta(shape, dtype, device), mask, ids, module)
         del self.calls[index:]

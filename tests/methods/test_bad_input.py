@@ -177,8 +177,8 @@ def test_reentrant_checkpointing(clean_weight: float, whole: bool) -> None:
         refused(model, lambda: adv.backward(lambda: model(**data)), RuntimeError, "use_reentrant=False")
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (2, 7), (4, 8)], ids=str)
-@pytest.mark.parametrize("scope", ["table", "row", "batch", "sample", "token"])
+@pytest.mark.parametrize("shape", [(4, 5), (2, 7)], ids=str)
+@pytest.mark.parametrize("scope", ["table", "sample"])
 @pytest.mark.parametrize("method", METHODS)
 def test_a_closure_that_runs_another_batch_in_another_pass(method: Any, scope: str, shape: tuple[int, int]) -> None:
     """A closure that draws from the loader: the perturbation of one batch says nothing about the next."""

@@ -42,6 +42,7 @@ class Trap:
         with self.inside() if now and self.place == "forward" else contextlib.nullcontext():
             output = self.model(self.data["input_ids"], self.data["labels"])
         if now and self.place == "after":
+            self.model.still.train()  # as if it failed between changing a mode and changing it back
             raise self.error
         if now and self.place == "backward":
             output.logits.register_hook(self.fail)
