@@ -53,7 +53,7 @@ def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
     if isinstance(choice, (str, nn.Module)):
         return [_chosen(model, choice)]
     if isinstance(choice, Sequence) and choice:
-        return [_chosen(model, one) for one in choice]
+        return list(dict.fromkeys(_chosen(model, one) for one in choice))  # named twice, it is perturbed once
     raise TypeError(f"embedding= takes a module's name, a module, or a sequence of these, not {choice!r}")
 
 
@@ -89,9 +89,10 @@ def _chosen(model: nn.Module, choice: str | nn.Module) -> nn.Module:
     if not isinstance(choice, str):
         raise TypeError(f"embedding= takes names and modules, not {choice!r}")
     inner = unwrap(model)
-    found: dict[str, nn.Module] = {name: part for name, part in inner.named_modules() if name == choice}
-    found = found or {name: part for name, part in inner.named_modules() if name.endswith("." + choice)}
-    if len(found) == 1:
+    named: dict[str, nn.Module] = dict(inner.named_modules(remove_duplicate=False))  # a shared module has several names
+    found = {choice: named[choice]} if choice in named else {}
+    found = found or {name: part for name, part in named.items() if name.endswith("." + choice)}
+    if len(set(found.values())) == 1:
         return next(iter(found.values()))
     problem = f"several modules are called {choice!r}: {', '.join(found)}"
     if not found:

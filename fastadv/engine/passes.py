@@ -72,6 +72,11 @@ class Engine:
         self.scaler = scaler
         self.compiled = embeddings.is_compiled(model)
         self.parallel = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), None)
+        if self.parallel is not None and self.parallel.static_graph:
+            raise ValueError(
+                "DistributedDataParallel(static_graph=True) expects the same backward in every pass, and the passes of "
+                "a step differ: wrap the model without static_graph"
+            )
         self.first: Pass | None = None
         self._busy = False
         self._draw: Start | None = None
@@ -175,7 +180,10 @@ class Engine:
     def ascend(self, rule: Rule) -> None:
         """One step of the perturbation up the gradient that the last pass left."""
         if all(call.grad is None for call in self.site.calls):
-            raise RuntimeError("the loss does not depend on the perturbed embedding's output: it has no gradient there")
+            raise RuntimeError(
+                "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, "
+                "or the function given as backward= ran no backward"
+            )
         self.perturbation.ascend(rule)
 
     def apply(self) -> None:

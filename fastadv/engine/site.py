@@ -57,6 +57,8 @@ class Site:
         The last step's buffers serve again where the masks have their shape. Where there is none yet and the shape is
         known, one is made now: a compiled model must find it ready, or its graph would break where one is made.
         """
+        if not all(mask is None or isinstance(mask, Tensor) for mask in _each(masks)):
+            raise TypeError(f"mask must be a tensor, or a sequence of tensors and None, not {masks!r}")
         self.masks, self.started, self.settled = masks, None, False
         for index, call in enumerate(self.calls):
             mask = self.given_mask(index)
@@ -185,6 +187,10 @@ def new_delta(shape: Size | tuple[int, ...], dtype: torch.dtype, device: torch.d
     """A zero perturbation in the dtype that perturbations have: float32, or float64 for float64."""
     wide = torch.promote_types(dtype, torch.float32)
     return torch.zeros(shape, dtype=wide, device=device, requires_grad=True)
+
+
+def _each(masks: object) -> Sequence[object]:
+    return masks if isinstance(masks, (list, tuple)) else [masks]
 
 
 def _fits(delta: Tensor, shape: Size, dtype: torch.dtype, device: torch.device) -> bool:

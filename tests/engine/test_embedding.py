@@ -68,3 +68,10 @@ def test_errors_say_what_to_do(model: nn.Module, choice: object, error: type[Exc
     with pytest.raises(error) as caught:
         find(model, choice)  # type: ignore[arg-type]
     assert all(phrase in str(caught.value) for phrase in phrases)
+
+
+def test_a_shared_module_by_any_of_its_names_and_once() -> None:
+    model = Two()
+    model.alias = nn.ModuleDict({"tokens": model.words})
+    assert find(model, "alias.tokens") == find(model, "tokens") == [model.words]
+    assert find(model, ["words", "alias.tokens", model.words]) == [model.words]

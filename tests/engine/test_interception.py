@@ -189,3 +189,18 @@ def test_a_probe_computes_no_gradient_of_the_table() -> None:
         adv.backward(lambda: model(IDS))
     dense = [event.count for event in profile.key_averages() if event.key == "aten::embedding_dense_backward"]
     assert dense == [2], "one in each full pass, none in the two probes"
+
+
+def test_a_mask_that_is_no_tensor() -> None:
+    model = Model(nn.Embedding(7, 4))
+    adv = fastadv.FGM(model)
+    for mask in (IDS.numpy(), [IDS.tolist()], "mask"):
+        with pytest.raises(TypeError, match="mask must be a tensor"):
+            adv.backward(lambda: model(IDS), mask=mask)  # type: ignore[arg-type]
+
+
+def test_a_backward_that_runs_none() -> None:
+    model = Model(nn.Embedding(7, 4))
+    adv = fastadv.FGM(model, backward=lambda loss: None)
+    with pytest.raises(RuntimeError, match="backward= ran no backward"):
+        adv.backward(lambda: model(IDS))
