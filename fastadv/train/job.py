@@ -57,7 +57,8 @@ class Job:
     def arguments(self, folder: Path, **fixed: Any) -> Any:
         """TrainingArguments for one training."""
         given = {name: value for name, value in self.training.items() if name not in fixed}
-        if not torch.cuda.is_available():
+        if not torch.accelerator.is_available():
+            given.setdefault("use_cpu", "True")  # else bf16 is refused
             given.setdefault("dataloader_pin_memory", "False")  # else every epoch warns
         args = options.training_arguments(given, output_dir=folder, disable_tqdm=True, **fixed)
         # One process trains on one device; nn.DataParallel would run the embedding in several threads at once.

@@ -26,8 +26,8 @@ TAKEN = {
 # Parameters of a method where this job wants others than the method's own: a ball around each sample, so that the
 # strength does not depend on the batch, and the radius that the sweep in docs/training.md chose.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "fgm": {"epsilon": 0.2, "scope": "sample"},
-    "pgd": {"epsilon": 0.2, "step_size": 0.1, "steps": 3, "scope": "sample"},
+    "fgm": {"epsilon": 0.1, "scope": "sample"},
+    "pgd": {"epsilon": 0.1, "step_size": 0.05, "steps": 3, "scope": "sample"},
 }
 
 # TrainingArguments of this job where it wants other defaults than transformers.

@@ -47,11 +47,15 @@ def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], output: 
     grid: list[Point] = [("plain", {}), *points(tries)]
     first = next((point for point in grid[1:]), None)
     job = prepare(settings if first is None else replace(settings, method=first[0]))
-    result = read_json(output) or {"command": command, "job": job.description(), "runs": []}
+    common = {name: value for name, value in job.description().items() if not name.startswith("method")}
+    fresh = {"command": command, "job": common, "runs": []}
+    result = read_json(output) or fresh
     for seed, (name, arguments) in itertools.product(seeds, grid):
         done = any((one["method"], one["arguments"], one["seed"]) == (name, arguments, seed) for one in result["runs"])
         if not done:
-            result["runs"].append(_one(job, name, arguments, seed))
+            finished = _one(job, name, arguments, seed)
+            result = read_json(output) or fresh  # another process may have added to it
+            result["runs"].append(finished)
             output.parent.mkdir(parents=True, exist_ok=True)
             write_json(output, result)
     return dict(result)

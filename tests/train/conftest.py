@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModel, BertConfig, BertTokenizer
 
-GOOD = "fine bright warm lovely clever brisk".split()
-BAD = "dull grey cold dreary clumsy slow".split()
-PLAIN = "the a film story scene actor and with was is of in".split()
+GOOD = ["fine", "bright", "warm", "lovely", "clever", "brisk"]
+BAD = ["dull", "grey", "cold", "dreary", "clumsy", "slow"]
+PLAIN = ["the", "a", "film", "story", "scene", "actor", "and", "with", "was", "is", "of", "in"]
 
 
 @pytest.fixture(scope="session")
@@ -61,3 +61,10 @@ def write_csv(path: Path, rows: list[tuple[str, str]], header: tuple[str, str] =
 def table(tmp_path: Path) -> Path:
     """120 labelled texts as CSV."""
     return write_csv(tmp_path / "texts.csv", texts(120))
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test runs in a folder of its own, as one process."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)

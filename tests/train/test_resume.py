@@ -1,0 +1,90 @@
+"""A run that was interrupted, and goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastadv.train import phase
+from fastadv.train.cli import main
+from fastadv.train.log import Stop, read_log
+from tests.train.command import FAST, main_ok, refused, train
+
+
+@pytest.mark.parametrize("stopped_in", ["plain", "adversarial"])
+def test_an_interrupted_run_goes_on_where_it_was(
+    encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopped_in: str
+) -> None:
+    """With dropout and two epochs: the models are bit for bit those of a run that nobody stopped."""
+    whole = train(encoder, table, "whole")
+
+    at_step = Stop.on_step_end
+
+    def interrupt(self: Stop, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        if Path(args.output_dir).name == stopped_in and state.global_step == 4:
+            self._stop(2, None)  # what Ctrl-C calls
+        at_step(self, args, state, control, **rest)
+
+    command = ["train", "--model", str(encoder), "--data", str(table), "--output-dir", "broken", *FAST]
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "on_step_end", interrupt)
+        with pytest.raises(SystemExit) as left:
+            main(command)
+    assert left.value.code == 130
+    message = capsys.readouterr().err
+    assert f"{stopped_in}: stopped after step 4 of 9" in message
+    assert "fastadv train --resume --output-dir broken" in message
+    assert "an unfinished run: --resume continues it" in refused(capsys, *command)
+    assert "leave out --epsilon" in refused(capsys, "train", "--resume", "--output-dir", "broken", "--epsilon", "1")
+    main_ok("train", "--resume", "--output-dir", "broken")
+    for name in ("plain", "adversarial"):
+        a, b = (load_file(run / name / "model.safetensors") for run in (whole, Path("broken")))
+        assert all(torch.equal(a[key], b[key]) for key in a), name
+        rows = [
+            [(r["step"], r["loss"]) for r in read_log(run / "log.jsonl", name) if "loss" in r]
+            for run in (whole, Path("broken"))
+        ]
+        assert set(rows[0]) - set(rows[1]) <= {rows[0][0]}, "one interval was logged in two parts"
+        seconds = [s for row in read_log(Path("broken/log.jsonl"), name) for s in row["step_seconds"]]
+        assert len(seconds) == 9
+
+
+def test_resume_measures_a_model_that_is_trained_already(
+    encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(phase, "measure", interrupted)
+        with pytest.raises(SystemExit) as left:
+            main(["train", "--model", str(encoder), "--data", str(table), "--output-dir", "runs/a", *FAST])
+    assert left.value.code == 130
+    weights = Path("runs/a/plain/model.safetensors")
+    before = weights.stat().st_mtime_ns
+    main_ok("train", "--resume")
+    assert weights.stat().st_mtime_ns == before
+    assert json.loads(Path("runs/a/result.json").read_text())["models"]["adversarial"]["accuracy"]
+
+
+def test_resume_with_a_checkpoint_of_another_model(
+    encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    at_step = Stop.on_step_end
+
+    def interrupt(self: Stop, args: Any, state: Any, control: Any, **rest: Any) -> None:
+        self.requested = True
+        at_step(self, args, state, control, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "on_step_end", interrupt)
+        with pytest.raises(SystemExit):
+            main(["train", "--model", str(encoder), "--data", str(table), "--output-dir", "run", *FAST])
+    config = Path("run/plain/checkpoint-1/config.json")
+    config.write_text(json.dumps({"model_type": "bert"}))
+    assert "a checkpoint of another model (bert)" in refused(capsys, "train", "--resume", "--output-dir", "run")
