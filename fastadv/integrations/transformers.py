@@ -5,7 +5,7 @@
 ...     model=model,
 ...     args=args,
 ...     train_dataset=data,
-...     adversary=(fastadv.PGD, {"epsilon": 0.2, "step_size": 0.1, "scope": "sample"}),
+...     adversary=(fastadv.PGD, {"epsilon": 0.1, "step_size": 0.05, "scope": "sample"}),
 ... )
 >>> trainer.train()  # doctest: +SKIP
 """
@@ -44,7 +44,7 @@ class AdversarialMixin(_Trainer):
     `adv_skipped` (groups that took no step, since the start), read from the device once per logging interval.
 
     Args:
-        adversary: a method class and its arguments, `(fastadv.FGM, {"epsilon": 0.2})`, or a callable that takes the
+        adversary: a method class and its arguments, `(fastadv.FGM, {"epsilon": 0.1})`, or a callable that takes the
             model and returns the method.
         *args, **kwargs: what the Trainer takes.
 
@@ -222,7 +222,7 @@ def _factory(adversary: Adversary) -> Callable[[nn.Module], Method]:
         build, arguments = adversary
         return lambda model: build(model, **arguments)
     raise TypeError(
-        "adversary= takes a method class with its arguments, (fastadv.FGM, {'epsilon': 0.2}), "
+        "adversary= takes a method class with its arguments, (fastadv.FGM, {'epsilon': 0.1}), "
         f"or a callable that takes the model and returns a method, not {adversary!r}"
     )
 

@@ -48,8 +48,8 @@ def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], output: 
     first = next((point for point in grid[1:]), None)
     job = prepare(settings if first is None else replace(settings, method=first[0]))
     common = {name: value for name, value in job.description().items() if not name.startswith("method")}
-    fresh = {"command": command, "job": common, "runs": []}
-    result = read_json(output) or fresh
+    fresh: dict[str, Any] = {"command": command, "job": common, "runs": []}
+    result: dict[str, Any] = read_json(output) or fresh
     for seed, (name, arguments) in itertools.product(seeds, grid):
         done = any((one["method"], one["arguments"], one["seed"]) == (name, arguments, seed) for one in result["runs"])
         if not done:
@@ -58,7 +58,7 @@ def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], output: 
             result["runs"].append(finished)
             output.parent.mkdir(parents=True, exist_ok=True)
             write_json(output, result)
-    return dict(result)
+    return result
 
 
 def _one(job: Job, name: str, arguments: dict[str, Any], seed: int) -> dict[str, Any]:
