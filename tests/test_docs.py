@@ -67,3 +67,28 @@ def test_files_stay_short() -> None:
     sources = [*(ROOT / "fastadv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "csrc").glob("*.*")]
     long = {source.name: count for source in sources if (count := len(source.read_text().splitlines())) > 300}
     assert not long
+
+
+def test_the_readme_shows_what_the_committed_run_measured() -> None:
+    readme = (ROOT / "README.md").read_text()
+    models = json.loads((ROOT / "docs/results/train.json").read_text())["models"]
+    plain, adversarial = (models[phase]["accuracy"] for phase in ("plain", "adversarial"))
+    for one, other in zip(plain, adversarial, strict=True):
+        cells = [f"{100 * a['accuracy']:.1f} [{100 * a['low']:.1f}, {100 * a['high']:.1f}]" for a in (one, other)]
+        difference = 100 * (other["accuracy"] - one["accuracy"])
+        assert f"| {cells[0]} | {cells[1]} | {difference:+.1f} points |" in readme
+
+
+def test_the_sweep_table_shows_what_the_committed_sweep_measured() -> None:
+    page = (ROOT / "docs/training.md").read_text()
+    settings: dict[str, list[list[float]]] = {}
+    for run in json.loads((ROOT / "docs/results/sweep.json").read_text())["runs"]:
+        values = " ".join(f"{name}={value}" for name, value in run["arguments"].items())
+        name = f"{run['method']} {values}".strip()
+        settings.setdefault(name, []).append([100 * a["accuracy"] for a in run["accuracy"]])
+    for name, runs in settings.items():
+        row = next(
+            line for line in page.splitlines() if line.startswith("|") and line.split("|")[1].strip(" *`") == name
+        )
+        for column in zip(*runs, strict=True):
+            assert f"| {sum(column) / len(column):.1f} |" in row, (name, row)
