@@ -1,14 +1,9 @@
 // gather_perturb on the CPU: OpenMP over rows, the inner loop left to the vectoriser.
 #include "gather_perturb.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "parallel.h"
 
 namespace fastadv {
 namespace {
-
-constexpr std::int64_t kGrain = 32768;  // elements below which another thread costs more than it brings
 
 template <class T>
 FASTADV_HD void rows_of(const GatherPerturb<T>& op, std::int64_t begin, std::int64_t end) {
@@ -38,29 +33,14 @@ OutOfRange first_out_of_range(const GatherPerturb<T>& op) {
   return {-1, -1};
 }
 
-template <class T>
-void parallel(const GatherPerturb<T>& op, int threads) {
-#ifdef _OPENMP
-  if (threads > 1 && op.count > 1 && op.count * op.dim > kGrain) {
-#pragma omp parallel num_threads(threads)
-    {
-      const std::int64_t parts = omp_get_num_threads(), part = omp_get_thread_num();
-      run(op, op.count * part / parts, op.count * (part + 1) / parts);
-    }
-    return;
-  }
-#endif
-  (void)threads;
-  run(op, 0, op.count);
-}
-
 }  // namespace
 
 OutOfRange gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
   OutOfRange bad{-1, -1};
   call.visit([&](const auto& op) {
     bad = first_out_of_range(op);
-    if (bad.id_at < 0 && bad.slot_at < 0) parallel(op, threads);
+    if (bad.id_at >= 0 || bad.slot_at >= 0) return;
+    parallel(op.count, op.dim, threads, [&](std::int64_t begin, std::int64_t end) { run(op, begin, end); });
   });
   return bad;
 }
