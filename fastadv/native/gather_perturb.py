@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from fastadv.native import checks
 
@@ -22,7 +25,7 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
         weight: [V, D], float32, float64, bfloat16 or float16; rows may be strided, elements of a row may not.
         ids: any shape, int64 or int32.
         delta: float32 (float64 for a float64 weight), contiguous: [*ids.shape, D], or [R, D] with `slot`; or None.
-        slot: int64, of the shape of `ids`: which row of `delta` each position takes; or None.
+        slot: int64, of the shape of `ids`: which row of `delta` each position takes, -1 for none; or None.
 
     Returns:
         [*ids.shape, D] in the weight's dtype, contiguous.
@@ -42,14 +45,15 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
     """
     extension = checks.extension_for(OP, weight)
     table = checks.address(OP, "weight", weight)
-    _check_weight(weight)
-    ids = _check_indices("ids", ids, weight.device)
+    code = checks.dtype_code(OP, "weight", weight)
+    checks.adjacent(OP, "weight", weight)
+    ids = checks.indices(OP, "ids", ids, weight.device)
     slot = _check_slot(slot, ids, delta)
     if delta is not None:
         _check_delta(delta, weight, ids, slot)
     out = weight.new_empty((*ids.shape, weight.shape[1]))
     call = extension.GatherPerturbCall(
-        checks.dtype_code(OP, "weight", weight),
+        code,
         table,
         weight.stride(0),
         weight.shape[0],
@@ -70,6 +74,75 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
     return out
 
 
+def gather_perturb_backward(
+    grad: Tensor, passes: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
+) -> None:
+    r"""Add to a table's gradient what the passes over a batch bring to its rows, in place.
+
+    .. math:: grad[id_s] \mathrel{+}= \sum_p \sum_{i = starts_s}^{starts_{s+1} - 1} passes_p[order_i],
+        \quad id_s = ids[order[starts_s]]
+
+    Args:
+        grad: [V, D], one of the four dtypes; rows may be strided. Mutated; its version counter moves.
+        passes: each [N, D], in the dtype of `grad` or in the one it is computed in; rows may be strided.
+        ids: [N] int64 or int32.
+        order, starts: [N] and [S + 1] int64, as `segments` makes them.
+        padding_idx: this row gets nothing; -1: none such.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device that does not fit.
+        IndexError: an index that points outside; nothing has been written then (on the CPU).
+        RuntimeError: the extension is not there for this device.
+    """
+    op = f"{OP}_backward"
+    extension = checks.extension_for(op, grad)
+    table, code = checks.address(op, "grad", grad), checks.dtype_code(op, "grad", grad)
+    checks.adjacent(op, "grad", grad)
+    ids, order, starts = (
+        checks.indices(op, name, tensor, grad.device)
+        for name, tensor in (("ids", ids), ("order", order), ("starts", starts))
+    )
+    if order.shape != ids.shape or ids.dim() != 1 or starts.dim() != 1 or len(starts) == 0:
+        raise ValueError(f"{op}: ids and order must be [N] and starts [S + 1], not {ids.shape}, {order.shape}, {starts.shape}")
+    for each in passes:
+        _check_pass(op, each, passes[0], grad, len(ids))
+    if not passes:
+        return
+    addresses = torch.tensor([checks.address(op, "a pass", each) for each in passes])
+    strides = torch.tensor([each.stride(0) for each in passes])
+    call = extension.GatherPerturbBackwardCall(
+        code,
+        checks.dtype_code(op, "a pass", passes[0]),
+        table,
+        grad.stride(0),
+        grad.shape[0],
+        addresses.data_ptr(),
+        strides.data_ptr(),
+        len(passes),
+        len(ids),
+        ids.data_ptr(),
+        order.data_ptr(),
+        starts.data_ptr(),
+        len(starts) - 1,
+        grad.shape[1],
+        padding_idx,
+    )
+    extension.gather_perturb_backward_cpu(call, torch.get_num_threads())
+    increment_version(grad)
+
+
+def _check_pass(op: str, each: Tensor, first: Tensor, grad: Tensor, count: int) -> None:
+    checks.same_device(op, "a pass", each, grad.device)
+    if each.dtype not in (grad.dtype, checks.compute_dtype(grad.dtype)) or each.dtype != first.dtype:
+        raise TypeError(
+            f"{op}: passes must all be {grad.dtype} or all {checks.compute_dtype(grad.dtype)} for this table, "
+            f"but one is {each.dtype}"
+        )
+    if each.shape != (count, grad.shape[1]):
+        raise ValueError(f"{op}: a pass has shape {tuple(each.shape)}, but ids and grad give {(count, grad.shape[1])}")
+    checks.adjacent(op, "a pass", each)
+
+
 def check(device: torch.device) -> None:
     """Waits for `device` and raises IndexError if a call there met an index out of range; clears the mark.
 
@@ -88,27 +161,6 @@ def _flag(device: torch.device) -> Tensor:
     if device.index not in _flags:
         _flags[device.index] = torch.zeros(1, dtype=torch.int32, device=device)
     return _flags[device.index]
-
-
-def _check_weight(weight: Tensor) -> None:
-    checks.dtype_code(OP, "weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"{OP}: weight must be a table [V, D], but has shape {tuple(weight.shape)}")
-    if weight.shape[1] > 1 and weight.stride(1) != 1:
-        raise ValueError(
-            f"{OP}: the elements of a row of weight must be adjacent (inner stride 1), but the strides are "
-            f"{weight.stride()}; pass weight.contiguous()"
-        )
-
-
-def _check_indices(name: str, indices: Tensor, device: torch.device) -> Tensor:
-    checks.same_device(OP, name, indices, device)
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{OP}: {name} must be int64 or int32, but is {indices.dtype}")
-    if indices.dtype == torch.int64 and indices.is_contiguous():
-        return indices
-    # A copy does no harm here: indices are small, and only read.
-    return indices.to(torch.int64).contiguous()
 
 
 def _check_slot(slot: Tensor | None, ids: Tensor, delta: Tensor | None) -> Tensor | None:

@@ -132,6 +132,7 @@ def ascend(
     ball: str,
     group: int,
     mask: Tensor | None = None,
+    weight=None, ids=None, slot=None, embedded=None,
     fused: bool | None = None,
 ) -> None:
     """Move `delta` one step up `grad`, in place; see the module's formula.
@@ -143,6 +144,11 @@ def ascend(
     run = OP.choose(delta.device.type, fused)
     with torch.no_grad():
         run(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group)
+        if weight is not None:
+            from fastadv.ops import gather_perturb as gp
+            import sys
+            gp = sys.modules["fastadv.ops.gather_perturb"]
+            embedded.copy_(gp.eager(weight, ids, delta, slot))
 
 
 def _check(delta: Tensor, grad: Tensor, mask: Tensor | None, direction: str, ball: str, group: int) -> None:
