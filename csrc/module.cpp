@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "ascend.h"
 #include "gather_perturb.h"
 
 #ifdef FASTADV_WITH_CUDA
@@ -13,6 +14,7 @@ namespace py = pybind11;
 
 namespace {
 
+using fastadv::AscendCall;
 using fastadv::GatherPerturbCall;
 
 constexpr bool kCuda =
@@ -36,6 +38,21 @@ void gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
   const auto indices = [](std::uintptr_t address) { return reinterpret_cast<const std::int64_t*>(address); };
   if (bad.id_at >= 0) refuse("id", indices(call.ids), bad.id_at, "a table", call.rows);
   if (bad.slot_at >= 0) refuse("slot", indices(call.slot), bad.slot_at, "a perturbation", call.slots);
+}
+
+void ascend_cpu(const AscendCall& call, const GatherPerturbCall* embedding, int threads) {
+  fastadv::OutOfRange bad;
+  {
+    py::gil_scoped_release unlocked;
+    bad = fastadv::ascend_cpu(call, embedding, threads);
+  }
+  const auto error = [](const char* what, std::uintptr_t indices, std::int64_t at, std::int64_t rows) {
+    const std::int64_t index = reinterpret_cast<const std::int64_t*>(indices)[at];
+    return py::index_error(std::string("ascend: ") + what + " " + std::to_string(index) + " at position " +
+                           std::to_string(at) + " is out of range for " + std::to_string(rows) + " rows");
+  };
+  if (bad.id_at >= 0) throw error("id", embedding->ids, bad.id_at, embedding->rows);
+  if (bad.slot_at >= 0) throw error("slot", embedding->slot, bad.slot_at, embedding->slots);
 }
 
 #ifdef FASTADV_WITH_CUDA
@@ -70,6 +87,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return GatherPerturbCall{dtype, weight, row_stride, rows, ids, delta, slot, slots, out, count, dim};
       }));
   m.def("gather_perturb_cpu", &gather_perturb_cpu);
+  py::class_<AscendCall>(m, "AscendCall")
+      .def(py::init([](int dtype, std::uintptr_t delta, std::uintptr_t grad, std::int64_t grad_stride,
+                       std::uintptr_t mask, std::int64_t groups, std::int64_t rows, std::int64_t dim, double step,
+                       double epsilon, int direction, int ball, std::uintptr_t skipped) {
+        return AscendCall{dtype, delta, grad, grad_stride, mask, groups, rows, dim, step, epsilon, direction, ball,
+                          skipped};
+      }));
+  m.def("ascend_cpu", &ascend_cpu);
 #ifdef FASTADV_WITH_CUDA
   m.def("gather_perturb_cuda", &gather_perturb_cuda);
   m.def("cuda_problem", &cuda_problem);
