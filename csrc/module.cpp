@@ -3,6 +3,7 @@
 
 #include <string>
 
+#include "ascend.h"
 #include "gather_perturb.h"
 #include "segment_sum.h"
 
@@ -14,6 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
+using fastadv::AscendCall;
 using fastadv::GatherPerturbBackwardCall;
 using fastadv::GatherPerturbCall;
 using fastadv::SegmentsCall;
@@ -72,6 +74,16 @@ void segments_cpu(const SegmentsCall& call) {
   if (bad >= 0) refuse("segments", "id", indices(call.ids), bad, "a table", call.vocabulary);
 }
 
+void ascend_cpu(const AscendCall& call, const GatherPerturbCall* embedding, int threads) {
+  fastadv::OutOfRange bad;
+  {
+    py::gil_scoped_release unlocked;
+    bad = fastadv::ascend_cpu(call, embedding, threads);
+  }
+  if (bad.id_at >= 0) refuse("ascend", "id", indices(embedding->ids), bad.id_at, "a table", embedding->rows);
+  if (bad.slot_at >= 0) refuse("ascend", "slot", indices(embedding->slot), bad.slot_at, "delta", embedding->slots);
+}
+
 #ifdef FASTADV_WITH_CUDA
 void gather_perturb_cuda(const GatherPerturbCall& call, int device, std::uintptr_t stream, std::uintptr_t flag) {
   const char* error;
@@ -125,6 +137,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return SegmentsCall{ids, mask, count, vocabulary, slot, order, starts, stops, rows};
       }));
   m.def("gather_perturb_cpu", &gather_perturb_cpu);
+  py::class_<AscendCall>(m, "AscendCall")
+      .def(py::init([](int dtype, std::uintptr_t delta, std::uintptr_t grad, std::int64_t grad_stride,
+                       std::uintptr_t mask, std::int64_t groups, std::int64_t rows, std::int64_t dim, double step,
+                       double epsilon, int direction, int ball, std::uintptr_t skipped) {
+        return AscendCall{dtype, delta, grad, grad_stride, mask, groups, rows, dim, step, epsilon, direction, ball,
+                          skipped};
+      }));
+  m.def("ascend_cpu", &ascend_cpu);
   m.def("gather_perturb_backward_cpu", &gather_perturb_backward_cpu);
   m.def("segment_sum_cpu", &segment_sum_cpu);
   m.def("segments_cpu", &segments_cpu);

@@ -16,6 +16,9 @@ direction  d(g), per group                  ball       projection, per group
 `mask` [...] marks what exists: elsewhere there is no gradient. Reductions are in float32 (float64 for float64), and
 scaled, so that gradients of 1e30 and 1e-30 give right directions. A group without a gradient takes no step; one whose
 gradient is not finite takes no step and is counted in `skipped` (int64, 0-d). Nothing waits for the device.
+
+With `weight`, `ids` and `embedded`, the same call writes the next forward's input: gather_perturb's W[ids] + delta, or
+W[ids] + delta[slot] with nothing added where slot is -1.
 """
 
 from __future__ import annotations
@@ -23,9 +26,13 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastadv.ops.dispatch import Op
+from fastadv import native
+from fastadv.native.ascend import ascend as native_ascend
+from fastadv.ops import gather_perturb
+from fastadv.ops.dispatch import Backend, Op
 
 DIRECTIONS = ("l2", "sign", "max")
 BALLS = ("l2", "linf", "unit", "none")
@@ -41,10 +48,29 @@ def eager(
     direction: str,
     ball: str,
     group: int,
+    weight: Tensor | None = None,
+    ids: Tensor | None = None,
+    slot: Tensor | None = None,
+    embedded: Tensor | None = None,
 ) -> None:
     """The op in plain PyTorch."""
-    if delta.numel() == 0:
-        return
+    if delta.numel() > 0:
+        _move(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group)
+    if weight is not None and ids is not None and embedded is not None:
+        embedded.copy_(gather_perturb.eager(weight, ids, delta, slot))
+
+
+def _move(
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    skipped: Tensor,
+    step_size: float,
+    epsilon: float | None,
+    direction: str,
+    ball: str,
+    group: int,
+) -> None:
     wide = torch.promote_types(delta.dtype, torch.float32)
     g = grad.to(wide)
     if mask is not None:
@@ -108,16 +134,23 @@ def fake(
     direction: str,
     ball: str,
     group: int,
+    weight: Tensor | None = None,
+    ids: Tensor | None = None,
+    slot: Tensor | None = None,
+    embedded: Tensor | None = None,
 ) -> None:
     """In place: nothing to say about shapes."""
 
 
+_reason = native.reason()
 OP = Op(
     "ascend",
     "(Tensor(a!) delta, Tensor grad, Tensor? mask, Tensor(b!) skipped, float step_size, float? epsilon, "
-    "str direction, str ball, int group) -> ()",
+    "str direction, str ball, int group, "
+    "Tensor? weight=None, Tensor? ids=None, Tensor? slot=None, Tensor(c!)? embedded=None) -> ()",
     eager=eager,
     fake=fake,
+    backends=[Backend("C++", "cpu", None if _reason else native_ascend, _reason)],
 )
 
 
@@ -132,23 +165,33 @@ def ascend(
     ball: str,
     group: int,
     mask: Tensor | None = None,
-    weight=None, ids=None, slot=None, embedded=None,
+    weight: Tensor | None = None,
+    ids: Tensor | None = None,
+    slot: Tensor | None = None,
+    embedded: Tensor | None = None,
     fused: bool | None = None,
 ) -> None:
-    """Move `delta` one step up `grad`, in place; see the module's formula.
+    """Move `delta` one step up `grad`, in place, and write `embedded`; see the module's formula.
+
+    The eager version takes any strides and any floating dtype; `fastadv.native.ascend` says what the C++ one takes.
 
     Raises:
         ValueError: an unknown direction or ball, shapes that do not fit, or a mask that is not bool.
+        TypeError: a dtype that the chosen backend does not serve.
+        IndexError: an id or slot out of range (on the CPU).
+
+    Example:
+        >>> delta, skipped = torch.zeros(1, 2), torch.zeros((), dtype=torch.int64)
+        >>> grad = torch.tensor([[3.0, 4.0]])
+        >>> ascend(delta, grad, skipped=skipped, step_size=0.5, epsilon=1.0, direction="l2", ball="l2", group=1)
+        >>> delta
+        tensor([[0.3000, 0.4000]])
     """
-    _check(delta, grad, mask, direction, ball, group)
     run = OP.choose(delta.device.type, fused)
+    _check(delta, grad, mask, direction, ball, group)
+    _check_embedding(delta, weight, ids, slot, embedded)
     with torch.no_grad():
-        run(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group)
-        if weight is not None:
-            from fastadv.ops import gather_perturb as gp
-            import sys
-            gp = sys.modules["fastadv.ops.gather_perturb"]
-            embedded.copy_(gp.eager(weight, ids, delta, slot))
+        run(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group, weight, ids, slot, embedded)
 
 
 def _check(delta: Tensor, grad: Tensor, mask: Tensor | None, direction: str, ball: str, group: int) -> None:
@@ -163,3 +206,22 @@ def _check(delta: Tensor, grad: Tensor, mask: Tensor | None, direction: str, bal
     if mask is not None and (mask.shape != delta.shape[:-1] or mask.dtype != torch.bool):
         wanted, got = tuple(delta.shape[:-1]), tuple(mask.shape)
         raise ValueError(f"mask must be bool with shape {wanted}, not {mask.dtype} with shape {got}")
+
+
+def _check_embedding(
+    delta: Tensor, weight: Tensor | None, ids: Tensor | None, slot: Tensor | None, embedded: Tensor | None
+) -> None:
+    if weight is None and ids is None and slot is None and embedded is None:
+        return
+    if weight is None or ids is None or embedded is None:
+        raise ValueError("weight, ids and embedded belong together: give all three, or none of them and no slot")
+    if embedded.shape != (*ids.shape, delta.shape[-1]) or embedded.dtype != weight.dtype:
+        wanted = f"{weight.dtype} with shape {(*ids.shape, delta.shape[-1])}"
+        raise ValueError(f"embedded must be {wanted}, not {embedded.dtype} with shape {tuple(embedded.shape)}")
+    if slot is None and delta.shape != embedded.shape:
+        raise ValueError(f"without slot, delta must have shape {tuple(embedded.shape)}, not {tuple(delta.shape)}")
+    if slot is not None and (delta.ndim != 2 or slot.shape != ids.shape):
+        raise ValueError(
+            f"with slot, delta must be [R, D] and slot of the shape of ids {tuple(ids.shape)}, "
+            f"but they are {tuple(delta.shape)} and {tuple(slot.shape)}"
+        )

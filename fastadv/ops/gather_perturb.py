@@ -30,11 +30,9 @@ from fastadv.ops.segment_sum import eager as eager_segment_sum
 def eager(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None) -> Tensor:
     """The op in plain PyTorch."""
     rows = F.embedding(ids, weight)
-    if delta is None or (slot is not None and delta.shape[0] == 0):
+    if delta is None:
         return rows
-    added = delta
-    if slot is not None:
-        added = F.embedding(slot.clamp(min=0), delta).masked_fill((slot < 0).unsqueeze(-1), 0)
+    added = delta if slot is None else F.embedding(slot + 1, F.pad(delta, (0, 0, 1, 0)))  # slot -1: a row of zeros
     return (rows.to(added.dtype) + added).to(weight.dtype)
 
 

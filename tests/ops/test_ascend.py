@@ -41,10 +41,17 @@ def oracle(delta: Tensor, grad: Tensor, group: int, **rule: object) -> Tensor:
 
 
 def run(delta: Tensor, grad: Tensor, group: int, mask: Tensor | None = None, **rule: object) -> tuple[Tensor, int]:
+    fused = None if delta.dtype in {torch.float32, torch.float64} else False
+    return run_on(fused, delta, grad, group, mask, **rule)
+
+
+def run_on(
+    fused: bool | None, delta: Tensor, grad: Tensor, group: int, mask: Tensor | None = None, **rule: object
+) -> tuple[Tensor, int]:
     moved, skipped = delta.clone(), torch.zeros((), dtype=torch.int64)
     names = {"step": "step_size"}
     arguments = {names.get(name, name): value for name, value in rule.items()}
-    ascend(moved, grad, mask=mask, skipped=skipped, group=group, **arguments)  # type: ignore[arg-type]
+    ascend(moved, grad, mask=mask, skipped=skipped, group=group, fused=fused, **arguments)  # type: ignore[arg-type]
     return moved, int(skipped)
 
 
@@ -55,11 +62,12 @@ def test_formula(direction: str, ball: str, shape: tuple[int, ...], dtype: torch
     for group, epsilon in itertools.product(range(len(shape)), (0.0, 0.2, 5.0, None)):
         delta, grad = (0.1 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
         rule = {"step": 0.3, "epsilon": epsilon, "direction": direction, "ball": ball}
-        moved, skipped = run(delta, grad, group, **rule)
         want = oracle(delta, grad, group, **rule)
-        assert skipped == 0
-        assert moved.dtype == dtype
-        assert (moved.double() - want).norm() <= TOLERANCE[dtype] * max(1.0, float(want.norm()))
+        for fused in (None, False) if dtype in {torch.float32, torch.float64} else (False,):
+            moved, skipped = run_on(fused, delta, grad, group, **rule)
+            assert skipped == 0
+            assert moved.dtype == dtype
+            assert (moved.double() - want).norm() <= TOLERANCE[dtype] * max(1.0, float(want.norm()))
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 3e38])
@@ -135,11 +143,45 @@ def test_writes_through_a_view_and_bumps_its_version() -> None:
     version = room._version
     ascend(
         delta.zero_(), torch.ones(2, 3), skipped=torch.zeros((), dtype=torch.int64), step_size=1.0, epsilon=None,
-        direction="sign", ball="none", group=1,
+        direction="sign", ball="none", group=1, fused=False,
     )  # fmt: skip
     assert torch.equal(delta, torch.ones(2, 3))
     assert (room[0] == 7).all() and (room[3] == 7).all() and (room[1:3, 1::2] == 7).all()
     assert room._version > version + 1
+
+
+EMBEDS = {
+    "weight": torch.ones(5, 4), "ids": torch.zeros(2, 3, dtype=torch.int64), "embedded": torch.ones(2, 3, 4)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_embeds_the_moved_perturbation(dtype: torch.dtype, fused: bool | None) -> None:
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, ids = torch.randn(7, 6).to(dtype), torch.randint(7, (2, 3))
+    rule = {"step": 0.3, "epsilon": 0.2, "direction": "l2", "ball": "l2"}
+    delta, grad, embedded = torch.randn(2, 3, 6, dtype=wide), torch.randn(2, 3, 6, dtype=wide), weight[ids] * math.nan
+    moved, _ = run_on(fused, delta, grad, 1, weight=weight, ids=ids, embedded=embedded, **rule)
+    assert torch.equal(embedded, (weight[ids].to(wide) + moved).to(dtype))
+    slot = torch.tensor([[0, -1, 1], [-1, 1, 0]])
+    rows, embedded = torch.randn(2, 6, dtype=wide), embedded * math.nan
+    moved, _ = run_on(fused, rows, grad[0, :2], 0, weight=weight, ids=ids, slot=slot, embedded=embedded, **rule)
+    added = torch.cat([moved, torch.zeros(1, 6, dtype=wide)])[slot]
+    assert torch.equal(embedded, (weight[ids].to(wide) + added).to(dtype))
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("slot", [[0, -2, 1], [0, 2, 1]])
+def test_slots_and_ids_out_of_range(slot: list[int], fused: bool | None) -> None:
+    delta, embedded = torch.zeros(2, 4), torch.zeros(3, 4)
+    rule = {"step": 0.3, "epsilon": 0.2, "direction": "l2", "ball": "l2"}
+    for ids, rows in (
+        (torch.tensor([0, 1, 2]), torch.tensor(slot)),
+        (torch.tensor([0, 1, 5]), torch.tensor([0, 0, 0])),
+    ):
+        with pytest.raises(IndexError):
+            run_on(fused, delta, delta, 0, weight=torch.ones(5, 4), ids=ids, slot=rows, embedded=embedded, **rule)
 
 
 @pytest.mark.parametrize(
@@ -151,6 +193,12 @@ def test_writes_through_a_view_and_bumps_its_version() -> None:
         ({"grad": torch.zeros(2, 3, 5)}, "must be equal"),
         ({"mask": torch.ones(2, 4).bool()}, "mask must be bool with shape"),
         ({"mask": torch.ones(2, 3)}, "mask must be bool"),
+        ({"weight": torch.ones(5, 4)}, "belong together"),
+        ({"slot": torch.zeros(2, 3).long()}, "belong together"),
+        (EMBEDS | {"embedded": torch.ones(2, 3, 5)}, "embedded must be"),
+        (EMBEDS | {"embedded": torch.ones(2, 3, 4).double()}, "embedded must be"),
+        (EMBEDS | {"ids": torch.zeros(6).long(), "embedded": torch.ones(6, 4)}, "without slot"),
+        (EMBEDS | {"slot": torch.zeros(2, 3).long()}, "with slot"),
     ],
 )
 def test_refuses(change: dict[str, object], phrase: str) -> None:
@@ -165,7 +213,14 @@ def test_refuses(change: dict[str, object], phrase: str) -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(masked: bool) -> None:
-    mask = torch.ones(2, 3, dtype=torch.bool) if masked else None
-    arguments = (torch.zeros(2, 3, 4), torch.randn(2, 3, 4), mask, torch.zeros((), dtype=torch.int64))
-    torch.library.opcheck(torch.ops.fastadv.ascend.default, (*arguments, 0.1, 1.0, "l2", "l2", 1))
+@pytest.mark.parametrize("form", ["plain", "position", "slot"])
+def test_opcheck(form: str, masked: bool) -> None:
+    leading = (2,) if form == "slot" else (2, 3)
+    mask = torch.ones(leading, dtype=torch.bool) if masked else None
+    arguments: tuple[object, ...] = (torch.zeros(*leading, 4), torch.randn(*leading, 4), mask)
+    arguments += (torch.zeros((), dtype=torch.int64), 0.1, 1.0, "l2", "l2", 1)
+    if form != "plain":
+        ids = torch.tensor([[0, 1, 4], [2, 2, 0]])
+        slot = torch.tensor([[0, 1, -1], [1, 1, 0]]) if form == "slot" else None
+        arguments += (torch.randn(5, 4), ids, slot, torch.zeros(2, 3, 4))
+    torch.library.opcheck(torch.ops.fastadv.ascend.default, arguments)

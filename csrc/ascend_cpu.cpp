@@ -1,0 +1,259 @@
+// ascend on the CPU: passes over blocks of rows, whose sums are added in order whatever the number of threads.
+#include "ascend.h"
+
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <type_traits>
+
+#include "parallel.h"
+
+namespace fastadv {
+namespace {
+
+#define INLINE __attribute__((always_inline))
+
+constexpr std::int64_t kBlock = 16384;  // elements to a block, about: its sums are one term of the group's
+constexpr std::int64_t kRun = 256;      // elements that are added up in their own precision, in lanes, before double
+
+// What both GCC and Clang make of a vector register or two, whatever the width of the machine's.
+template <class Real>
+struct Vector {
+  typedef Real type __attribute__((vector_size(32)));
+  static constexpr int kWidth = 32 / sizeof(Real);
+};
+
+// sum += x[0] y[0] + ... + x[count - 1] y[count - 1], for at most kRun: a lane adds up 8 floats, or 16 doubles.
+template <class Real>
+INLINE inline void add_products(const Real* x, const Real* y, std::int64_t count, double& sum) {
+  constexpr int kWidth = Vector<Real>::kWidth, kSide = 4;
+  typename Vector<Real>::type lanes[kSide] = {}, a, b;
+  std::int64_t i = 0;
+  for (; i + kSide * kWidth <= count; i += kSide * kWidth) {
+    for (int k = 0; k < kSide; ++k) {
+      memcpy(&a, x + i + k * kWidth, sizeof a);
+      memcpy(&b, y + i + k * kWidth, sizeof b);
+      lanes[k] += a * b;
+    }
+  }
+  lanes[0] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
+  double low = 0, high = 0;
+  for (int l = 0; l < kWidth; l += 2) low += double(lanes[0][l]), high += double(lanes[0][l + 1]);
+  for (; i < count; ++i) low += double(x[i]) * double(y[i]);
+  sum += low + high;
+}
+
+// A run of gradients in Real: the row itself, or a copy in `room`.
+INLINE inline const float* widened(const float* from, std::int64_t, float*) { return from; }
+INLINE inline const double* widened(const double* from, std::int64_t, double*) { return from; }
+template <class G>
+INLINE inline const float* widened(const G* from, std::int64_t count, float* room) {
+  for (std::int64_t i = 0; i < count; ++i) room[i] = Compute<G>::widen(from[i]);
+  return room;
+}
+
+template <class G>
+INLINE inline Sums products(const Ascend<G>& op, std::int64_t begin, std::int64_t end) {
+  typename Ascend<G>::Real room[kRun];
+  const bool with_delta = op.rule.ball_of_l2();
+  Sums sums;
+  for (std::int64_t n = begin; n < end; ++n) {
+    const bool live = op.live(n);
+    for (std::int64_t first = 0; first < op.dim; first += kRun) {
+      const std::int64_t count = std::min(op.dim - first, kRun);
+      const auto* d = op.delta_row(n) + first;
+      if (with_delta) add_products(d, d, count, sums.dd);
+      if (!live) continue;
+      const auto* g = widened(op.grad_row(n) + first, count, room);
+      add_products(g, g, count, sums.gg);
+      if (with_delta) add_products(d, g, count, sums.dg);
+    }
+  }
+  return sums;
+}
+
+// The largest magnitude, and the sum of squares, of element(0) .. element(dim - 1).
+template <class Real, class F>
+INLINE inline void add_largest(std::int64_t dim, Sums& sums, const F& element) {
+  auto largest = magnitude(Real(0));
+  for (std::int64_t i = 0; i < dim; ++i) largest = std::max(largest, magnitude(Real(element(i))));
+  sums.largest = std::max(sums.largest, std::int64_t(largest));
+}
+template <class Real, class F>
+INLINE inline void add_squares(std::int64_t dim, Sums& sums, const F& element) {
+  Real room[kRun];
+  for (std::int64_t first = 0; first < dim; first += kRun) {
+    const std::int64_t count = std::min(dim - first, kRun);
+    for (std::int64_t i = 0; i < count; ++i) room[i] = element(first + i);
+    add_products(room, room, count, sums.gg);
+  }
+}
+
+// Calls visit with the step of row n.
+template <class Real, class F>
+INLINE inline void with_step(const Move<Real>& move, bool live, const F& visit) {
+  if (!live || move.step == Move<Real>::kStays) return visit(Zero<Real>{});
+  if (move.step == Move<Real>::kSigns) return visit(Sign<Real>{move.along.length});
+  visit(move.along);
+}
+
+// Calls visit with the projection.
+template <class Real, class F>
+INLINE inline void with_end(const Move<Real>& move, const F& visit) {
+  if (move.end == Move<Real>::kKeep) return visit(Same<Real>{});
+  if (move.end == Move<Real>::kClamp) return visit(Clamp<Real>{move.onto.length});
+  visit(move.onto);
+}
+
+template <class G>
+INLINE inline Sums pass_over(const Ascend<G>& op, Pass pass, const Move<typename Ascend<G>::Real>& move,
+                             std::int64_t begin, std::int64_t end) {
+  using Real = typename Ascend<G>::Real;
+  if (pass == kProducts) return products(op, begin, end);
+  Sums sums;
+  for (std::int64_t n = begin; n < end; ++n) {
+    const Real* d = op.delta_row(n);
+    const G* g = op.grad_row(n);
+    const auto grad = [&](std::int64_t i) INLINE { return Compute<G>::widen(g[i]); };
+    const auto scaled = [&](std::int64_t i) INLINE { return grad(i) * move.along.inverse; };
+    if (pass == kLargestGrad && op.live(n)) add_largest<Real>(op.dim, sums, grad);
+    if (pass == kSquaresOfGrad && op.live(n)) add_squares<Real>(op.dim, sums, scaled);
+    if (pass != kLargestMoved && pass != kSquaresOfMoved) continue;
+    with_step(move, op.live(n), [&](const auto& step) INLINE {
+      const auto moved = [&](std::int64_t i) INLINE { return d[i] + step(grad(i)); };
+      const auto scaled_moved = [&](std::int64_t i) INLINE { return moved(i) * move.onto.inverse; };
+      if (pass == kLargestMoved) add_largest<Real>(op.dim, sums, moved);
+      if (pass == kSquaresOfMoved) add_squares<Real>(op.dim, sums, scaled_moved);
+    });
+  }
+  return sums;
+}
+
+template <class G>
+INLINE inline void move_rows(const Ascend<G>& op, const Move<typename Ascend<G>::Real>& move, std::int64_t begin,
+                             std::int64_t end) {
+  for (std::int64_t n = begin; n < end; ++n) {
+    auto* __restrict__ d = op.delta_row(n);
+    const G* __restrict__ g = op.grad_row(n);
+    with_step(move, op.live(n), [&](const auto& step) INLINE {
+      with_end(move, [&](const auto& project) INLINE {
+        for (std::int64_t i = 0; i < op.dim; ++i) d[i] = project(d[i] + step(Compute<G>::widen(g[i])));
+      });
+    });
+  }
+}
+
+template <class T>
+INLINE inline void gather_rows(const GatherPerturb<T>& op, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t n = begin; n < end; ++n) op.row(n, 0, 1);
+}
+
+// Clones cannot be templates: one function each.
+#define CLONES_FOR(G)                                                                                     \
+  FASTADV_CLONES Sums pass(const Ascend<G>& op, Pass which, const Move<typename Ascend<G>::Real>& move,   \
+                           std::int64_t begin, std::int64_t end) {                                        \
+    return pass_over(op, which, move, begin, end);                                                        \
+  }                                                                                                       \
+  FASTADV_CLONES void apply(const Ascend<G>& op, const Move<typename Ascend<G>::Real>& move,              \
+                            std::int64_t begin, std::int64_t end) {                                       \
+    move_rows(op, move, begin, end);                                                                      \
+  }                                                                                                       \
+  FASTADV_CLONES void gather(const GatherPerturb<G>& op, std::int64_t begin, std::int64_t end) {          \
+    gather_rows(op, begin, end);                                                                          \
+  }
+CLONES_FOR(float)
+CLONES_FOR(double)
+CLONES_FOR(BFloat16)
+CLONES_FOR(Float16)
+#undef CLONES_FOR
+
+void gather(const GatherPerturbCall& call, std::int64_t begin, std::int64_t end) {
+  call.visit([&](const auto& op) { gather(op, begin, end); });
+}
+
+// The rows of a group in blocks, the same ones for any number of threads.
+struct Blocks {
+  std::int64_t begin, end, rows;
+  std::int64_t count() const { return (end - begin + rows - 1) / rows; }
+  std::int64_t first(std::int64_t block) const { return begin + block * rows; }
+  std::int64_t last(std::int64_t block) const { return std::min(first(block) + rows, end); }
+};
+
+// One group on `threads` threads; `parts` has room for the sums of its blocks, if there is more than one thread.
+// Returns whether its gradient is finite.
+template <class G>
+bool step_group(const Ascend<G>& op, const GatherPerturbCall* embedding, const Blocks& blocks, int threads,
+                Sums* parts) {
+  using Real = typename Ascend<G>::Real;
+  const auto reduce = [&](Pass which, const Move<Real>& move) {
+    const auto sums_of = [&](std::int64_t b) { return pass(op, which, move, blocks.first(b), blocks.last(b)); };
+    Sums total;
+    if (threads == 1) {
+      for (std::int64_t b = 0; b < blocks.count(); ++b) total += sums_of(b);
+      return total;
+    }
+    parallel(blocks.count(), blocks.rows * op.dim, threads, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t b = begin; b < end; ++b) parts[b] = sums_of(b);
+    });
+    for (std::int64_t b = 0; b < blocks.count(); ++b) total += parts[b];
+    return total;
+  };
+  const Move<Real> move = plan(op.rule, reduce);
+  parallel(blocks.count(), blocks.rows * op.dim, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t b = begin; b < end; ++b) {
+      apply(op, move, blocks.first(b), blocks.last(b));
+      if (embedding && !embedding->slot) gather(*embedding, blocks.first(b), blocks.last(b));  // while it is in cache
+    }
+  });
+  return move.finite;
+}
+
+template <class G>
+std::int64_t step_groups(const Ascend<G>& op, const GatherPerturbCall* embedding, int threads) {
+  if (op.groups == 0 || op.rows == 0) return 0;
+  const std::int64_t rows = std::max<std::int64_t>(kBlock / std::max<std::int64_t>(op.dim, 1), 1);
+  const auto blocks = [&](std::int64_t g) { return Blocks{g * op.rows, (g + 1) * op.rows, rows}; };
+  std::atomic<std::int64_t> skipped{0};
+  if (op.groups >= threads) {
+    parallel(op.groups, op.rows * op.dim, threads, [&](std::int64_t begin, std::int64_t end) {
+      std::int64_t mine = 0;
+      for (std::int64_t g = begin; g < end; ++g) mine += !step_group(op, embedding, blocks(g), 1, nullptr);
+      skipped += mine;
+    });
+    return skipped;
+  }
+  const std::unique_ptr<Sums[]> parts(new Sums[std::size_t(blocks(0).count())]);
+  for (std::int64_t g = 0; g < op.groups; ++g) skipped += !step_group(op, embedding, blocks(g), threads, parts.get());
+  return skipped;
+}
+
+OutOfRange first_out_of_range(const GatherPerturbCall& call) {
+  const auto ids = reinterpret_cast<const std::int64_t*>(call.ids);
+  const auto slot = reinterpret_cast<const std::int64_t*>(call.slot);
+  for (std::int64_t n = 0; n < call.count; ++n) {
+    if (ids[n] < 0 || ids[n] >= call.rows) return {n, -1};
+    if (slot && (slot[n] < -1 || slot[n] >= call.slots)) return {-1, n};
+  }
+  return {-1, -1};
+}
+
+}  // namespace
+
+OutOfRange ascend_cpu(const AscendCall& call, const GatherPerturbCall* embedding, int threads) {
+  if (embedding && embedding->count == 0) embedding = nullptr;  // an empty slot has no address to tell the forms apart
+  if (embedding) {
+    const OutOfRange bad = first_out_of_range(*embedding);
+    if (bad.id_at >= 0 || bad.slot_at >= 0) return bad;
+  }
+  call.visit([&](const auto& op) {
+    const std::int64_t skipped = step_groups(op, embedding, threads);
+    if (skipped) *reinterpret_cast<std::int64_t*>(call.skipped) += skipped;
+  });
+  if (embedding && embedding->slot) {
+    parallel(embedding->count, embedding->dim, threads,
+             [&](std::int64_t begin, std::int64_t end) { gather(*embedding, begin, end); });
+  }
+  return {-1, -1};
+}
+
+}  // namespace fastadv

@@ -1,0 +1,227 @@
+"""The launcher of csrc/ascend: every check, then addresses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastadv.native import checks
+
+OP = "ascend"
+# csrc/ascend.h has the same codes.
+DIRECTIONS = {"l2": 0, "sign": 1, "max": 2}
+BALLS = {"l2": 0, "linf": 1, "unit": 2, "none": 3}
+
+
+def ascend(
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    skipped: Tensor,
+    step_size: float,
+    epsilon: float | None,
+    direction: str,
+    ball: str,
+    group: int,
+    weight: Tensor | None = None,
+    ids: Tensor | None = None,
+    slot: Tensor | None = None,
+    embedded: Tensor | None = None,
+) -> None:
+    r"""Move `delta` one step up `grad`, in place, and embed the next forward's words in the same pass.
+
+    .. math::
+        \delta \leftarrow \Pi\big(\delta + \text{step} \cdot d(g)\big), \qquad
+        embedded_n = round(W[ids_n] + \delta_n) \quad\text{or}\quad round(W[ids_n] + \delta[slot_n])
+
+    `fastadv.ops.ascend` lists the directions and balls. Mutated: `delta`, `skipped` and `embedded`, which share no
+    memory with each other or with what is read. The result does not depend on the number of threads.
+
+    Args:
+        delta: [..., D], float32 or float64, contiguous.
+        grad: the shape of delta in its dtype, or bfloat16 or float16 for a float32 delta; any strides (copied
+            unless its rows are evenly spaced and the elements of a row adjacent).
+        mask: bool [...]: where there is a gradient; or None.
+        skipped: int64, 0-d: grows by the number of groups whose gradient is not finite.
+        step_size: the length of the step.
+        epsilon: the ball's radius, or None for no ball.
+        direction: "l2", "sign" or "max".
+        ball: "l2", "linf", "unit" or "none".
+        group: how many leading dimensions index the groups.
+        weight: None, or the table [V, D] to embed from, float32, bfloat16 or float16 (float64 if delta is); rows
+            may be strided, elements of a row may not.
+        ids: int64 or int32; with `weight` alone delta is [*ids.shape, D].
+        slot: None, or int64 of the shape of `ids`: which row of delta [R, D] each position takes, -1 for none.
+        embedded: [*ids.shape, D] in the weight's dtype, contiguous.
+
+    Raises:
+        TypeError: a dtype that is not served, or a tensor without plain memory.
+        ValueError: a shape, stride, device, direction or ball that does not fit.
+        IndexError: an id outside the table or a slot outside `delta`; nothing has been written then.
+        RuntimeError: the extension is not there for this device.
+
+    Example:
+        >>> delta, skipped = torch.zeros(1, 2), torch.zeros((), dtype=torch.int64)
+        >>> ascend(delta, torch.tensor([[3.0, 4.0]]), None, skipped, 1.0, 0.5, "l2", "l2", 1)
+        >>> delta
+        tensor([[0.3000, 0.4000]])
+    """
+    if delta.device.type != "cpu":
+        raise RuntimeError(f"{OP}: no native backend for {delta.device.type} yet")
+    extension = checks.extension_for(OP, delta)
+    _check_rule(delta, direction, ball, group)
+    _check_step(delta, grad, mask, skipped)
+    grad, grad_stride = _rows(grad)
+    mask = None if mask is None else mask.contiguous()
+    dim = delta.shape[-1]
+    groups, rows = math.prod(delta.shape[:group]), math.prod(delta.shape[group:-1])
+    call = extension.AscendCall(
+        checks.DTYPES[grad.dtype],
+        checks.address(OP, "delta", delta),
+        checks.address(OP, "grad", grad),
+        grad_stride,
+        0 if mask is None else checks.address(OP, "mask", mask),
+        groups,
+        rows,
+        dim,
+        step_size,
+        0.0 if epsilon is None else epsilon,
+        DIRECTIONS[direction],
+        BALLS["none" if epsilon is None else ball],
+        checks.address(OP, "skipped", skipped),
+    )
+    if weight is None and ids is None and slot is None and embedded is None:
+        extension.ascend_cpu(call, None, torch.get_num_threads())
+        increment_version((delta, skipped))
+        return
+    if weight is None or ids is None or embedded is None:
+        raise ValueError(f"{OP}: weight, ids and embedded belong together: give all three, or none of them and no slot")
+    _check_embedding(delta, weight, ids, slot, embedded)
+    ids = ids.to(torch.int64).contiguous()
+    slot = None if slot is None else slot.contiguous()
+    embedding = _embedding(extension, delta, weight, ids, slot, embedded)
+    extension.ascend_cpu(call, embedding, torch.get_num_threads())
+    increment_version((delta, skipped, embedded))
+
+
+def _embedding(
+    extension: Any, delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor
+) -> Any:
+    """gather_perturb's call for the moved delta; it keeps no tensor alive."""
+    return extension.GatherPerturbCall(
+        checks.DTYPES[weight.dtype],
+        checks.address(OP, "weight", weight),
+        weight.stride(0),
+        weight.shape[0],
+        checks.address(OP, "ids", ids),
+        checks.address(OP, "delta", delta),
+        0 if slot is None else checks.address(OP, "slot", slot),
+        0 if slot is None else delta.shape[0],
+        checks.address(OP, "embedded", embedded),
+        ids.numel(),
+        weight.shape[1],
+    )
+
+
+def _rows(grad: Tensor) -> tuple[Tensor, int]:
+    """`grad` [..., D], or a copy, with adjacent elements and one distance from row to row; and that distance."""
+    if not grad.is_contiguous():
+        checks.address(OP, "grad", grad)
+        stride, reach = 0, None
+        for size, step in zip(reversed(grad.shape[:-1]), reversed(grad.stride()[:-1]), strict=True):
+            if size == 1:
+                continue
+            if reach is None:
+                stride, reach = step, step
+            if step != reach:
+                break
+            reach *= size
+        else:
+            if grad.stride(-1) == 1:
+                return grad, stride
+        grad = grad.contiguous()
+    return grad, grad.shape[-1]
+
+
+def _check_rule(delta: Tensor, direction: str, ball: str, group: int) -> None:
+    if direction not in DIRECTIONS:
+        raise ValueError(f"{OP}: direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
+    if ball not in BALLS:
+        raise ValueError(f"{OP}: ball must be one of {', '.join(BALLS)}, not {ball!r}")
+    if not 0 <= group < delta.dim():
+        raise ValueError(f"{OP}: group must be from 0 to {delta.dim() - 1}, not {group}")
+
+
+def _check_step(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor) -> None:
+    if delta.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{OP}: delta must be float32 or float64, but is {delta.dtype}; fused=False takes any")
+    checks.contiguous(OP, "delta", delta)
+    checks.dtype_code(OP, "grad", grad)
+    if checks.compute_dtype(grad.dtype) != delta.dtype:
+        raise TypeError(f"{OP}: grad is {grad.dtype}, which does not go with a delta of {delta.dtype}")
+    if grad.shape != delta.shape:
+        raise ValueError(f"{OP}: grad has shape {tuple(grad.shape)}, delta {tuple(delta.shape)}: they must be equal")
+    _same_device("grad", grad, delta)
+    if mask is not None:
+        _same_device("mask", mask, delta)
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{OP}: mask must be bool, but is {mask.dtype}")
+        if mask.shape != delta.shape[:-1]:
+            raise ValueError(f"{OP}: mask must have shape {tuple(delta.shape[:-1])}, not {tuple(mask.shape)}")
+    _same_device("skipped", skipped, delta)
+    if skipped.dtype != torch.int64:
+        raise TypeError(f"{OP}: skipped must be int64, but is {skipped.dtype}")
+    if skipped.dim() != 0:
+        raise ValueError(f"{OP}: skipped must be 0-d, but has shape {tuple(skipped.shape)}")
+
+
+def _check_embedding(delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor) -> None:
+    _check_weight(delta, weight)
+    shape = (*ids.shape, delta.shape[-1])
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{OP}: ids must be int64 or int32, but is {ids.dtype}")
+    if embedded.dtype != weight.dtype:
+        raise TypeError(f"{OP}: embedded must be {weight.dtype}, as weight is, but is {embedded.dtype}")
+    if embedded.shape != shape:
+        raise ValueError(f"{OP}: embedded must have shape {shape}, but has {tuple(embedded.shape)}")
+    checks.contiguous(OP, "embedded", embedded)
+    if slot is not None:
+        _check_slot(delta, ids, slot)
+    elif delta.shape != shape:
+        raise ValueError(f"{OP}: without slot, delta must have shape {shape}, not {tuple(delta.shape)}")
+    _same_device("ids", ids, delta)
+    _same_device("embedded", embedded, delta)
+
+
+def _check_weight(delta: Tensor, weight: Tensor) -> None:
+    _same_device("weight", weight, delta)
+    checks.dtype_code(OP, "weight", weight)
+    if checks.compute_dtype(weight.dtype) != delta.dtype:
+        raise TypeError(f"{OP}: weight is {weight.dtype}, which does not go with a delta of {delta.dtype}")
+    dim = delta.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != dim:
+        raise ValueError(f"{OP}: weight must be a table [V, {dim}], but has shape {tuple(weight.shape)}")
+    if dim > 1 and weight.stride(1) != 1:
+        raise ValueError(
+            f"{OP}: the elements of a row of weight must be adjacent (inner stride 1), but the strides are "
+            f"{weight.stride()}; pass weight.contiguous()"
+        )
+
+
+def _check_slot(delta: Tensor, ids: Tensor, slot: Tensor) -> None:
+    _same_device("slot", slot, delta)
+    if slot.dtype != torch.int64:
+        raise TypeError(f"{OP}: slot must be int64, but is {slot.dtype}")
+    if slot.shape != ids.shape:
+        raise ValueError(f"{OP}: slot has shape {tuple(slot.shape)}, but ids has {tuple(ids.shape)}")
+    if delta.dim() != 2:
+        raise ValueError(f"{OP}: with slot, delta must be [R, D], but has shape {tuple(delta.shape)}")
+
+
+def _same_device(name: str, tensor: Tensor, delta: Tensor) -> None:
+    if tensor.device != delta.device:
+        raise ValueError(f"{OP}: {name} is on {tensor.device}, but delta is on {delta.device}")
