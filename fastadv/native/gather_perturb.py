@@ -22,7 +22,7 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
         weight: [V, D], float32, float64, bfloat16 or float16; rows may be strided, elements of a row may not.
         ids: any shape, int64 or int32.
         delta: float32 (float64 for a float64 weight), contiguous: [*ids.shape, D], or [R, D] with `slot`; or None.
-        slot: int64, of the shape of `ids`: which row of `delta` each position takes; or None.
+        slot: int64, of the shape of `ids`: which row of `delta` each position takes, -1: none; or None.
 
     Returns:
         [*ids.shape, D] in the weight's dtype, contiguous.
