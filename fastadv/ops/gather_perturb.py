@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fastadv import native
 from fastadv.native.gather_perturb import gather_perturb as native_gather_perturb
+from fastadv.native.gather_perturb import gather_perturb_backward as native_backward
 from fastadv.ops.dispatch import Backend, Op
 from fastadv.ops.segment_sum import Segments, rows_of
 
@@ -93,7 +94,7 @@ BACKWARD_OP = Op(
     eager=eager_backward,
     fake=fake_backward,
     backends=[
-        Backend("C++", "cpu", None, _reason or "no native backend for cpu yet"),
+        Backend("C++", "cpu", None if _reason else native_backward, _reason),
         Backend("CUDA C++", "cuda", None, _unchecked),
     ],
 )

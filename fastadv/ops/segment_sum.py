@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv import native
+from fastadv.native.segment_sum import segment_sum as native_segment_sum
+from fastadv.native.segment_sum import segments as native_segments
 from fastadv.ops.dispatch import Backend, Op
 
 PLAN = "segments"
@@ -82,21 +84,28 @@ def fake(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor
     return values.new_empty((stops.shape[0], *values.shape[1:]), dtype=wide)
 
 
-_reason = native.reason() or "no native backend for cpu yet"
+_reason = native.reason()
+_unchecked = "compiled, but not yet checked on a GPU" if native.cuda_compiled() else "not compiled"
 PLAN_OP = Op(
     PLAN,
     "(Tensor ids, Tensor? mask, int vocabulary) -> (Tensor slot, Tensor order, Tensor starts, Tensor stops)",
     eager=eager_segments,
     fake=fake_segments,
     # A sort is a sort: on CUDA PyTorch's is the fast one.
-    backends=[Backend("C++", "cpu", None, _reason), Backend("PyTorch", "cuda", eager_segments)],
+    backends=[
+        Backend("C++", "cpu", None if _reason else native_segments, _reason),
+        Backend("PyTorch", "cuda", eager_segments),
+    ],
 )
 OP = Op(
     SUM,
     "(Tensor values, Tensor order, Tensor starts, Tensor stops) -> Tensor",
     eager=eager,
     fake=fake,
-    backends=[Backend("C++", "cpu", None, _reason)],
+    backends=[
+        Backend("C++", "cpu", None if _reason else native_segment_sum, _reason),
+        Backend("CUDA C++", "cuda", None, _unchecked),
+    ],
 )
 
 
