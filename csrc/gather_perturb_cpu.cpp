@@ -1,7 +1,6 @@
 // gather_perturb on the CPU: OpenMP over rows, the inner loop left to the vectoriser.
 #include "gather_perturb.h"
 #include "parallel.h"
-#include "segments.h"
 
 namespace fastadv {
 namespace {
@@ -34,37 +33,6 @@ OutOfRange first_out_of_range(const GatherPerturb<T>& op) {
   return {-1, -1};
 }
 
-// Sums in blocks of columns that stay in registers and L1, then one read and one write of the table's row.
-template <class T, class G>
-FASTADV_HD void segments_of(const GatherPerturbBackward<T, G>& op, std::int64_t begin, std::int64_t end) {
-  typename Compute<T>::type sum[kColumns];
-  for (std::int64_t s = begin; s < end; ++s) {
-    if (op.empty(s) || op.id(s) == op.padding_idx) continue;
-    for (std::int64_t first = 0; first < op.dim; first += kColumns) {
-      const std::int64_t width = op.dim - first < kColumns ? op.dim - first : kColumns;
-      for (std::int64_t d = 0; d < width; ++d) sum[d] = 0;
-      for (std::int64_t p = 0; p < op.pass_count; ++p) {
-        for (std::int64_t i = op.starts[s]; i < op.starts[s + 1]; ++i) {
-          for (std::int64_t d = 0; d < width; ++d) sum[d] += op.at(p, i, first + d);
-        }
-      }
-      for (std::int64_t d = 0; d < width; ++d) op.add(s, first + d, sum[d]);
-    }
-  }
-}
-
-#define FASTADV_BACKWARD(T, G)                                                                                   \
-  FASTADV_CLONES void run(const GatherPerturbBackward<T, G>& op, std::int64_t begin, std::int64_t end) { \
-    segments_of(op, begin, end);                                                                                 \
-  }
-FASTADV_BACKWARD(float, float)
-FASTADV_BACKWARD(double, double)
-FASTADV_BACKWARD(BFloat16, BFloat16)
-FASTADV_BACKWARD(BFloat16, float)
-FASTADV_BACKWARD(Float16, Float16)
-FASTADV_BACKWARD(Float16, float)
-#undef FASTADV_BACKWARD
-
 }  // namespace
 
 OutOfRange gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
@@ -75,18 +43,6 @@ OutOfRange gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
     parallel(op.count, op.dim, threads, [&](std::int64_t begin, std::int64_t end) { run(op, begin, end); });
   });
   return bad;
-}
-
-bool gather_perturb_backward_cpu(const GatherPerturbBackwardCall& call, int threads) {
-  bool good = true;
-  call.visit([&](const auto& op) {
-    good = are_segments(op.order, op.count, op.starts, op.starts + 1, op.segments) &&
-           all_below(op.ids, op.count, op.rows);
-    if (!good) return;
-    by_position(op.starts, op.segments, op.count, op.dim, threads,
-                [&](std::int64_t begin, std::int64_t end) { run(op, begin, end); });
-  });
-  return good;
 }
 
 }  // namespace fastadv

@@ -61,6 +61,28 @@ def contiguous(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def rows(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless `tensor` is [N, D] with each row in one piece; rows may be apart, or all the same."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: {name} must be [N, D], but has shape {tuple(tensor.shape)}")
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise ValueError(
+            f"{op}: the elements of a row of {name} must be adjacent (inner stride 1), but the strides are "
+            f"{tensor.stride()}; pass {name}.contiguous()"
+        )
+
+
+def plan(op: str, name: str, tensor: Tensor, count: int | None, device: torch.device) -> None:
+    """Raises unless `tensor` is one of the int64 tensors that `segments` returns, with `count` entries if given."""
+    same_device(op, name, tensor, device)
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, but is {tensor.dtype}")
+    if tensor.dim() != 1 or (count is not None and tensor.shape[0] != count):
+        wanted = "[N]" if count is None else f"[{count}]"
+        raise ValueError(f"{op}: {name} must be {wanted}, but has shape {tuple(tensor.shape)}")
+    contiguous(op, name, tensor)
+
+
 def address(op: str, name: str, tensor: Tensor) -> int:
     """Where the tensor's first element is.
 
@@ -72,27 +94,3 @@ def address(op: str, name: str, tensor: Tensor) -> int:
     if pointer == 0 and (not plain or tensor.numel() > 0):
         raise TypeError(f"{op}: {name} is a {type(tensor).__name__} with no plain memory of its own")
     return pointer
-
-
-def adjacent(op: str, name: str, tensor: Tensor) -> None:
-    """Raises ValueError unless `tensor` is [N, D] with the elements of a row side by side; rows may be anywhere."""
-    if tensor.dim() != 2:
-        raise ValueError(f"{op}: {name} must be a table [V, D], but has shape {tuple(tensor.shape)}")
-    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-        raise ValueError(
-            f"{op}: the elements of a row of {name} must be adjacent (inner stride 1), but the strides are "
-            f"{tensor.stride()}; pass {name}.contiguous()"
-        )
-
-
-def indices(op: str, name: str, tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` as contiguous int64. A copy does no harm here: indices are small, and only read.
-
-    Raises:
-        TypeError: it is neither int64 nor int32.
-        ValueError: it is elsewhere.
-    """
-    same_device(op, name, tensor, device)
-    if tensor.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: {name} must be int64 or int32, but is {tensor.dtype}")
-    return tensor.to(torch.int64).contiguous()

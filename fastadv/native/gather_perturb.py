@@ -1,4 +1,4 @@
-"""The launcher of csrc/gather_perturb: every check, the output's allocation, then addresses."""
+"""The launchers of csrc/gather_perturb and its backward: every check, the output's allocation, then addresses."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from fastadv.native import checks
 
 OP = "gather_perturb"
+BACKWARD = "gather_perturb_backward"
 _flags: dict[int, Tensor] = {}
 
 
@@ -25,7 +25,7 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
         weight: [V, D], float32, float64, bfloat16 or float16; rows may be strided, elements of a row may not.
         ids: any shape, int64 or int32.
         delta: float32 (float64 for a float64 weight), contiguous: [*ids.shape, D], or [R, D] with `slot`; or None.
-        slot: int64, of the shape of `ids`: which row of `delta` each position takes, -1 for none; or None.
+        slot: int64, of the shape of `ids`: which row of `delta` each position takes, -1: none; or None.
 
     Returns:
         [*ids.shape, D] in the weight's dtype, contiguous.
@@ -45,15 +45,14 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
     """
     extension = checks.extension_for(OP, weight)
     table = checks.address(OP, "weight", weight)
-    code = checks.dtype_code(OP, "weight", weight)
-    checks.adjacent(OP, "weight", weight)
-    ids = checks.indices(OP, "ids", ids, weight.device)
+    _check_weight(weight)
+    ids = _check_indices("ids", ids, weight.device)
     slot = _check_slot(slot, ids, delta)
     if delta is not None:
         _check_delta(delta, weight, ids, slot)
     out = weight.new_empty((*ids.shape, weight.shape[1]))
     call = extension.GatherPerturbCall(
-        code,
+        checks.dtype_code(OP, "weight", weight),
         table,
         weight.stride(0),
         weight.shape[0],
@@ -69,78 +68,78 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
         extension.gather_perturb_cpu(call, torch.get_num_threads())
     else:
         stream = torch.cuda.current_stream(weight.device).cuda_stream
-        flag = _flag(weight.device)
+        flag = flag_on(weight.device)
         extension.gather_perturb_cuda(call, weight.device.index, stream, flag.data_ptr())
     return out
 
 
 def gather_perturb_backward(
-    grad: Tensor, passes: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
+    table_grad: Tensor, grads: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
 ) -> None:
-    r"""Add to a table's gradient what the passes over a batch bring to its rows, in place.
+    r"""Add the gradients of positions to the rows of their ids.
 
-    .. math:: grad[id_s] \mathrel{+}= \sum_p \sum_{i = starts_s}^{starts_{s+1} - 1} passes_p[order_i],
-        \quad id_s = ids[order[starts_s]]
+    .. math:: G[w] \leftarrow round\Big(G[w] + \sum_g \sum_{i:\, ids_i = w} g_i\Big)
+
+    `table_grad` is mutated, in touched rows alone, and its version counter rises.
 
     Args:
-        grad: [V, D], one of the four dtypes; rows may be strided. Mutated; its version counter moves.
-        passes: each [N, D], in the dtype of `grad` or in the one it is computed in; rows may be strided.
-        ids: [N] int64 or int32.
-        order, starts: [N] and [S + 1] int64, as `segments` makes them.
-        padding_idx: this row gets nothing; -1: none such.
+        table_grad: [V, D], float32, float64, bfloat16 or float16; rows may be strided, but must not overlap.
+        grads: up to 64 of [N, D], each in the table's dtype or in float32; rows may be strided or expanded.
+        ids: [N], int64 or int32.
+        order: [N] int64, and
+        starts: [rows + 1] int64: what `segments(ids, ...)` gives.
+        padding_idx: the row that gets nothing; -1: there is none.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride or device that does not fit.
-        IndexError: an index that points outside; nothing has been written then (on the CPU).
-        RuntimeError: the extension is not there for this device.
+        TypeError: a dtype that is not served, or a tensor without plain memory.
+        ValueError: a shape, stride or device that does not fit, too many grads, or a plan of other ids.
+        IndexError: on the CPU, an id outside the table, or a plan outside the positions; nothing has been written
+            then. On CUDA such a segment is left out, and `check` raises.
+        RuntimeError: the extension is not there for this device, or CUDA reports an error.
+
+    Example:
+        >>> table_grad, grad = torch.zeros(3, 1), torch.tensor([[1.0], [2.0], [4.0]])
+        >>> ids, order, starts = torch.tensor([2, 0, 2]), torch.tensor([1, 0, 2]), torch.tensor([0, 1, 3])
+        >>> gather_perturb_backward(table_grad, [grad], ids, order, starts, -1)
+        >>> table_grad.flatten()
+        tensor([2., 0., 5.])
     """
-    op = f"{OP}_backward"
-    extension = checks.extension_for(op, grad)
-    table, code = checks.address(op, "grad", grad), checks.dtype_code(op, "grad", grad)
-    checks.adjacent(op, "grad", grad)
-    ids, order, starts = (
-        checks.indices(op, name, tensor, grad.device)
-        for name, tensor in (("ids", ids), ("order", order), ("starts", starts))
-    )
-    if order.shape != ids.shape or ids.dim() != 1 or starts.dim() != 1 or len(starts) == 0:
-        raise ValueError(f"{op}: ids and order must be [N] and starts [S + 1], not {ids.shape}, {order.shape}, {starts.shape}")
-    for each in passes:
-        _check_pass(op, each, passes[0], grad, len(ids))
-    if not passes:
-        return
-    addresses = torch.tensor([checks.address(op, "a pass", each) for each in passes])
-    strides = torch.tensor([each.stride(0) for each in passes])
+    extension = checks.extension_for(BACKWARD, table_grad)
+    code = checks.dtype_code(BACKWARD, "table_grad", table_grad)
+    table = checks.address(BACKWARD, "table_grad", table_grad)
+    _check_table_grad(table_grad)
+    ids = _check_indices("ids", ids, table_grad.device, BACKWARD)
+    if ids.dim() != 1:
+        raise ValueError(f"{BACKWARD}: ids must be [N], but has shape {tuple(ids.shape)}")
+    count, dim = ids.shape[0], table_grad.shape[1]
+    if len(grads) > extension.most_grads:
+        raise ValueError(f"{BACKWARD}: there are {len(grads)} grads, but at most {extension.most_grads} are served")
+    rows = [_check_grad(grad, table_grad, count) for grad in grads]
+    checks.plan(BACKWARD, "order", order, count, table_grad.device)
+    checks.plan(BACKWARD, "starts", starts, None, table_grad.device)
+    if starts.shape[0] == 0:
+        raise ValueError(f"{BACKWARD}: starts must be [rows + 1], but is empty")
     call = extension.GatherPerturbBackwardCall(
         code,
-        checks.dtype_code(op, "a pass", passes[0]),
         table,
-        grad.stride(0),
-        grad.shape[0],
-        addresses.data_ptr(),
-        strides.data_ptr(),
-        len(passes),
-        len(ids),
-        ids.data_ptr(),
-        order.data_ptr(),
-        starts.data_ptr(),
-        len(starts) - 1,
-        grad.shape[1],
+        table_grad.stride(0),
+        table_grad.shape[0],
+        rows,
+        checks.address(BACKWARD, "ids", ids),
+        checks.address(BACKWARD, "order", order),
+        checks.address(BACKWARD, "starts", starts),
+        starts.shape[0] - 1,
+        count,
+        dim,
         padding_idx,
     )
-    extension.gather_perturb_backward_cpu(call, torch.get_num_threads())
-    increment_version(grad)
-
-
-def _check_pass(op: str, each: Tensor, first: Tensor, grad: Tensor, count: int) -> None:
-    checks.same_device(op, "a pass", each, grad.device)
-    if each.dtype not in (grad.dtype, checks.compute_dtype(grad.dtype)) or each.dtype != first.dtype:
-        raise TypeError(
-            f"{op}: passes must all be {grad.dtype} or all {checks.compute_dtype(grad.dtype)} for this table, "
-            f"but one is {each.dtype}"
-        )
-    if each.shape != (count, grad.shape[1]):
-        raise ValueError(f"{op}: a pass has shape {tuple(each.shape)}, but ids and grad give {(count, grad.shape[1])}")
-    checks.adjacent(op, "a pass", each)
+    if table_grad.device.type == "cpu":
+        extension.gather_perturb_backward_cpu(call, torch.get_num_threads())
+    else:
+        device = table_grad.device
+        stream = torch.cuda.current_stream(device).cuda_stream
+        extension.gather_perturb_backward_cuda(call, device.index, stream, flag_on(device).data_ptr())
+    torch.autograd.graph.increment_version(table_grad)
 
 
 def check(device: torch.device) -> None:
@@ -156,11 +155,32 @@ def check(device: torch.device) -> None:
         raise IndexError(f"{OP}: an id or slot was out of range on {device}; its row was read as zeros")
 
 
-def _flag(device: torch.device) -> Tensor:
+def flag_on(device: torch.device) -> Tensor:
     """Where the kernels on one device leave the mark of an index out of range."""
     if device.index not in _flags:
         _flags[device.index] = torch.zeros(1, dtype=torch.int32, device=device)
     return _flags[device.index]
+
+
+def _check_weight(weight: Tensor) -> None:
+    checks.dtype_code(OP, "weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"{OP}: weight must be a table [V, D], but has shape {tuple(weight.shape)}")
+    if weight.shape[1] > 1 and weight.stride(1) != 1:
+        raise ValueError(
+            f"{OP}: the elements of a row of weight must be adjacent (inner stride 1), but the strides are "
+            f"{weight.stride()}; pass weight.contiguous()"
+        )
+
+
+def _check_indices(name: str, indices: Tensor, device: torch.device, op: str = OP) -> Tensor:
+    checks.same_device(op, name, indices, device)
+    if indices.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: {name} must be int64 or int32, but is {indices.dtype}")
+    if indices.dtype == torch.int64 and indices.is_contiguous():
+        return indices
+    # A copy does no harm here: indices are small, and only read.
+    return indices.to(torch.int64).contiguous()
 
 
 def _check_slot(slot: Tensor | None, ids: Tensor, delta: Tensor | None) -> Tensor | None:
@@ -187,3 +207,26 @@ def _check_delta(delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None
     if slot is not None and (delta.dim() != 2 or delta.shape[1] != dim):
         raise ValueError(f"{OP}: with slot, delta must be [R, {dim}], but has shape {tuple(delta.shape)}")
     checks.contiguous(OP, "delta", delta)
+
+
+def _check_table_grad(table_grad: Tensor) -> None:
+    checks.rows(BACKWARD, "table_grad", table_grad)
+    if table_grad.shape[0] > 1 and table_grad.stride(0) < table_grad.shape[1]:
+        raise ValueError(
+            f"{BACKWARD}: the rows of table_grad overlap (strides {table_grad.stride()}); pass table_grad.contiguous()"
+        )
+
+
+def _check_grad(grad: Tensor, table_grad: Tensor, count: int) -> tuple[int, int, bool]:
+    """Where a gradient is, how far its rows are apart, and whether it is in the dtype of the sum."""
+    checks.same_device(BACKWARD, "a grad", grad, table_grad.device)
+    wide = checks.compute_dtype(table_grad.dtype)
+    if grad.dtype not in (table_grad.dtype, wide):
+        raise TypeError(
+            f"{BACKWARD}: a grad is {grad.dtype}, but must be {table_grad.dtype}, as table_grad is, or {wide}"
+        )
+    wanted = (count, table_grad.shape[1])
+    if grad.shape != wanted:
+        raise ValueError(f"{BACKWARD}: a grad has shape {tuple(grad.shape)}, but ids and table_grad give {wanted}")
+    checks.rows(BACKWARD, "a grad", grad)
+    return checks.address(BACKWARD, "a grad", grad), grad.stride(0), grad.dtype == wide

@@ -6,40 +6,52 @@ import torch
 from torch import Tensor
 
 from fastadv.native import checks
+from fastadv.native.gather_perturb import flag_on
+
+PLAN = "segments"
+SUM = "segment_sum"
 
 
 def segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Group equal ids; see `fastadv.ops.segment_sum` for what is returned.
+    """Sort positions by (id, masked, position), on the CPU.
+
+    Nothing is mutated.
 
     Args:
-        ids: [N] int64 or int32, on the CPU.
-        mask: [N] bool; None: nothing is masked.
-        vocabulary: how many ids there are.
+        ids: [N], int64 or int32.
+        mask: [N] bool, True where a position counts; or None: all do.
+        vocabulary: how many rows the table has.
+
+    Returns:
+        `slot` [N], `order` [N], `starts` [rows + 1] and `stops` [rows], int64, with `rows = min(N, vocabulary)`:
+        see `fastadv.ops.segment_sum.Segments`.
 
     Raises:
-        TypeError, ValueError: a dtype, shape or device that does not fit.
-        IndexError: an id outside the vocabulary; nothing has been written then.
-        RuntimeError: the extension is not there.
+        TypeError: a dtype that is not served, or a tensor without plain memory.
+        ValueError: a shape or device that does not fit, or a vocabulary below zero.
+        IndexError: an id outside the table.
+        RuntimeError: the extension is not there, or the tensors are not on the CPU.
+
+    Example:
+        >>> slot, order, starts, stops = segments(torch.tensor([7, 3, 7]), torch.tensor([False, True, True]), 10)
+        >>> slot, order, starts, stops
+        (tensor([-1,  0,  1]), tensor([1, 2, 0]), tensor([0, 1, 3, 3]), tensor([1, 2, 3]))
     """
-    op = "segments"
-    extension = checks.extension_for(op, ids)
-    ids = checks.indices(op, "ids", ids, ids.device)
-    if ids.dim() != 1 or vocabulary < 0:
-        raise ValueError(f"{op}: ids must be [N], not {tuple(ids.shape)}, and vocabulary at least 0, not {vocabulary}")
-    if mask is not None:
-        checks.same_device(op, "mask", mask, ids.device)
-        if mask.shape != ids.shape or mask.dtype != torch.bool:
-            raise ValueError(f"{op}: mask must be bool of shape {tuple(ids.shape)}, not {mask.dtype} {tuple(mask.shape)}")
-        mask = mask.contiguous()
-    count = len(ids)
+    if ids.device.type != "cpu":
+        raise RuntimeError(f"{PLAN}: ids is on {ids.device}, and the C++ sort is for the CPU alone")
+    extension = checks.extension_for(PLAN, ids)
+    ids = _check_ids(ids)
+    mask = _check_mask(mask, ids)
+    if vocabulary < 0:
+        raise ValueError(f"{PLAN}: vocabulary is the number of rows of the table, and cannot be {vocabulary}")
+    count = ids.shape[0]
     rows = min(count, vocabulary)
-    slot, order = torch.empty_like(ids), torch.empty_like(ids)
-    starts, stops = ids.new_empty(rows + 1), ids.new_empty(rows)
+    slot, order, starts, stops = (torch.empty(size, dtype=torch.int64) for size in (count, count, rows + 1, rows))
     call = extension.SegmentsCall(
-        checks.address(op, "ids", ids),
-        0 if mask is None else checks.address(op, "mask", mask),
-        count,
+        checks.address(PLAN, "ids", ids),
+        0 if mask is None else checks.address(PLAN, "mask", mask),
         vocabulary,
+        count,
         slot.data_ptr(),
         order.data_ptr(),
         starts.data_ptr(),
@@ -51,48 +63,82 @@ def segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor,
 
 
 def segment_sum(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
-    r"""Sum the rows of every segment.
+    r"""Sum rows of values by segment, in the order of positions.
 
     .. math:: out_s = \sum_{i = starts_s}^{stops_s - 1} values[order_i]
 
+    Nothing is mutated.
+
     Args:
-        values: [N, D], float32, float64, bfloat16 or float16; rows may be strided, elements of a row may not.
-        order, starts, stops: [N], [S + 1] or [S], and [S], int64, as `segments` makes them.
+        values: [N, D], float32, float64, bfloat16 or float16; rows may be strided or expanded, elements of a row not.
+        order: [N] int64, contiguous.
+        starts: [rows] or more int64, contiguous; only the first `rows` are used.
+        stops: [rows] int64, contiguous.
 
     Returns:
-        [S, D] float32, or float64 for float64.
+        [rows, D] in float32 (float64 for float64), contiguous.
 
     Raises:
-        TypeError, ValueError: a dtype, shape, stride or device that does not fit.
-        IndexError: an index that points outside; nothing has been read then (on the CPU).
-        RuntimeError: the extension is not there for this device.
+        TypeError: a dtype that is not served, or a tensor without plain memory.
+        ValueError: a shape, stride or device that does not fit.
+        IndexError: on the CPU, a position or segment outside `values`; nothing has been written then. On CUDA such a
+            segment becomes zeros, and `fastadv.native.gather_perturb.check` raises.
+        RuntimeError: the extension is not there for this device, or CUDA reports an error.
+
+    Example:
+        >>> values, order = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1, 0, 2])
+        >>> segment_sum(values, order, torch.tensor([0, 1]), torch.tensor([1, 3]))
+        tensor([[2.],
+                [5.]])
     """
-    op = "segment_sum"
-    extension = checks.extension_for(op, values)
-    memory, code = checks.address(op, "values", values), checks.dtype_code(op, "values", values)
-    checks.adjacent(op, "values", values)
-    order, starts, stops = (
-        checks.indices(op, name, tensor, values.device)
-        for name, tensor in (("order", order), ("starts", starts), ("stops", stops))
-    )
+    extension = checks.extension_for(SUM, values)
+    code = checks.dtype_code(SUM, "values", values)
+    rows_at = checks.address(SUM, "values", values)
+    checks.rows(SUM, "values", values)
     count, dim = values.shape
-    if order.shape != (count,) or stops.dim() != 1 or starts.dim() != 1 or len(starts) < len(stops):
-        raise ValueError(
-            f"{op}: for {count} values order must be [{count}], stops [S] and starts [S + 1], "
-            f"not {tuple(order.shape)}, {tuple(stops.shape)} and {tuple(starts.shape)}"
-        )
-    out = values.new_empty((len(stops), dim), dtype=checks.compute_dtype(values.dtype))
+    checks.plan(SUM, "order", order, count, values.device)
+    checks.plan(SUM, "stops", stops, None, values.device)
+    rows = stops.shape[0]
+    checks.plan(SUM, "starts", starts, None, values.device)
+    if starts.shape[0] < rows:
+        raise ValueError(f"{SUM}: starts has {starts.shape[0]} entries, but stops has {rows}")
+    out = values.new_empty((rows, dim), dtype=checks.compute_dtype(values.dtype))
     call = extension.SegmentSumCall(
         code,
-        memory,
+        rows_at,
         values.stride(0),
         count,
-        order.data_ptr(),
-        starts.data_ptr(),
-        stops.data_ptr(),
+        checks.address(SUM, "order", order),
+        checks.address(SUM, "starts", starts),
+        checks.address(SUM, "stops", stops),
         out.data_ptr(),
-        len(stops),
+        rows,
         dim,
     )
-    extension.segment_sum_cpu(call, torch.get_num_threads())
+    if values.device.type == "cpu":
+        extension.segment_sum_cpu(call, torch.get_num_threads())
+    else:
+        stream = torch.cuda.current_stream(values.device).cuda_stream
+        extension.segment_sum_cuda(call, values.device.index, stream, flag_on(values.device).data_ptr())
     return out
+
+
+def _check_ids(ids: Tensor) -> Tensor:
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{PLAN}: ids must be int64 or int32, but is {ids.dtype}")
+    if ids.dim() != 1:
+        raise ValueError(f"{PLAN}: ids must be [N], but has shape {tuple(ids.shape)}; pass ids.reshape(-1)")
+    # A copy does no harm here: ids are small, and only read.
+    return ids if ids.dtype == torch.int64 and ids.is_contiguous() else ids.to(torch.int64).contiguous()
+
+
+def _check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.device != ids.device:
+        raise ValueError(f"{PLAN}: mask is on {mask.device}, but ids is on {ids.device}")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"{PLAN}: mask must be bool, but is {mask.dtype}")
+    if mask.shape != ids.shape:
+        raise ValueError(f"{PLAN}: mask has shape {tuple(mask.shape)}, but ids has {tuple(ids.shape)}")
+    return mask.contiguous()

@@ -3,12 +3,12 @@ r"""Look words up and add their perturbation, in one op.
 .. math:: out_n = round(W[ids_n] + \delta_n), \qquad\text{or}\qquad out_n = round(W[ids_n] + r[slot_n])
 
 `weight` [V, D] in any floating dtype, `ids` int64 or int32 of any shape, `delta` [*ids.shape, D] (or, with `slot`
-of ids' shape, the rows [R, D] that slot points into; nothing is added where slot is -1), float32 (float64 for a
-float64 weight) -> [*ids.shape, D] in the weight's dtype. The sum is taken in the perturbation's dtype and rounded once.
+of ids' shape, the rows [R, D] that slot points into), float32 (float64 for a float64 weight) -> [*ids.shape, D] in
+the weight's dtype. The sum is taken in the perturbation's dtype and rounded once. Where slot is -1, nothing is added.
 
-Its backward adds to a table's gradient in the rows that the batch touches, and reads and writes no others:
+Its backward goes to the touched rows alone, into a gradient that is there already:
 
-.. math:: G[id_s] \leftarrow round\Big(G[id_s] + \sum_p \sum_{i:\, ids_i = id_s} passes_{p,i}\Big)
+.. math:: G[w] \leftarrow round\Big(G[w] + \sum_g \sum_{i:\, ids_i = w} g_i\Big)
 """
 
 from __future__ import annotations
@@ -21,54 +21,59 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv import native
-from fastadv.native import gather_perturb as launchers
+from fastadv.native.gather_perturb import gather_perturb as native_gather_perturb
+from fastadv.native.gather_perturb import gather_perturb_backward as native_backward
 from fastadv.ops.dispatch import Backend, Op
-from fastadv.ops.segment_sum import Segments, with_adjacent_elements
-from fastadv.ops.segment_sum import eager as eager_segment_sum
+from fastadv.ops.segment_sum import Segments, rows_of
 
 
 def eager(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None) -> Tensor:
     """The op in plain PyTorch."""
     rows = F.embedding(ids, weight)
-    if delta is None:
-        return rows
-    added = delta if slot is None else F.embedding(slot + 1, F.pad(delta, (0, 0, 1, 0)))  # slot -1: a row of zeros
-    return (rows.to(added.dtype) + added).to(weight.dtype)
+    if delta is None or (slot is not None and delta.shape[0] == 0):
+        return rows if slot is None else _nothing_to_add(rows, slot)
+    added = delta if slot is None else F.embedding(torch.where(slot == -1, 0, slot), delta)
+    summed = (rows.to(added.dtype) + added).to(weight.dtype)
+    return summed if slot is None else torch.where((slot == -1).unsqueeze(-1), rows, summed)
 
 
-def fake(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None) -> Tensor:  # noqa: ARG001
+def _nothing_to_add(rows: Tensor, slot: Tensor) -> Tensor:
+    """No perturbation has a row, so every slot must say so; on CUDA looking would be a sync."""
+    if slot.device.type == "cpu" and bool((slot != -1).any()):
+        raise IndexError("gather_perturb: a slot is out of range for a perturbation of 0 rows")
+    return rows
+
+
+def fake(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None) -> Tensor:
     """The op's shape and dtype."""
     return weight.new_empty((*ids.shape, weight.shape[1]))
 
 
 def eager_backward(
-    grad: Tensor, passes: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
+    table_grad: Tensor, grads: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
 ) -> None:
-    """The backward in plain PyTorch."""
-    if not passes or ids.numel() == 0:
+    """The touched rows' gradient in plain PyTorch; no number that the host has to know.
+
+    There is room for more segments than there may be. The empty ones repeat the last segment with its word and its
+    value, so that whoever writes a row last writes the same.
+    """
+    rows = starts.shape[0] - 1
+    if rows < 1 or table_grad.shape[1] == 0 or not grads:
         return
-    total = sum(each.to(torch.promote_types(each.dtype, torch.float32)) for each in passes)
-    sums = eager_segment_sum(total, order, starts[:-1], starts[1:])  # type: ignore[arg-type]
-    begins = starts[:-1].clamp(max=len(ids) - 1)
-    rows = ids[order[begins]].long()
-    # Segments that are empty stand behind the last that is not: they write what that one writes.
-    last = (starts[:-1] < starts[-1]).sum() - 1
-    sums = sums[torch.arange(len(sums), device=sums.device).clamp(max=last)]
-    sums = sums.masked_fill((rows == padding_idx).unsqueeze(1), 0)
-    grad[rows] = (grad[rows].to(sums.dtype) + sums).to(grad.dtype)
+    wide = torch.promote_types(table_grad.dtype, torch.float32)
+    sums = [F.embedding_bag(order, g.to(wide), starts, mode="sum", include_last_offset=True) for g in grads]
+    last = (starts[:-1] < starts[1:]).sum() - 1
+    segment = torch.minimum(torch.arange(rows, device=last.device), last)
+    words = ids[order[starts[segment]]].to(torch.int64)
+    before = table_grad.index_select(0, words)
+    after = (before.to(wide) + sum(sums[1:], sums[0])[segment]).to(table_grad.dtype)
+    table_grad.index_copy_(0, words, torch.where((words == padding_idx).unsqueeze(1), before, after))
 
 
 def fake_backward(
-    grad: Tensor, passes: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
+    table_grad: Tensor, grads: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
 ) -> None:
     """In place: nothing to say about shapes."""
-
-
-def _native_backward(
-    grad: Tensor, passes: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
-) -> None:
-    passes = [with_adjacent_elements(each) for each in passes]
-    launchers.gather_perturb_backward(grad, passes, ids, order, starts, padding_idx)
 
 
 _reason = native.reason()
@@ -79,24 +84,24 @@ OP = Op(
     eager=eager,
     fake=fake,
     backends=[
-        Backend("C++", "cpu", None if _reason else launchers.gather_perturb, _reason),
+        Backend("C++", "cpu", None if _reason else native_gather_perturb, _reason),
         Backend("CUDA C++", "cuda", None, _unchecked),
     ],
 )
-BACKWARD = Op(
+BACKWARD_OP = Op(
     "gather_perturb_backward",
-    "(Tensor(a!) grad, Tensor[] passes, Tensor ids, Tensor order, Tensor starts, int padding_idx) -> ()",
+    "(Tensor(a!) table_grad, Tensor[] grads, Tensor ids, Tensor order, Tensor starts, int padding_idx) -> ()",
     eager=eager_backward,
     fake=fake_backward,
     backends=[
-        Backend("C++", "cpu", None if _reason else _native_backward, _reason),
+        Backend("C++", "cpu", None if _reason else native_backward, _reason),
         Backend("CUDA C++", "cuda", None, _unchecked),
     ],
 )
 
 
 class _GatherPerturb(torch.autograd.Function):
-    """Differentiable in `weight` and `leaf`, and twice so: its backward is made of differentiable ops."""
+    """Differentiable, and twice so: its backward is made of differentiable ops."""
 
     @staticmethod
     def forward(
@@ -104,7 +109,7 @@ class _GatherPerturb(torch.autograd.Function):
         weight: Tensor,
         leaf: Tensor,
         ids: Tensor,
-        delta: Tensor | None,
+        added: Tensor | None,
         slot: Tensor | None,
         ready: Tensor | None,
         padding_idx: int,
@@ -113,17 +118,19 @@ class _GatherPerturb(torch.autograd.Function):
         ctx.save_for_backward(ids)
         ctx.vocabulary, ctx.padding_idx, ctx.leaf_dtype = weight.shape[0], padding_idx, leaf.dtype
         if ready is not None:
-            return ready.detach()  # a tensor of its own: the caller's must not become a part of the graph
-        out: Tensor = OP.choose(weight.device.type, fused)(weight, ids, delta, slot)
+            return ready.detach()  # an alias: the graph hangs on it, and not on the caller's buffer
+        out: Tensor = OP.choose(weight.device.type, fused)(weight, ids, added, slot)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (ids,), (grad,) = ctx.saved_tensors, grads
-        grad_weight = None
+        grad_weight = grad_leaf = None
         if ctx.needs_input_grad[0]:
             grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.vocabulary, ctx.padding_idx, False)
-        return grad_weight, grad.to(ctx.leaf_dtype), None, None, None, None, None, None
+        if ctx.needs_input_grad[1]:
+            grad_leaf = grad.to(ctx.leaf_dtype)
+        return grad_weight, grad_leaf, None, None, None, None, None, None
 
 
 def gather_perturb(
@@ -131,39 +138,93 @@ def gather_perturb(
     ids: Tensor,
     leaf: Tensor,
     *,
-    delta: Tensor | None,
+    added: Tensor | None,
     slot: Tensor | None = None,
     ready: Tensor | None = None,
     padding_idx: int | None = None,
     fused: bool | None = None,
 ) -> Tensor:
-    """`W[ids] + delta`, with gradients for `weight` and for `leaf`, which stands for whatever was added.
+    """`W[ids] + added`, with gradients for `weight` and for `leaf`, which stands for whatever is added.
 
     Args:
-        weight, ids: as above; the row `padding_idx` gets no gradient, as in `nn.Embedding`.
-        leaf: [*ids.shape, D], never read: its gradient is that of the result.
-        delta, slot: as above; None: a lookup and nothing more.
-        ready: the result, if it is there already; nothing is computed then.
+        weight: [V, D].
+        ids: any shape, int64 or int32.
+        leaf: [*ids.shape, D], where the perturbation's gradient arrives, in its dtype. Never read; it may be expanded.
+        added: [*ids.shape, D] (the leaf itself, for example), or [R, D] with `slot`; None: a lookup and nothing more.
+        slot: int64, of the shape of `ids`: which row of `added` each position takes; -1: none.
+        ready: [*ids.shape, D] in the weight's dtype, the result, where it is there already: nothing is computed.
+        padding_idx: the row of `weight` that gets no gradient, as in `nn.Embedding`.
+        fused: which backend.
 
     Raises:
-        IndexError: an id outside the table (on the CPU).
+        IndexError: an id outside the table, or a slot outside `added` (on the CPU).
+        ValueError: shapes that do not fit, or `slot` without `added`.
+
+    Example:
+        >>> table, leaf = torch.arange(4.0).view(2, 2), torch.zeros(3, 2, requires_grad=True)
+        >>> r, slot = torch.full((1, 2), 0.5), torch.tensor([0, -1, 0])
+        >>> out = gather_perturb(table, torch.tensor([1, 1, 0]), leaf, added=r, slot=slot)
+        >>> out.detach()
+        tensor([[2.5000, 3.5000],
+                [2.0000, 3.0000],
+                [0.5000, 1.5000]])
+        >>> torch.autograd.grad(out.sum(), leaf)[0].shape
+        torch.Size([3, 2])
     """
+    _check(weight, ids, leaf, added, slot, ready)
     padding = -1 if padding_idx is None else padding_idx
-    slot = None if delta is None else slot
-    out: Tensor = _GatherPerturb.apply(weight, leaf, ids, delta, slot, ready, padding, fused)  # type: ignore[no-untyped-call]
+    out: Tensor = _GatherPerturb.apply(weight, leaf, ids, added, slot, ready, padding, fused)  # type: ignore[no-untyped-call]
     return out
 
 
-@torch.no_grad()
+def _check(
+    weight: Tensor, ids: Tensor, leaf: Tensor, added: Tensor | None, slot: Tensor | None, ready: Tensor | None
+) -> None:
+    shape = (*ids.shape, weight.shape[1])
+    if leaf.shape != shape:
+        raise ValueError(f"gather_perturb: leaf has shape {tuple(leaf.shape)}, but ids and weight give {shape}")
+    if slot is not None and added is None:
+        raise ValueError("gather_perturb: slot says which row of added to take, but added is None")
+    if ready is not None and (ready.shape != shape or ready.dtype != weight.dtype):
+        raise ValueError(
+            f"gather_perturb: ready must be {weight.dtype} with shape {shape}, but is {ready.dtype} with shape "
+            f"{tuple(ready.shape)}"
+        )
+
+
 def gather_perturb_backward(
-    grad: Tensor,
-    passes: Sequence[Tensor],
+    table_grad: Tensor,
+    grads: Sequence[Tensor],
     ids: Tensor,
     groups: Segments,
     *,
     padding_idx: int | None = None,
     fused: bool | None = None,
 ) -> None:
-    """Add the gradients [N, D] of lookups of `ids` [N], grouped by `segments`, to the table's gradient, in place."""
-    padding = -1 if padding_idx is None else padding_idx
-    BACKWARD.choose(grad.device.type, fused)(grad, passes, ids, groups.order, groups.starts, padding)
+    """Add the gradients of positions to the rows of their ids, in place; only touched rows are read or written.
+
+    Args:
+        table_grad: [V, D], the weight's gradient so far.
+        grads: each [*ids.shape, D] or [N, D], in the table's dtype or in float32; rows may be expanded.
+        ids: [N] positions' ids, or any shape with N elements.
+        groups: `segments(ids, V)`, with a mask or without: masked positions have a gradient as well.
+        padding_idx: the row that gets nothing.
+        fused: which backend.
+
+    The sum is taken in float32 (float64 for a float64 table), over all of `grads`, and rounded once.
+
+    Raises:
+        IndexError: an id outside the table (on the CPU); nothing has been written then.
+        TypeError, ValueError: dtypes or shapes that do not fit.
+
+    Example:
+        >>> from fastadv.ops import segments
+        >>> ids, table_grad = torch.tensor([2, 0, 2]), torch.ones(3, 1)
+        >>> gather_perturb_backward(table_grad, [torch.tensor([[1.0], [2.0], [3.0]])], ids, segments(ids, 3))
+        >>> table_grad.flatten()
+        tensor([3., 1., 5.])
+    """
+    run = BACKWARD_OP.choose(table_grad.device.type, fused)
+    flat = [rows_of(grad) for grad in grads]
+    with torch.no_grad():
+        run(table_grad, flat, ids.reshape(-1), groups.order, groups.starts, -1 if padding_idx is None else padding_idx)

@@ -1,8 +1,8 @@
 r"""Sum the rows of equal ids: the gradient of a table's touched rows.
 
-.. math:: out_s = \sum_{i = starts_s}^{stops_s - 1} values[order_i]
+.. math:: out_s = \sum_{i:\, slot_i = s} values_i
 
-One grouping per batch (`segments`) serves every step on that batch. Rows are summed in the order of their position, in
+One sort per batch (`segments`) serves every step on that batch. Rows are summed in the order of their position, in
 float32 (float64 for float64), so the result repeats bit for bit. Nothing is read back from the device: there is room
 for `min(N, V)` rows, and those beyond the number of distinct ids are zero.
 """
@@ -16,105 +16,149 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv import native
-from fastadv.native import segment_sum as launchers
+from fastadv.native.segment_sum import segment_sum as native_segment_sum
+from fastadv.native.segment_sum import segments as native_segments
 from fastadv.ops.dispatch import Backend, Op
+
+PLAN = "segments"
+SUM = "segment_sum"
 
 
 class Segments(NamedTuple):
-    """Where equal ids lie. Positions are sorted by id, the masked ones of an id behind its others.
+    """Where equal ids lie: segment s, the s-th smallest distinct id, is `order[starts[s]:starts[s + 1]]`."""
 
-    Attributes:
-        slot: [N], the segment that a position belongs to: the rank of its id; -1 where it is masked.
-        order: [N], the positions, sorted.
-        starts: [rows + 1]: segment s is order[starts[s]:starts[s + 1]].
-        stops: [rows]: where the masked positions of a segment begin.
-    """
-
-    slot: Tensor
-    order: Tensor
-    starts: Tensor
-    stops: Tensor
+    slot: Tensor  # [N] the segment of a position, -1 where it is masked
+    order: Tensor  # [N] positions by (id, masked, position)
+    starts: Tensor  # [rows + 1], N for segments beyond the last id
+    stops: Tensor  # [rows] where the masked positions of a segment begin
 
 
-def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Segments:
-    """`segments` in plain PyTorch."""
-    key = 2 * ids.long()
-    by_key, order = torch.sort(key if mask is None else key + ~mask, stable=True)
-    by_id, masked = by_key // 2, by_key % 2
+def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The plan in plain PyTorch: one stable sort, and no number that the host has to know."""
+    _check_ids(ids, vocabulary)
+    masked = torch.zeros_like(ids, dtype=torch.int64) if mask is None else (~mask).to(torch.int64)
+    key, order = torch.sort(2 * ids.to(torch.int64) + masked, stable=True)
+    by_id, off = key >> 1, key & 1
     first = torch.ones_like(by_id)
     first[1:] = by_id[1:] != by_id[:-1]
     row = first.cumsum(0) - 1
-    slot = torch.empty_like(order).scatter_(0, order, torch.where(masked > 0, -1, row))
-    bounds = torch.arange(min(len(by_id), vocabulary) + 1, device=ids.device)
+    slot = torch.empty_like(order).scatter_(0, order, torch.where(off == 1, -1, row))
+    bounds = torch.arange(min(ids.shape[0], vocabulary) + 1, device=ids.device)
     starts = torch.searchsorted(row, bounds)
-    stops = torch.searchsorted(2 * row + masked, 2 * bounds[:-1] + 1)
-    return Segments(slot, order, starts, stops)
+    stops = torch.searchsorted(2 * row + off, 2 * bounds[:-1] + 1)
+    return slot, order, starts, stops
 
 
-def fake_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Segments:  # noqa: ARG001
-    """Its outputs' shapes."""
-    count = ids.shape[0]
-    rows = min(count, vocabulary)
-    slot, order, starts, stops = (ids.new_empty(n, dtype=torch.int64) for n in (count, count, rows + 1, rows))
-    return Segments(slot, order, starts, stops)
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    """On the CPU an id outside the table is an error; on CUDA looking would be a sync."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise IndexError(f"{PLAN}: id {low if low < 0 else high} is out of range for a table of {vocabulary} rows")
+
+
+def fake_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The plan's shapes and dtypes."""
+    count, rows = ids.shape[0], torch.sym_min(ids.shape[0], vocabulary)  # type: ignore[no-untyped-call]
+    slot, order, starts, stops = (ids.new_empty(size, dtype=torch.int64) for size in (count, count, rows + 1, rows))
+    return slot, order, starts, stops
 
 
 def eager(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
-    """The op in plain PyTorch: an embedding bag per segment, which sums in a fixed order on every device."""
+    """The sum in plain PyTorch: embedding bags, which sum in a fixed order on every device.
+
+    Two bags per segment, what counts and what is masked, so that a NaN in a masked position stays out of the sum.
+    """
+    rows, wide = stops.shape[0], values.to(torch.promote_types(values.dtype, torch.float32))
+    if wide.numel() == 0 or rows == 0:
+        return wide.new_zeros((rows, *values.shape[1:]))
+    offsets = torch.stack([starts[:rows], stops], dim=1).flatten()
+    bags = F.embedding_bag(order, wide, offsets, mode="sum")
+    return bags.view(rows, 2, -1)[:, 0].contiguous()
+
+
+def fake(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
+    """The sum's shape and dtype."""
     wide = torch.promote_types(values.dtype, torch.float32)
-    count, rows = len(order), len(stops)
-    if rows == 0 or values.numel() == 0:
-        return values.new_zeros((rows, values.shape[1]), dtype=wide)
-    here = torch.arange(count, device=order.device)
-    segment = torch.searchsorted(starts[:rows], here, right=True) - 1
-    in_order = values.index_select(0, order).to(wide).masked_fill((here >= stops[segment]).unsqueeze(1), 0)
-    return F.embedding_bag(here, in_order, starts[:rows], mode="sum")
-
-
-def fake(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor:  # noqa: ARG001
-    """The op's shape and dtype."""
-    return values.new_empty((stops.shape[0], values.shape[1]), dtype=torch.promote_types(values.dtype, torch.float32))
-
-
-def _native(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
-    return launchers.segment_sum(with_adjacent_elements(values), order, starts, stops)
-
-
-def with_adjacent_elements(table: Tensor) -> Tensor:
-    """`table` [N, D], copied only if the elements of its rows lie apart (an expanded gradient's do)."""
-    return table if table.shape[1] <= 1 or table.stride(1) == 1 else table.contiguous()
+    return values.new_empty((stops.shape[0], *values.shape[1:]), dtype=wide)
 
 
 _reason = native.reason()
-SEGMENTS = Op(
-    "segments",
+_unchecked = "compiled, but not yet checked on a GPU" if native.cuda_compiled() else "not compiled"
+PLAN_OP = Op(
+    PLAN,
     "(Tensor ids, Tensor? mask, int vocabulary) -> (Tensor slot, Tensor order, Tensor starts, Tensor stops)",
     eager=eager_segments,
     fake=fake_segments,
-    backends=[Backend("C++", "cpu", None if _reason else launchers.segments, _reason)],
-    device_types=["cpu"],  # on CUDA torch's own sort serves
+    # A sort is a sort: on CUDA PyTorch's is the fast one.
+    backends=[
+        Backend("C++", "cpu", None if _reason else native_segments, _reason),
+        Backend("PyTorch", "cuda", eager_segments),
+    ],
 )
 OP = Op(
-    "segment_sum",
+    SUM,
     "(Tensor values, Tensor order, Tensor starts, Tensor stops) -> Tensor",
     eager=eager,
     fake=fake,
-    backends=[Backend("C++", "cpu", None if _reason else _native, _reason)],
+    backends=[
+        Backend("C++", "cpu", None if _reason else native_segment_sum, _reason),
+        Backend("CUDA C++", "cuda", None, _unchecked),
+    ],
 )
 
 
 def segments(ids: Tensor, vocabulary: int, *, mask: Tensor | None = None, fused: bool | None = None) -> Segments:
-    """Group equal `ids` [N] of a table of `vocabulary` rows; `mask` [N] is true where a position counts.
+    """Group equal `ids` [N] of a table of `vocabulary` rows; `mask` [N] is True where a position counts.
+
+    `ids` and `mask` of any other shape are flattened. Everything returned is int64.
 
     Raises:
-        IndexError: an id outside the vocabulary (native).
+        TypeError: ids that are not int64 or int32, or a mask that is not bool.
+        ValueError: a mask of another shape than `ids`, or a vocabulary below zero.
+        IndexError: an id outside the table (on the CPU).
+
+    Example:
+        >>> segments(torch.tensor([7, 3, 7, 7]), 10, mask=torch.tensor([False, True, True, True]))
+        Segments(slot=tensor([-1,  0,  1,  1]), order=tensor([1, 2, 3, 0]), starts=tensor([0, 1, 4, 4, 4]), \
+stops=tensor([1, 3, 4, 4]))
     """
-    on_cpu = ids.device.type == "cpu"
-    return Segments(*SEGMENTS.choose(ids.device.type, fused if on_cpu else False)(ids, mask, vocabulary))
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{PLAN}: ids must be int64 or int32, but is {ids.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"{PLAN}: mask must be bool, but is {mask.dtype}")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"{PLAN}: mask has shape {tuple(mask.shape)}, but ids has {tuple(ids.shape)}")
+    if vocabulary < 0:
+        raise ValueError(f"{PLAN}: vocabulary is the number of rows of the table, and cannot be {vocabulary}")
+    flat = None if mask is None else mask.reshape(-1)
+    return Segments(*PLAN_OP.choose(ids.device.type, fused)(ids.reshape(-1), flat, vocabulary))
 
 
 def segment_sum(values: Tensor, groups: Segments, *, fused: bool | None = None) -> Tensor:
-    """Sum `values` [N, D] over the unmasked positions of equal ids -> [rows, D], float32 or float64."""
+    """Sum `values` [N, D] over the positions of equal ids that are not masked -> [rows, D].
+
+    `values` may be float32, bfloat16 or float16, summed in float32, or float64. The result is in the dtype of the sum.
+    A `values` of more dimensions, such as [B, T, D], is flattened.
+
+    Raises:
+        TypeError: values that are not floating.
+        ValueError: `groups` of another number of positions.
+
+    Example:
+        >>> groups = segments(torch.tensor([7, 3, 7]), 10)
+        >>> segment_sum(torch.tensor([[1.0], [2.0], [4.0]]), groups)
+        tensor([[2.],
+                [5.],
+                [0.]])
+    """
     run = OP.choose(values.device.type, fused)
-    out: Tensor = run(values, groups.order, groups.starts, groups.stops)
+    out: Tensor = run(rows_of(values), groups.order, groups.starts, groups.stops)
     return out
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """`values` as [N, D], each row in one piece: copied only where there is no such view."""
+    flat = values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
+    return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()

@@ -162,7 +162,7 @@ def test_an_id_out_of_range_is_named(bad: int) -> None:
         gather_perturb(torch.randn(5, 3), ids, None, None)
 
 
-@pytest.mark.parametrize("bad", [-2, 2])
+@pytest.mark.parametrize("bad", [-2, 2, -(2**63)])
 def test_a_slot_out_of_range_is_named(bad: int) -> None:
     slot = torch.tensor([0, 1, bad])
     with pytest.raises(IndexError, match=rf"slot {bad} at position 2 .* perturbation of 2 rows"):
