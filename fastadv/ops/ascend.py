@@ -31,8 +31,8 @@ from torch import Tensor
 
 from fastadv import native
 from fastadv.native.ascend import ascend as native_ascend
-from fastadv.ops import gather_perturb
 from fastadv.ops.dispatch import Backend, Op
+from fastadv.ops.gather_perturb import eager as gather
 
 DIRECTIONS = ("l2", "sign", "max")
 BALLS = ("l2", "linf", "unit", "none")
@@ -59,7 +59,7 @@ def eager(
     if weight is not None and ids is not None and embedded is not None:
         if slot is not None:  # a row of zeros for the slots that are -1
             delta, slot = F.pad(delta, (0, 0, 1, 0)), slot + 1
-        embedded.copy_(gather_perturb.eager(weight, ids, delta, slot))
+        embedded.copy_(gather(weight, ids, delta, slot))
 
 
 def _move(
