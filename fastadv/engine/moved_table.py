@@ -38,7 +38,7 @@ class MovedTable:
         )
 
     def perturbation(self) -> Tensor | None:
-        """r [R, D] of the rows that have moved."""
+        """What has been added, [R, D], to the rows that have moved."""
         if self.saved is None:
             return None
         moved = self.table if self.rows is None else self.table[self.rows]

@@ -249,7 +249,8 @@ class Engine:
 
     def _reduced(self) -> bool:
         """Whether gradients are reduced over processes, by hooks that wait for each parameter's."""
-        return self.parallel is not None or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+        grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return grouped or self.parallel is not None
 
     def _synchronised(self, reduce: bool) -> contextlib.AbstractContextManager[Any]:
         """Under DDP, gradients are reduced in the last full pass alone."""

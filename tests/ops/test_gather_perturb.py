@@ -38,7 +38,7 @@ def test_gradients_once_and_twice(padding_idx: int | None, fused: bool | None) -
     ids = torch.tensor([[0, 2, 2, 4], [1, 1, 2, 0]])
 
     def run(w: torch.Tensor, d: torch.Tensor) -> torch.Tensor:
-        return gather_perturb(w, ids, d, padding_idx=padding_idx, fused=fused)
+        return gather_perturb(w, ids, d, added=d, padding_idx=padding_idx, fused=fused)
 
     if padding_idx is None:  # with one, the weight's gradient is not the derivative, by definition
         assert torch.autograd.gradcheck(run, (weight, delta))
@@ -52,7 +52,7 @@ def test_gradients_once_and_twice(padding_idx: int | None, fused: bool | None) -
 
 def test_frozen_weight_gets_no_gradient() -> None:
     weight, delta = torch.randn(5, 3), torch.zeros(2, 3, requires_grad=True)
-    gather_perturb(weight, torch.tensor([1, 4]), delta).sum().backward()
+    gather_perturb(weight, torch.tensor([1, 4]), delta, added=delta).sum().backward()
     assert weight.grad is None
     assert torch.equal(delta.grad, torch.ones(2, 3))
 
@@ -60,7 +60,7 @@ def test_frozen_weight_gets_no_gradient() -> None:
 @pytest.mark.parametrize("ids", [[5], [-1]])
 def test_ids_outside_the_table(ids: list[int]) -> None:
     with pytest.raises(IndexError):
-        gather_perturb(torch.randn(5, 3), torch.tensor(ids), torch.zeros(1, 3))
+        gather_perturb(torch.randn(5, 3), torch.tensor(ids), torch.zeros(1, 3), added=None)
 
 
 @pytest.mark.parametrize("with_slot", [False, True])
@@ -85,14 +85,14 @@ def forms(dtype: torch.dtype) -> dict[str, dict[str, torch.Tensor]]:
     slot = torch.tensor([[0, -1, 1, 0], [-1, 1, 1, 0]])
     rows, positions = torch.randn(2, 3, dtype=wide(dtype)), torch.randn(2, 4, 3, dtype=wide(dtype))
     return {
-        "leaf": {},
+        "nothing": {"added": None},
         "positions": {"added": positions},
         "rows": {"added": rows, "slot": slot},
-        "ready": {"ready": torch.randn(2, 4, 3).to(dtype)},
+        "ready": {"added": None, "ready": torch.randn(2, 4, 3).to(dtype)},
     }
 
 
-FORMS = ["leaf", "positions", "rows", "ready"]
+FORMS = ["nothing", "positions", "rows", "ready"]
 WORDS = torch.tensor([[0, 2, 2, 4], [1, 1, 2, 0]])
 
 
@@ -116,9 +116,9 @@ def test_every_form_gives_weight_and_leaf_the_gradient_of_the_output(form: str, 
 
 
 @pytest.mark.parametrize("fused", [None, False])
-@pytest.mark.parametrize("form", ["leaf", "positions", "rows"])
+@pytest.mark.parametrize("form", ["nothing", "positions", "rows"])
 def test_gradcheck_of_every_form_that_computes(form: str, fused: bool | None) -> None:
-    """What is added apart from the leaf stands for it: the derivative is that of W[ids] + leaf + constant."""
+    """The leaf stands for what is added: the derivative is that of W[ids] + leaf."""
     weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
     leaf = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True)
     options = forms(torch.float64)[form]
@@ -128,8 +128,8 @@ def test_gradcheck_of_every_form_that_computes(form: str, fused: bool | None) ->
 
     assert torch.autograd.gradcheck(of_weight, (weight,))
     assert torch.autograd.gradgradcheck(lambda w: of_weight(w).pow(3), (weight,))
-    if form == "leaf":
-        run = lambda w, d: gather_perturb(w, WORDS, d, fused=fused)  # noqa: E731
+    if form == "positions":
+        run = lambda w, d: gather_perturb(w, WORDS, d, added=d, fused=fused)  # noqa: E731
         assert torch.autograd.gradcheck(run, (weight, leaf))
         assert torch.autograd.gradgradcheck(lambda w, d: run(w, d).pow(3), (weight, leaf))
 
@@ -150,7 +150,7 @@ def test_the_leaf_may_be_one_expanded_number(dtype: torch.dtype, leaf_dtype: str
             there = (options["slot"] >= 0).unsqueeze(-1)
             want = torch.where(there, (rows + options["added"][options["slot"]]).to(dtype), weight[WORDS])
         else:
-            want = (rows + options.get("added", 0)).to(dtype)
+            want = weight[WORDS] if form == "nothing" else (rows + options["added"]).to(dtype)
         assert out.dtype == dtype
         assert torch.equal(out, want)
         (grad,) = torch.autograd.grad(out.float().sum(), leaf)
@@ -162,7 +162,7 @@ def test_ready_is_passed_on_and_stays_free_of_the_graph() -> None:
     weight, leaf = torch.randn(5, 3, requires_grad=True), torch.zeros(2, 4, 3, requires_grad=True)
     ready = torch.randn(2, 4, 3)
     for _ in range(2):
-        out = gather_perturb(weight, WORDS, leaf, ready=ready)
+        out = gather_perturb(weight, WORDS, leaf, added=None, ready=ready)
         assert out.data_ptr() == ready.data_ptr()
         assert out is not ready
         assert out.grad_fn is not None
@@ -176,7 +176,7 @@ def test_ready_is_passed_on_and_stays_free_of_the_graph() -> None:
 
 def test_a_buffer_that_is_overwritten_before_the_backward_is_noticed() -> None:
     weight, leaf, ready = torch.randn(5, 3), torch.zeros(2, 4, 3, requires_grad=True), torch.randn(2, 4, 3)
-    squared = gather_perturb(weight, WORDS, leaf, ready=ready).pow(2)
+    squared = gather_perturb(weight, WORDS, leaf, added=None, ready=ready).pow(2)
     ready.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squared.sum().backward()
@@ -185,12 +185,12 @@ def test_a_buffer_that_is_overwritten_before_the_backward_is_noticed() -> None:
 def test_bad_arguments() -> None:
     weight, leaf = torch.randn(5, 3), torch.zeros(2, 4, 3)
     with pytest.raises(ValueError, match="leaf has shape"):
-        gather_perturb(weight, WORDS, leaf[:1])
+        gather_perturb(weight, WORDS, leaf[:1], added=leaf)
     with pytest.raises(ValueError, match="added is None"):
-        gather_perturb(weight, WORDS, leaf, slot=WORDS)
+        gather_perturb(weight, WORDS, leaf, added=None, slot=WORDS)
     for ready in (leaf[:1], leaf.double()):
         with pytest.raises(ValueError, match=r"ready must be torch\.float32"):
-            gather_perturb(weight, WORDS, leaf, ready=ready)
+            gather_perturb(weight, WORDS, leaf, added=None, ready=ready)
     for fused in (None, False):
         for slot in (WORDS - 2, WORDS):
             with pytest.raises(IndexError):
