@@ -83,7 +83,7 @@ class BestStep:
     def prepare(self) -> None:
         self.rows = prepare_rows(self.ids)
         self.base = self.weight.index_select(0, self.rows.unique)
-        self.r, self.scale = torch.zeros_like(self.base), 1.0  # the perturbation is scale * r
+        self.r, self.scale = torch.zeros_like(self.base), 1.0  # the perturbation is scale * r, for a few steps
 
     def reset(self) -> None:
         self.r.zero_()
@@ -98,22 +98,24 @@ class BestStep:
 
 
 class CompiledStep(BestStep):
-    """The same under torch.compile, with nothing that breaks the graph; the embedding bag stays PyTorch's."""
+    """The same, its arithmetic under torch.compile; PyTorch's embedding bag and gather beat the generated ones."""
 
     def step(self, grad: Tensor) -> Tensor:
-        _compiled_table(grad, self.rows, self.base, self.r, self.ball.step_size, self.ball.epsilon, self.out)
-        return self.out
+        g = F.embedding_bag(self.rows.order, grad, self.rows.starts, mode="sum")
+        self.r, moved = _compiled(g, self.base, self.r, self.ball.step_size, self.ball.epsilon)
+        return torch.index_select(moved, 0, self.rows.inverse, out=self.out)
 
 
 @torch.compile(dynamic=False)
-def _compiled_table(
-    grad: Tensor, rows: Rows, base: Tensor, r: Tensor, step_size: float, epsilon: float, out: Tensor
-) -> None:
-    g = F.embedding_bag(rows.order, grad, rows.starts, mode="sum")
-    moved = r + g * (step_size / vector_norm(g))
-    moved = moved * (epsilon / vector_norm(moved)).clamp(max=1)
-    r.copy_(moved)
-    out.copy_((base + moved)[rows.inverse])
+def _compiled(
+    g: Tensor, base: Tensor, r: Tensor, step_size: float, epsilon: float, dims: tuple[int, ...] = (0, 1)
+) -> tuple[Tensor, Tensor]:
+    """The moved r and base + r, in two passes: |r + a g|^2 follows from the three products of r and g."""
+    gg, gr, rr = (product.sum(dims, keepdim=True) for product in (g * g, g * r, r * r))
+    a = step_size / gg.sqrt()
+    scale = (epsilon / (rr + 2 * a * gr + a * a * gg).clamp(min=0).sqrt()).clamp(max=1)
+    r = scale * r + (scale * a) * g
+    return r, base + r
 
 
 class FastadvStep:
@@ -187,16 +189,9 @@ class CompiledSampleStep(BestSampleStep):
     """The same under torch.compile."""
 
     def step(self, grad: Tensor) -> Tensor:
-        _compiled_sample(grad, self.words, self.delta, self.ball.step_size, self.ball.epsilon, self.out)
-        return self.out
-
-
-@torch.compile(dynamic=False)
-def _compiled_sample(grad: Tensor, words: Tensor, delta: Tensor, step_size: float, epsilon: float, out: Tensor) -> None:
-    moved = delta + grad * (step_size / _norms(grad))
-    moved = moved * (epsilon / _norms(moved)).clamp(max=1)
-    delta.copy_(moved)
-    out.copy_(words + moved)
+        ball = self.ball
+        self.delta, embedded = _compiled(grad, self.words, self.delta, ball.step_size, ball.epsilon, (1, 2))
+        return embedded
 
 
 def _norms(x: Tensor) -> Tensor:
