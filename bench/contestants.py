@@ -129,7 +129,7 @@ class FastadvStep:
         self.skipped = torch.zeros((), dtype=torch.int64)
 
     def prepare(self) -> None:
-        self.groups = ops.segments(self.ids, len(self.weight), fused=True)
+        self.groups = ops.segments(self.ids, len(self.weight), fused=True).trimmed()
 
     def reset(self) -> None:
         self.r.zero_()

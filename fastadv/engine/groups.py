@@ -18,20 +18,12 @@ def group(calls: Sequence[Call], modules: Sequence[nn.Module], fused: bool | Non
     offsets = [sum(sizes[:index]) for index in range(len(sizes))]
     ids = [_ids(call) + offsets[call.module] if offsets[call.module] else _ids(call) for call in calls]
     masks = None if all(call.mask is None for call in calls) else together([_mask(call) for call in calls])
-    return _trimmed(segments(together(ids), sum(sizes), mask=masks, fused=fused))
+    return segments(together(ids), sum(sizes), mask=masks, fused=fused).trimmed()
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:
     """One after the other, without a copy where there is only one."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def _trimmed(groups: Segments) -> Segments:
-    """On the CPU, where looking costs nothing: without the room that no id takes."""
-    if groups.starts.device.type != "cpu":
-        return groups
-    rows = int((groups.starts[:-1] < len(groups.order)).sum())
-    return groups._replace(starts=groups.starts[: rows + 1], stops=groups.stops[:rows])
 
 
 def _ids(call: Call) -> Tensor:

@@ -32,6 +32,13 @@ class Segments(NamedTuple):
     starts: Tensor  # [rows + 1], N for segments beyond the last id
     stops: Tensor  # [rows] where the masked positions of a segment begin
 
+    def trimmed(self) -> Segments:
+        """Without the room that no id takes; only on the CPU, where looking costs nothing."""
+        if self.starts.device.type != "cpu":
+            return self
+        rows = int((self.starts[:-1] < len(self.order)).sum())
+        return self._replace(starts=self.starts[: rows + 1], stops=self.stops[:rows])
+
 
 def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The plan in plain PyTorch: one stable sort, and no number that the host has to know."""
