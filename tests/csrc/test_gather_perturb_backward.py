@@ -196,7 +196,7 @@ def test_refused_before_anything_is_written(name: str) -> None:
 def drawn(draw: st.DrawFn) -> tuple[Tensor, list[Tensor], Tensor, int]:
     dtype = draw(st.sampled_from(DTYPES))
     vocabulary, dim = draw(st.integers(1, 50)), draw(st.integers(0, 20))
-    words = draw(st.lists(st.integers(0, vocabulary - 1), max_size=40))
+    words = draw(st.lists(st.integers(0, vocabulary - 1), max_size=20))
     kinds = draw(st.lists(st.sampled_from([dtype, wide(dtype)]), max_size=3))
     table, ids = torch.randn(vocabulary, dim).to(dtype), torch.tensor(words, dtype=torch.int64)
     return table, [torch.randn(len(words), dim).to(kind) for kind in kinds], ids, draw(st.integers(-1, vocabulary - 1))

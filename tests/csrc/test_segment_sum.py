@@ -249,7 +249,7 @@ def test_nothing_is_mutated() -> None:
 @st.composite
 def drawn(draw: st.DrawFn) -> Case:
     vocabulary = draw(st.sampled_from([1, 2, 7, 100, 2**11, 30_522, 250_002, 2**40]))
-    words = draw(st.lists(st.integers(0, min(vocabulary - 1, draw(st.sampled_from([3, 2**40])))), max_size=60))
+    words = draw(st.lists(st.integers(0, min(vocabulary - 1, draw(st.sampled_from([3, 2**40])))), max_size=25))
     kept = draw(st.none() | st.lists(st.booleans(), min_size=len(words), max_size=len(words)))
     mask = None if kept is None else torch.tensor(kept, dtype=torch.bool)
     return torch.tensor(words, dtype=torch.int64), mask, vocabulary
