@@ -5,6 +5,7 @@
 
 #include "ascend.h"
 #include "gather_perturb.h"
+#include "rows.h"
 
 #ifdef FASTADV_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -16,6 +17,8 @@ namespace {
 
 using fastadv::AscendCall;
 using fastadv::GatherPerturbCall;
+using fastadv::RowsCall;
+using fastadv::RowsRule;
 
 constexpr bool kCuda =
 #ifdef FASTADV_WITH_CUDA
@@ -53,6 +56,34 @@ void ascend_cpu(const AscendCall& call, const GatherPerturbCall* embedding, int 
   };
   if (bad.id_at >= 0) throw error("id", embedding->ids, bad.id_at, embedding->rows);
   if (bad.slot_at >= 0) throw error("slot", embedding->slot, bad.slot_at, embedding->slots);
+}
+
+void check_rows(const char* op, const RowsCall& call) {
+  const std::int64_t at = fastadv::rows_first_bad(call);
+  if (at < 0) return;
+  const std::int64_t row = reinterpret_cast<const std::int64_t*>(call.rows)[at];
+  const std::string named = std::string(op) + ": row " + std::to_string(row) + " at position " + std::to_string(at);
+  if (row < 0 || row >= call.table_rows) {
+    throw py::index_error(named + " is out of range for a table of " + std::to_string(call.table_rows) + " rows");
+  }
+  throw py::value_error(named + " is not above the one before it: rows must be in ascending order, each only once");
+}
+
+std::int64_t rows_touched_cpu(const RowsCall& call, std::uintptr_t found, int threads) {
+  py::gil_scoped_release unlocked;
+  return fastadv::rows_touched_cpu(call, reinterpret_cast<std::int64_t*>(found), threads);
+}
+
+void rows_copy_cpu(const RowsCall& call, bool back, int threads) {
+  check_rows(back ? "rows_restore" : "rows_back_up", call);
+  py::gil_scoped_release unlocked;
+  fastadv::rows_copy_cpu(call, back, threads);
+}
+
+void rows_step_cpu(const RowsCall& call, const RowsRule& rule, int threads) {
+  check_rows("rows_step", call);
+  py::gil_scoped_release unlocked;
+  fastadv::rows_step_cpu(call, rule, threads);
 }
 
 #ifdef FASTADV_WITH_CUDA
@@ -95,6 +126,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                           skipped};
       }));
   m.def("ascend_cpu", &ascend_cpu);
+  py::class_<RowsCall>(m, "RowsCall")
+      .def(py::init([](int dtype, std::uintptr_t table, std::int64_t table_stride, std::int64_t table_rows,
+                       std::uintptr_t grad, std::int64_t grad_stride, std::uintptr_t saved, std::uintptr_t rows,
+                       std::int64_t count, std::int64_t dim) {
+        return RowsCall{dtype, table, table_stride, table_rows, grad, grad_stride, saved, rows, count, dim};
+      }));
+  py::class_<RowsRule>(m, "RowsRule")
+      .def(py::init([](double step, double epsilon, int direction, int ball, bool by_row, std::uintptr_t skipped) {
+        return RowsRule{step, epsilon, direction, ball, by_row, skipped};
+      }));
+  m.def("rows_touched_cpu", &rows_touched_cpu);
+  m.def("rows_copy_cpu", &rows_copy_cpu);
+  m.def("rows_step_cpu", &rows_step_cpu);
 #ifdef FASTADV_WITH_CUDA
   m.def("gather_perturb_cuda", &gather_perturb_cuda);
   m.def("cuda_problem", &cuda_problem);
