@@ -9,6 +9,7 @@
 #include "ascend.h"
 #include "gather_perturb.h"
 #include "gather_perturb_backward.h"
+#include "rows.h"
 #include "segment_sum.h"
 
 #ifdef FASTADV_WITH_CUDA
@@ -20,6 +21,8 @@ namespace py = pybind11;
 namespace {
 
 using fastadv::GatherPerturbCall;
+using fastadv::RowsCall;
+using fastadv::RowsRule;
 
 constexpr bool kCuda =
 #ifdef FASTADV_WITH_CUDA
@@ -120,6 +123,32 @@ void gather_perturb_backward_cpu(const fastadv::GatherPerturbBackwardCall& call,
   }
 }
 
+void check_rows(const char* op, const RowsCall& call) {
+  const std::int64_t bad = fastadv::rows_first_bad(call);
+  if (bad < 0) return;
+  const std::int64_t row = entry(call.rows, bad);
+  if (row < 0 || row >= call.table_rows) refuse_index(op, "row", call.rows, bad, "a table", call.table_rows);
+  throw py::value_error(std::string(op) + ": row " + at(row) + " at position " + at(bad) +
+                        " is not above the one before it: rows must be in ascending order, each only once");
+}
+
+std::int64_t rows_touched_cpu(const RowsCall& call, std::uintptr_t found, int threads) {
+  py::gil_scoped_release unlocked;
+  return fastadv::rows_touched_cpu(call, reinterpret_cast<std::int64_t*>(found), threads);
+}
+
+void rows_copy_cpu(const RowsCall& call, bool back, int threads) {
+  check_rows(back ? "rows_restore" : "rows_back_up", call);
+  py::gil_scoped_release unlocked;
+  fastadv::rows_copy_cpu(call, back, threads);
+}
+
+void rows_step_cpu(const RowsCall& call, const RowsRule& rule, int threads) {
+  check_rows("rows_step", call);
+  py::gil_scoped_release unlocked;
+  fastadv::rows_step_cpu(call, rule, threads);
+}
+
 #ifdef FASTADV_WITH_CUDA
 void segment_sum_cuda(const fastadv::SegmentSumCall& call, int device, std::uintptr_t stream, std::uintptr_t flag) {
   const char* error;
@@ -196,6 +225,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<fastadv::GatherPerturbBackwardCall>(m, "GatherPerturbBackwardCall").def(py::init(&backward_call));
   m.attr("most_grads") = fastadv::kMostGrads;
   m.def("gather_perturb_backward_cpu", &gather_perturb_backward_cpu);
+  py::class_<RowsCall>(m, "RowsCall")
+      .def(py::init([](int dtype, std::uintptr_t table, std::int64_t table_stride, std::int64_t table_rows,
+                       std::uintptr_t grad, std::int64_t grad_stride, std::uintptr_t saved, std::uintptr_t rows,
+                       std::int64_t count, std::int64_t dim) {
+        return RowsCall{dtype, table, table_stride, table_rows, grad, grad_stride, saved, rows, count, dim};
+      }));
+  py::class_<RowsRule>(m, "RowsRule")
+      .def(py::init([](double step, double epsilon, int direction, int ball, bool by_row, std::uintptr_t skipped) {
+        return RowsRule{step, epsilon, direction, ball, by_row, skipped};
+      }));
+  m.def("rows_touched_cpu", &rows_touched_cpu);
+  m.def("rows_copy_cpu", &rows_copy_cpu);
+  m.def("rows_step_cpu", &rows_step_cpu);
 #ifdef FASTADV_WITH_CUDA
   m.def("gather_perturb_cuda", &gather_perturb_cuda);
   m.def("segment_sum_cuda", &segment_sum_cuda);

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastadv.engine.rule import Rule
-from fastadv.ops import rows_back_up, rows_restore, rows_step, rows_touched
+from fastadv.ops import rows
 
 
 class MovedTable:
@@ -26,7 +26,7 @@ class MovedTable:
         """One ascent up `grad`, a gradient of the whole table."""
         grad = grad.detach().reshape(self.table.shape)
         self._back_up(grad)
-        rows_step(
+        rows.step(
             self.table,
             grad,
             saved=self.saved,
@@ -48,25 +48,29 @@ class MovedTable:
     def restore(self) -> None:
         """Put back what has moved."""
         if self.saved is not None:
-            rows_restore(self.table, self.saved, self.rows, fused=self.fused)
+            rows.restore(self.table, self.saved, self.rows, fused=self.fused)
         self.rows = self.saved = None
 
     def _back_up(self, grad: Tensor) -> None:
         if self.saved is not None and self.rows is None:
             return
-        touched = rows_touched(grad, fused=self.fused)
+        touched = rows.touched(grad, fused=self.fused)
         if self.rows is not None:  # a later step may reach rows that an earlier one did not
             touched = touched[~torch.isin(touched, self.rows)]
         known = 0 if self.rows is None else len(self.rows)
         if 2 * (known + len(touched)) > len(self.table):
             self._back_up_all()
-            return
-        new = rows_back_up(self.table, touched, fused=self.fused)
-        self.saved = new if self.saved is None else torch.cat([self.saved, new])
-        self.rows = touched if self.rows is None else torch.cat([self.rows, touched])
+        elif self.rows is None or self.saved is None:
+            self.rows, self.saved = touched, rows.back_up(self.table, touched, fused=self.fused)
+        elif len(touched):
+            self._add(self.rows, self.saved, touched)
+
+    def _add(self, known: Tensor, saved: Tensor, touched: Tensor) -> None:
+        self.rows, order = torch.cat([known, touched]).sort()
+        self.saved = torch.cat([saved, rows.back_up(self.table, touched, fused=self.fused)])[order]
 
     def _back_up_all(self) -> None:
-        every = rows_back_up(self.table, None, fused=self.fused)
+        every = rows.back_up(self.table, fused=self.fused)
         if self.saved is not None and self.rows is not None:
             every[self.rows] = self.saved
         self.rows, self.saved = None, every

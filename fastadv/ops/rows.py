@@ -1,19 +1,206 @@
+r"""Rows of a table, moved in place and put back: which are touched, copies of them, a step, and the way back.
+
+.. math:: W_n \leftarrow S_n + \Pi\big(W_n - S_n + \text{step} \cdot d(g_n)\big), \qquad n \in \text{rows}
+
+W [V, D] is the table, g [V, D] its gradient, S [R, D] the copies of the rows that move. The directions d and balls are
+those of `fastadv.ops.ascend`; without a ball W moves by the step alone, and S is not needed. A gradient is zero
+outside of the words of a batch, so its touched rows are all that a step can move: `None` stands for every row.
+
+Computed in float32 (float64 for float64), rounded once into the table. Where a group's gradient is zero or not finite
+nothing changes at all; one that is not finite is counted in `skipped`. `restore` puts back every bit.
+"""
+
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from fastadv.ops import ascend as _a
-import sys
 from torch import Tensor
-def rows_touched(table, fused=None): return (table != 0).any(1).nonzero().squeeze(1)
-def rows_back_up(table, rows, fused=None): return table.clone() if rows is None else table[rows]
+
+from fastadv import native
+from fastadv.native import rows as native_rows
+from fastadv.ops.ascend import BALLS, DIRECTIONS, _project, with_norm
+from fastadv.ops.dispatch import Backend, Op
+
+
+def eager_touched(table: Tensor) -> Tensor:
+    """`touched` in plain PyTorch."""
+    return (table != 0).any(dim=1).nonzero().flatten()
+
+
+def eager_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
+    """`back_up` in plain PyTorch."""
+    return table.clone(memory_format=torch.contiguous_format) if rows is None else table.index_select(0, rows)
+
+
+def eager_restore(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
+    """`restore` in plain PyTorch."""
+    if rows is None:
+        table.copy_(saved)
+    else:
+        table.index_copy_(0, rows, saved)
+
+
+def eager_step(
+    table: Tensor,
+    grad: Tensor,
+    saved: Tensor | None,
+    rows: Tensor | None,
+    skipped: Tensor,
+    step_size: float,
+    epsilon: float | None,
+    direction: str,
+    ball: str,
+    group: int,
+) -> None:
+    """`step` in plain PyTorch."""
+    before = table if rows is None else table.index_select(0, rows)
+    if before.numel() == 0:
+        return
+    groups = (1, -1) if group == 0 else before.shape
+    wide = torch.promote_types(table.dtype, torch.float32)
+    g = (grad if rows is None else grad.index_select(0, rows)).to(wide).reshape(groups)
+    finite = g.isfinite().all(dim=1, keepdim=True)
+    skipped += (~finite).sum()
+    g = torch.where(finite, g, 0)
+    at = before.to(wide).reshape(groups)
+    moved = at + (step_size * g.sign() if direction == "sign" else with_norm(g, step_size, direction))
+    if epsilon is not None and ball != "none":
+        if saved is None:
+            raise ValueError(f"ball={ball!r} is around the rows as they were: saved cannot be None")
+        centre = saved.to(wide).reshape(groups)
+        moved = centre + _project(moved - centre, epsilon, ball, direction)
+    after = moved.reshape(before.shape).to(table.dtype)
+    stays = (g == 0).all(dim=1, keepdim=True)
+    eager_restore(table, torch.where(stays if group else stays.reshape(()), before, after), rows)
+
+
+def _fake_touched(table: Tensor) -> Tensor:
+    return table.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
+
+
+def _fake_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
+    return table.new_empty((table.shape[0] if rows is None else rows.shape[0], table.shape[1]))
+
+
+def _fake_in_place(*arguments: Any) -> None:
+    """In place: nothing to say about shapes."""
+
+
+def _op(name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Op:
+    why = native.reason()
+    backend = Backend("C++", "cpu", None if why else getattr(native_rows, name), why)
+    return Op(name, schema, eager=eager, fake=fake, backends=[backend])
+
+
+TOUCHED = _op("rows_touched", "(Tensor table) -> Tensor", eager_touched, _fake_touched)
+BACK_UP = _op("rows_back_up", "(Tensor table, Tensor? rows) -> Tensor", eager_back_up, _fake_back_up)
+RESTORE = _op("rows_restore", "(Tensor(a!) table, Tensor saved, Tensor? rows) -> ()", eager_restore, _fake_in_place)
+STEP = _op(
+    "rows_step",
+    "(Tensor(a!) table, Tensor grad, Tensor? saved, Tensor? rows, Tensor(b!) skipped, float step_size, "
+    "float? epsilon, str direction, str ball, int group) -> ()",
+    eager_step,
+    _fake_in_place,
+)
+
+
 @torch.no_grad()
-def rows_restore(table, saved, rows, fused=None):
-    table.copy_(saved) if rows is None else table.index_copy_(0, rows, saved)
+def touched(table: Tensor, *, fused: bool | None = None) -> Tensor:
+    """The rows of `table` [V, D] that hold anything but zero (NaN is something, -0.0 is not): int64, ascending.
+
+    Example:
+        >>> touched(torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
+        tensor([1])
+    """
+    found: Tensor = TOUCHED.choose(table.device.type, fused)(table)
+    return found
+
+
 @torch.no_grad()
-def rows_step(table, grad, *, saved, rows, skipped, step_size, epsilon, direction, ball, group, fused=None):
-    g = grad if rows is None else grad[rows]
-    t = table if rows is None else table[rows]
-    wide = torch.promote_types(t.dtype, torch.float32)
-    r = (t.to(wide) - saved.to(wide))
-    _a(r, g.to(wide), skipped=skipped, step_size=step_size, epsilon=epsilon, direction=direction, ball=ball, group=group, fused=False)
-    new = (saved.to(wide) + r).to(t.dtype)
-    rows_restore(table, new, rows)
+def back_up(table: Tensor, rows: Tensor | None = None, *, fused: bool | None = None) -> Tensor:
+    """A copy [R, D] of `rows` (int64, strictly ascending) of `table` [V, D]; of all of them without `rows`.
+
+    Raises:
+        IndexError: a row outside the table (on the CPU).
+
+    Example:
+        >>> back_up(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1]))
+        tensor([[3., 4.]])
+    """
+    saved: Tensor = BACK_UP.choose(table.device.type, fused)(table, rows)
+    return saved
+
+
+@torch.no_grad()
+def restore(table: Tensor, saved: Tensor, rows: Tensor | None = None, *, fused: bool | None = None) -> None:
+    """Put the copies `saved` [R, D] of `rows` back into `table` [V, D], bit for bit.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        IndexError: a row outside the table (on the CPU).
+
+    Example:
+        >>> table, rows = torch.ones(3, 2), torch.tensor([0, 2])
+        >>> saved = back_up(table, rows)
+        >>> table[0] = float("nan")
+        >>> restore(table, saved, rows)
+        >>> table.sum()
+        tensor(6.)
+    """
+    _check_saved(table, saved, rows)
+    RESTORE.choose(table.device.type, fused)(table, saved, rows)
+
+
+@torch.no_grad()
+def step(
+    table: Tensor,
+    grad: Tensor,
+    *,
+    skipped: Tensor,
+    step_size: float,
+    epsilon: float | None,
+    direction: str = "l2",
+    ball: str = "l2",
+    group: int = 0,
+    saved: Tensor | None = None,
+    rows: Tensor | None = None,
+    fused: bool | None = None,
+) -> None:
+    """Move `rows` of `table` [V, D] one step up `grad` [V, D], in place; see the module's formula.
+
+    `group` is 0 for norms over all the rows together, 1 for each row by itself. `saved` [R, D] holds the rows at the
+    centre of the ball, in the order of `rows` (int64, strictly ascending; None: every row).
+
+    Raises:
+        TypeError: dtypes that differ, or that the chosen backend does not serve.
+        ValueError: an unknown direction or ball, shapes that do not fit, or a ball without `saved`.
+        IndexError: a row outside the table (on the CPU).
+
+    Example:
+        >>> table, skipped = torch.ones(2, 2), torch.zeros((), dtype=torch.int64)
+        >>> saved, grad = back_up(table), torch.tensor([[0.0, 0.0], [3.0, 4.0]])
+        >>> step(table, grad, skipped=skipped, step_size=1.0, epsilon=0.5, saved=saved)
+        >>> table
+        tensor([[1.0000, 1.0000],
+                [1.3000, 1.4000]])
+    """
+    if direction not in DIRECTIONS or ball not in BALLS or group not in (0, 1):
+        raise ValueError(
+            f"direction must be one of {', '.join(DIRECTIONS)}, ball one of {', '.join(BALLS)} and group 0 or 1, "
+            f"not {direction!r}, {ball!r} and {group!r}"
+        )
+    if grad.shape != table.shape or grad.dtype != table.dtype:
+        wanted, got = (f"{t.dtype} with shape {tuple(t.shape)}" for t in (table, grad))
+        raise (ValueError if grad.dtype == table.dtype else TypeError)(f"grad must be {wanted}, not {got}")
+    if saved is not None:
+        _check_saved(table, saved, rows)
+    run = STEP.choose(table.device.type, fused)
+    run(table, grad, saved, rows, skipped, step_size, epsilon, direction, ball, group)
+
+
+def _check_saved(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
+    wanted = (table.shape[0] if rows is None else rows.shape[0], table.shape[1])
+    if saved.shape != wanted:
+        raise ValueError(f"saved must have shape {wanted}, but has {tuple(saved.shape)}")
