@@ -158,7 +158,7 @@ def write(condensed: dict[str, Any], root: Path = ROOT) -> None:
     """Keep a run in the repository. A tiny or a partial one is not worth keeping."""
     heaps = {heap for found in condensed["groups"].values() for heap in found}
     if condensed["machine"]["size"] != "minilm" or heaps != set(HEAPS):
-        raise SystemExit("not written: only a run of size minilm with both heaps is kept")
+        raise ValueError("not kept: only a run of size minilm with both heaps is")
     results, page = root / "bench/results/cpu.json", root / "docs/benchmarks.md"
     results.parent.mkdir(exist_ok=True)
     results.write_text(json.dumps(condensed, indent=1) + "\n", encoding="utf-8")
@@ -174,8 +174,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     condensed = condense([json.loads(file.read_text(encoding="utf-8")) for file in options.files])
     print(markdown(condensed))
-    if options.write:
+    if not options.write:
+        return
+    try:
         write(condensed)
+    except ValueError as error:
+        print(error)
 
 
 if __name__ == "__main__":
