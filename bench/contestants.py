@@ -124,7 +124,8 @@ class FastadvStep:
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
         self.weight, self.ids, self.ball = weight, ids.flatten(), ball
         self.prepare()
-        self.r = weight.new_zeros(len(self.groups.starts) - 1, weight.shape[1])
+        self.r = weight.new_zeros(len(self.groups.stops), weight.shape[1])
+        self.g = torch.empty_like(self.r)
         self.out = weight.new_empty(ids.numel(), weight.shape[1])
         self.skipped = torch.zeros((), dtype=torch.int64)
 
@@ -135,27 +136,14 @@ class FastadvStep:
         self.r.zero_()
 
     def step(self, grad: Tensor) -> Tensor:
-        g = ops.segment_sum(grad, self.groups, fused=True)
-        _ascend(self, self.r, g, group=0, slot=self.groups.slot)
+        room = {"weight": self.weight, "ids": self.ids, "embedded": self.out, "summed": self.g}
+        ops.table_step(self.r, grad, self.groups, group=0, fused=True, **_rule(self), **room)
         return self.out
 
 
-def _ascend(step: Any, delta: Tensor, grad: Tensor, *, group: int, slot: Tensor | None) -> None:
-    ops.ascend(
-        delta,
-        grad,
-        skipped=step.skipped,
-        step_size=step.ball.step_size,
-        epsilon=step.ball.epsilon,
-        direction="l2",
-        ball="l2",
-        group=group,
-        weight=step.weight,
-        ids=step.ids,
-        slot=slot,
-        embedded=step.out,
-        fused=True,
-    )
+def _rule(step: Any) -> dict[str, Any]:
+    length, radius = step.ball
+    return {"skipped": step.skipped, "step_size": length, "epsilon": radius, "direction": "l2", "ball": "l2"}
 
 
 # Attack steps, sample scope: step(dE [B, T, D]) -> E [B, T, D]
@@ -211,7 +199,8 @@ class FastadvSampleStep:
         self.delta.zero_()
 
     def step(self, grad: Tensor) -> Tensor:
-        _ascend(self, self.delta, grad, group=1, slot=None)
+        room = {"weight": self.weight, "ids": self.ids, "embedded": self.out}
+        ops.ascend(self.delta, grad, group=1, fused=True, **_rule(self), **room)
         return self.out
 
 

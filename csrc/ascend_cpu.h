@@ -99,9 +99,10 @@ Sums add_in_order(const Blocks& blocks, std::int64_t dim, int threads, Sums* par
     for (std::int64_t b = 0; b < blocks.count(); ++b) total += sums_of(b);
     return total;
   }
-  parallel(blocks.count(), blocks.rows * dim, threads, [&](std::int64_t begin, std::int64_t end) {
-    for (std::int64_t b = begin; b < end; ++b) parts[b] = sums_of(b);
-  });
+  parallel_uneven(blocks.count(), 1, (blocks.end - blocks.begin) * dim, threads,
+                  [&](std::int64_t begin, std::int64_t end) {
+                    for (std::int64_t b = begin; b < end; ++b) parts[b] = sums_of(b);
+                  });
   for (std::int64_t b = 0; b < blocks.count(); ++b) total += parts[b];
   return total;
 }

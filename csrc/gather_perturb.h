@@ -24,19 +24,23 @@ struct GatherPerturb {
   FASTADV_HD bool id_in_range(std::int64_t n) const { return ids[n] >= 0 && ids[n] < rows; }
   FASTADV_HD bool slot_in_range(std::int64_t n) const { return !slot || (slot[n] >= -1 && slot[n] < slots); }
 
-  // Elements first, first + step, ... of output row n. The sum is rounded once; a plain lookup moves bits.
-  FASTADV_HD void row(std::int64_t n, std::int64_t first, std::int64_t step) const {
-    const T* __restrict__ from = weight + ids[n] * row_stride;
-    T* __restrict__ to = out + n * dim;
-    if (!delta || (slot && slot[n] < 0)) {
-      for (std::int64_t d = first; d < dim; d += step) to[d] = from[d];
-      return;
-    }
-    const Sum* __restrict__ add = delta + (slot ? slot[n] : n) * dim;
-    for (std::int64_t d = first; d < dim; d += step) {
-      to[d] = Compute<T>::narrow(Compute<T>::widen(from[d]) + add[d]);
+  FASTADV_HD const T* from(std::int64_t n) const { return weight + ids[n] * row_stride; }
+  FASTADV_HD T* to(std::int64_t n) const { return out + n * dim; }
+  FASTADV_HD bool adds(std::int64_t n) const { return delta && !(slot && slot[n] < 0); }
+
+  // Elements first, first + step, ... of output row n, into `result`. The sum is rounded once; a lookup moves bits.
+  FASTADV_HD void row(std::int64_t n, std::int64_t first, std::int64_t step, T* __restrict__ result) const {
+    const T* __restrict__ word = from(n);
+    if (adds(n)) {
+      const Sum* __restrict__ add = delta + (slot ? slot[n] : n) * dim;
+      for (std::int64_t d = first; d < dim; d += step) {
+        result[d] = Compute<T>::narrow(Compute<T>::widen(word[d]) + add[d]);
+      }
+    } else {
+      for (std::int64_t d = first; d < dim; d += step) result[d] = word[d];
     }
   }
+  FASTADV_HD void row(std::int64_t n, std::int64_t first, std::int64_t step) const { row(n, first, step, to(n)); }
 };
 
 // The call as it arrives from Python: addresses and a dtype code.

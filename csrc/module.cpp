@@ -11,6 +11,7 @@
 #include "gather_perturb_backward.h"
 #include "rows.h"
 #include "segment_sum.h"
+#include "table_step.h"
 
 #ifdef FASTADV_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -89,6 +90,20 @@ void segment_sum_cpu(const fastadv::SegmentSumCall& call, int threads) {
   }
   if (bad.position_at >= 0) refuse_position("segment_sum", call.order, bad.position_at, call.count);
   if (bad.segment_at >= 0) refuse_segment("segment_sum", bad.segment_at, call.count);
+}
+
+void table_step_cpu(const fastadv::AscendCall& call, const fastadv::SegmentSumCall& sums,
+                    const GatherPerturbCall& embedding, int threads) {
+  fastadv::TableStepFault fault;
+  {
+    py::gil_scoped_release unlocked;
+    fault = fastadv::table_step_cpu(call, sums, embedding, threads);
+  }
+  const auto& [plan, index] = fault;
+  if (plan.position_at >= 0) refuse_position("table_step", sums.order, plan.position_at, sums.count);
+  if (plan.segment_at >= 0) refuse_segment("table_step", plan.segment_at, sums.count);
+  if (index.id_at >= 0) refuse_index("table_step", "id", embedding.ids, index.id_at, "a table", embedding.rows);
+  if (index.slot_at >= 0) refuse_index("table_step", "slot", embedding.slot, index.slot_at, "delta", embedding.slots);
 }
 
 // Address, row stride, and whether the rows are in the dtype of the sum.
@@ -222,6 +237,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return fastadv::SegmentSumCall{dtype, values, row_stride, count, order, starts, stops, out, rows, dim};
       }));
   m.def("segment_sum_cpu", &segment_sum_cpu);
+  m.def("table_step_cpu", &table_step_cpu);
   py::class_<fastadv::GatherPerturbBackwardCall>(m, "GatherPerturbBackwardCall").def(py::init(&backward_call));
   m.attr("most_grads") = fastadv::kMostGrads;
   m.def("gather_perturb_backward_cpu", &gather_perturb_backward_cpu);

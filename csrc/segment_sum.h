@@ -75,7 +75,10 @@ struct SegmentSumCall {
 // The first entry of `order`, or the first segment, that points outside; -1: none.
 struct BadPlan {
   std::int64_t position_at, segment_at;
+  bool any() const { return position_at >= 0 || segment_at >= 0; }
 };
+
+BadPlan first_outside(const SegmentSumCall& call);
 
 // Checks the plan before it reads a row; writes nothing if it points outside.
 BadPlan segment_sum_cpu(const SegmentSumCall& call, int threads);

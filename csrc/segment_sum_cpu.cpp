@@ -87,11 +87,16 @@ struct Sorter {
 
 }  // namespace
 
-BadPlan segment_sum_cpu(const SegmentSumCall& call, int threads) {
+BadPlan first_outside(const SegmentSumCall& call) {
   BadPlan bad{-1, -1};
+  call.visit([&](const auto& op) { bad = first_outside(op); });
+  return bad;
+}
+
+BadPlan segment_sum_cpu(const SegmentSumCall& call, int threads) {
+  const BadPlan bad = first_outside(call);
+  if (bad.any()) return bad;
   call.visit([&](const auto& op) {
-    bad = first_outside(op);
-    if (bad.position_at >= 0 || bad.segment_at >= 0) return;
     const std::int64_t size = (op.count + op.rows) * op.dim;
     parallel_uneven(op.rows, kPiece, size, threads, [&](std::int64_t begin, std::int64_t end) { run(op, begin, end); });
   });

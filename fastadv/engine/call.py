@@ -49,14 +49,22 @@ class Call:
         same = delta.shape == shape and delta.dtype == perturbation_dtype(dtype) and delta.device == device
         return same and self.body == body
 
-    def next_room(self) -> Tensor | None:
-        """Where the next forward's embedding may be written: this call's own memory, unless somebody still holds it."""
-        if self.table is None:
-            return None
+    def next_lookup(self) -> dict[str, Tensor]:
+        """What an ascent needs to write the next forward's embedding; nothing where this is no plain lookup.
+
+        It writes into this call's own memory, unless somebody still holds that.
+        """
         self.ready = None
+        if self.table is None or self.ids is None:
+            return {}
         if self.room is None or self.room.dtype != self.table.dtype or not _is_ours(self.room):
             self.room = torch.empty(self.delta.shape, dtype=self.table.dtype, device=self.table.device)
-        return self.room
+        return {"weight": self.table, "ids": self.ids, "embedded": self.room}
+
+    def embedded(self, lookup: dict[str, Tensor]) -> None:
+        """The ascent has written it."""
+        if lookup:
+            self.ready = Ready.of(lookup["embedded"], lookup["ids"], lookup["weight"])
 
 
 class Ready(NamedTuple):

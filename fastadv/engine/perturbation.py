@@ -13,13 +13,13 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from fastadv.engine.call import Call, Ready
+from fastadv.engine.call import Call
 from fastadv.engine.groups import together
 from fastadv.engine.rng import apart
 from fastadv.engine.rule import Rule
 from fastadv.engine.site import Site
 from fastadv.engine.start import Start
-from fastadv.ops import ascend, segment_sum
+from fastadv.ops import ascend, segment_sum, table_step
 from fastadv.ops.ascend import l2_norm
 
 SCOPES = ("table", "row", "batch", "sample", "token")
@@ -77,28 +77,11 @@ class Perturbation:
         """Whether the last pass left one."""
         return any(call.grad is not None for call in self.site.calls)
 
-    def _step(
-        self, delta: Tensor, grad: Tensor, rule: Rule, group: int, mask: Tensor | None = None, into: Call | None = None
-    ) -> None:
-        """Ascend; where the call `into` is a plain lookup, write its next embedding too."""
-        if self.skipped.device != delta.device:
-            self.skipped = self.skipped.to(delta.device)
-        room = None if into is None else into.next_room()
-        lookup = {}
-        if into is not None and room is not None:
-            lookup = {"weight": into.table, "ids": into.ids, "slot": into.slot, "embedded": room}
-        ascend(
-            delta,
-            grad,
-            mask=mask,
-            skipped=self.skipped,
-            group=group,
-            fused=self.site.fused,
-            **rule._asdict(),
-            **lookup,
-        )
-        if into is not None and room is not None and into.ids is not None and into.table is not None:
-            into.ready = Ready.of(room, into.ids, into.table)
+    def _count(self, device: torch.device) -> Tensor:
+        """The counter of skipped groups, on the device of what is stepped."""
+        if self.skipped.device != device:
+            self.skipped = self.skipped.to(device)
+        return self.skipped
 
 
 class PositionPerturbation(Perturbation):
@@ -113,8 +96,22 @@ class PositionPerturbation(Perturbation):
         """Each call by itself."""
         for call in self.site.calls:
             if call.grad is not None:
-                self._step(call.delta, call.grad, rule, self._group(call.delta, rule), call.mask, into=call)
+                self._step(call, call.grad, rule)
                 call.grad = None
+
+    def _step(self, call: Call, grad: Tensor, rule: Rule) -> None:
+        lookup = call.next_lookup()
+        ascend(
+            call.delta,
+            grad,
+            mask=call.mask,
+            skipped=self._count(grad.device),
+            group=self._group(call.delta, rule),
+            fused=self.site.fused,
+            **rule._asdict(),
+            **lookup,
+        )
+        call.embedded(lookup)
 
     def _group(self, delta: Tensor, rule: Rule) -> int:
         if rule.direction == "sign":
@@ -132,8 +129,9 @@ class TablePerturbation(Perturbation):
 
     def __init__(self, site: Site, scope: str) -> None:
         super().__init__(site, scope)
+        self._group = 0 if scope == "table" else 1
         self.rows: Tensor | None = None  # r [rows, D]
-        self._room = torch.empty(0)
+        self._room, self._sums = Room(), Room()
 
     def reset(self) -> None:
         """The next batch has other ids."""
@@ -158,28 +156,53 @@ class TablePerturbation(Perturbation):
         calls = self.site.calls
         if all(call.grad is None for call in calls):
             return
-        positions = together([_gradient(call) for call in calls])
-        grad = segment_sum(positions, self.site.grouped(), fused=self.site.fused)
-        alone = calls[0] if len(calls) == 1 and not calls[0].body else None
-        self._step(self._rows(), grad, rule, group=0 if self.scope == "table" else 1, into=alone)
+        grad = together([_gradient(call) for call in calls])
+        alone = calls[0] if len(calls) == 1 and calls[0].table is not None and not calls[0].body else None
+        if alone is None:
+            self._step(grad, rule)
+        else:
+            self._step_and_look_up(alone, grad, rule)
         for call in calls:
             call.grad = None
+
+    def _step(self, grad: Tensor, rule: Rule) -> None:
+        rows, groups = self._rows(), self.site.grouped()
+        ascend(
+            rows,
+            segment_sum(grad, groups, fused=self.site.fused),
+            skipped=self._count(grad.device),
+            group=self._group,
+            fused=self.site.fused,
+            **rule._asdict(),
+        )
         self._spread()
+
+    def _step_and_look_up(self, call: Call, grad: Tensor, rule: Rule) -> None:
+        """The usual case, one plain lookup: all of it in one op."""
+        rows, lookup = self._rows(), call.next_lookup()
+        table_step(
+            rows,
+            grad,
+            self.site.grouped(),
+            skipped=self._count(grad.device),
+            group=self._group,
+            summed=self._sums.rows(rows),
+            fused=self.site.fused,
+            **rule._asdict(),
+            **lookup,
+        )
+        call.embedded(lookup)
 
     def norm(self, kind: str) -> Tensor:
         """Of r: the whole of it, or the mean over words."""
-        return mean_norm([] if self.rows is None else [self.rows], 0 if self.scope == "table" else 1, kind)
+        return mean_norm([] if self.rows is None else [self.rows], self._group, kind)
 
     def _rows(self) -> Tensor:
         """r, zero to begin with, in memory that serves from step to step; every call is told its slots."""
         if self.rows is None:
             calls, groups = self.site.calls, self.site.grouped()
             delta = calls[0].delta.detach()
-            count, dim = len(groups.stops), delta.shape[-1]
-            room = self._room
-            if room.dtype != delta.dtype or room.device != delta.device or room.numel() < count * dim:
-                self._room = delta.new_empty(max(count * dim, delta.numel()))
-            self.rows = self._room[: count * dim].view(count, dim).zero_()
+            self.rows = self._room.rows(delta, len(groups.stops)).zero_()
             slots = torch.split(groups.slot, [call.delta[..., 0].numel() for call in calls])
             for call, slot in zip(calls, slots, strict=True):
                 call.rows, call.slot = self.rows, slot.view(call.delta.shape[:-1])
@@ -192,6 +215,21 @@ class TablePerturbation(Perturbation):
             if call.body and call.rows is not None and call.slot is not None:
                 spread = call.rows[call.slot.clamp(min=0)]
                 call.delta.copy_(spread.masked_fill_((call.slot < 0).unsqueeze(-1), 0))
+
+
+class Room:
+    """Memory for rows, as many as a batch happens to need; it serves from step to step."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def rows(self, like: Tensor, count: int | None = None) -> Tensor:
+        """[count, D], or as many as `like` has, in the dtype of `like`; whatever they held last."""
+        count, dim = like.shape[0] if count is None else count, like.shape[-1]
+        memory = self._memory
+        if memory.dtype != like.dtype or memory.device != like.device or memory.numel() < count * dim:
+            self._memory = like.new_empty(count * dim * 5 // 4)  # the next batch may have some more
+        return self._memory[: count * dim].view(count, dim)
 
 
 @torch.no_grad()

@@ -73,8 +73,8 @@ def ascend(
     if delta.device.type != "cpu":
         raise RuntimeError(f"{OP}: no native backend for {delta.device.type} yet")
     extension = checks.extension_for(OP, delta)
-    _check_rule(delta, direction, ball, group)
-    _check_step(delta, grad, mask, skipped)
+    check_rule(delta, direction, ball, group)
+    check_step(delta, grad, mask, skipped)
     grad, grad_stride = _rows(grad)
     mask = None if mask is None else mask.contiguous()
     dim = delta.shape[-1]
@@ -100,15 +100,15 @@ def ascend(
         return
     if weight is None or ids is None or embedded is None:
         raise ValueError(f"{OP}: weight, ids and embedded belong together: give all three, or none of them and no slot")
-    _check_embedding(delta, weight, ids, slot, embedded)
+    check_embedding(delta, weight, ids, slot, embedded)
     ids = ids.to(torch.int64).contiguous()  # copies do no harm here: indices are small, and only read
     slot = None if slot is None else slot.contiguous()
-    embedding = _embedding(extension, delta, weight, ids, slot, embedded)
-    extension.ascend_cpu(call, embedding, torch.get_num_threads())
+    lookup = lookup_call(extension, delta, weight, ids, slot, embedded)
+    extension.ascend_cpu(call, lookup, torch.get_num_threads())
     increment_version((delta, skipped, embedded))
 
 
-def _embedding(
+def lookup_call(
     extension: Any, delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor
 ) -> Any:
     """gather_perturb's call for the moved delta; it keeps no tensor alive."""
@@ -147,7 +147,7 @@ def _rows(grad: Tensor) -> tuple[Tensor, int]:
     return grad, grad.shape[-1]
 
 
-def _check_rule(delta: Tensor, direction: str, ball: str, group: int) -> None:
+def check_rule(delta: Tensor, direction: str, ball: str, group: int) -> None:
     if direction not in DIRECTIONS:
         raise ValueError(f"{OP}: direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
     if ball not in BALLS:
@@ -156,7 +156,7 @@ def _check_rule(delta: Tensor, direction: str, ball: str, group: int) -> None:
         raise ValueError(f"{OP}: group must be from 0 to {delta.dim() - 1}, not {group}")
 
 
-def _check_step(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor) -> None:
+def check_step(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor) -> None:
     if delta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{OP}: delta must be float32 or float64, but is {delta.dtype}; fused=False takes any")
     checks.contiguous(OP, "delta", delta)
@@ -178,7 +178,7 @@ def _check_step(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tenso
         raise ValueError(f"{OP}: skipped must be 0-d, but has shape {tuple(skipped.shape)}")
 
 
-def _check_embedding(delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor) -> None:
+def check_embedding(delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor) -> None:
     _check_weight(delta, weight)
     shape = (*ids.shape, delta.shape[-1])
     if ids.dtype not in (torch.int64, torch.int32):

@@ -1,0 +1,103 @@
+"""The launcher of csrc/table_step: every check, then addresses."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastadv.native import ascend, checks
+
+OP = "table_step"
+
+
+def table_step(
+    delta: Tensor,
+    grad: Tensor,
+    skipped: Tensor,
+    step_size: float,
+    epsilon: float | None,
+    direction: str,
+    ball: str,
+    group: int,
+    slot: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    embedded: Tensor,
+    summed: Tensor,
+) -> None:
+    """`segment_sum` of `grad` into `summed`, `ascend` of `delta` along it, and the lookup of `ids` into `embedded`.
+
+    Args:
+        delta, summed: [R, D], float32 or float64, contiguous; mutated, like `embedded` and `skipped`.
+        grad: [N, D], in delta's dtype, or bfloat16 or float16 for a float32 delta; rows may be strided or expanded.
+        skipped, step_size, epsilon, direction, ball, group: as in `fastadv.native.ascend`.
+        slot: the shape of ids; order, starts, stops: [N], [R + 1] and [R], int64: as `segments` makes them.
+        weight, ids, embedded: as in `fastadv.native.ascend`; ids has N elements.
+
+    Raises:
+        TypeError, ValueError: a dtype, shape, stride or device that does not fit.
+        IndexError: an index that points outside; nothing has been written then.
+        RuntimeError: the extension is not there for this device.
+    """
+    if delta.device.type != "cpu":
+        raise RuntimeError(f"{OP}: no native backend for {delta.device.type} yet")
+    extension = checks.extension_for(OP, delta)
+    ascend.check_rule(delta, direction, ball, group)
+    ascend.check_step(delta, summed, None, skipped)
+    ascend.check_embedding(delta, weight, ids, slot, embedded)
+    checks.contiguous(OP, "summed", summed)
+    _check_positions(delta, grad, ids, order, starts, stops)
+    ids, slot = ids.to(torch.int64).contiguous(), slot.contiguous()
+    rows, dim = delta.shape
+    step = extension.AscendCall(
+        checks.DTYPES[delta.dtype],
+        checks.address(OP, "delta", delta),
+        checks.address(OP, "summed", summed),
+        dim,
+        0,
+        math.prod(delta.shape[:group]),
+        math.prod(delta.shape[group:-1]),
+        dim,
+        step_size,
+        0.0 if epsilon is None else epsilon,
+        ascend.DIRECTIONS[direction],
+        ascend.BALLS["none" if epsilon is None else ball],
+        checks.address(OP, "skipped", skipped),
+    )
+    sums = extension.SegmentSumCall(
+        checks.DTYPES[grad.dtype],
+        checks.address(OP, "grad", grad),
+        grad.stride(0),
+        grad.shape[0],
+        order.data_ptr(),
+        starts.data_ptr(),
+        stops.data_ptr(),
+        summed.data_ptr(),
+        rows,
+        dim,
+    )
+    lookup = ascend.lookup_call(extension, delta, weight, ids, slot, embedded)
+    if rows:
+        extension.table_step_cpu(step, sums, lookup, torch.get_num_threads())
+    increment_version((delta, skipped, embedded, summed))
+
+
+def _check_positions(
+    delta: Tensor, grad: Tensor, ids: Tensor, order: Tensor, starts: Tensor, stops: Tensor
+) -> None:
+    checks.same_device(OP, "grad", grad, delta.device)
+    checks.dtype_code(OP, "grad", grad)
+    if checks.compute_dtype(grad.dtype) != delta.dtype:
+        raise TypeError(f"{OP}: grad is {grad.dtype}, which does not go with a delta of {delta.dtype}")
+    checks.rows(OP, "grad", grad)
+    count, rows = ids.numel(), delta.shape[0]
+    if grad.shape != (count, delta.shape[1]):
+        raise ValueError(f"{OP}: grad must be {(count, delta.shape[1])}, but has shape {tuple(grad.shape)}")
+    for name, plan, length in (("order", order, count), ("starts", starts, rows + 1), ("stops", stops, rows)):
+        checks.plan(OP, name, plan, length, delta.device)

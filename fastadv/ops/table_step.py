@@ -1,0 +1,144 @@
+r"""A step of a table's perturbation: from the gradient at the positions to the positions' next embedding, in one call.
+
+.. math::
+    g_s = \sum_{i = starts_s}^{stops_s - 1} grad[order_i], \qquad
+    r \leftarrow \Pi\big(r + \text{step} \cdot d(g)\big), \qquad
+    embedded_n = round(W[ids_n] + r[slot_n])
+
+It is `segment_sum`, `ascend` and `gather_perturb` one after the other, and is defined by them; together they pass over
+the positions twice: the sums are taken in the pass that reduces them, and a row's positions are written while it is in
+cache. `delta` [R, D] holds r, `summed` [R, D] gets g, and everything else is as in those three.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastadv import native
+from fastadv.native.table_step import table_step as native_table_step
+from fastadv.ops.ascend import eager as ascend
+from fastadv.ops.dispatch import Backend, Op
+from fastadv.ops.segment_sum import Segments, rows_of
+from fastadv.ops.segment_sum import eager as segment_sum
+
+
+def eager(
+    delta: Tensor,
+    grad: Tensor,
+    skipped: Tensor,
+    step_size: float,
+    epsilon: float | None,
+    direction: str,
+    ball: str,
+    group: int,
+    slot: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    embedded: Tensor,
+    summed: Tensor,
+) -> None:
+    """The op in plain PyTorch."""
+    summed.copy_(segment_sum(grad, order, starts, stops))
+    rule = (step_size, epsilon, direction, ball, group)
+    ascend(delta, summed, None, skipped, *rule, weight, ids, slot, embedded)
+
+
+def fake(
+    delta: Tensor,
+    grad: Tensor,
+    skipped: Tensor,
+    step_size: float,
+    epsilon: float | None,
+    direction: str,
+    ball: str,
+    group: int,
+    slot: Tensor,
+    order: Tensor,
+    starts: Tensor,
+    stops: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    embedded: Tensor,
+    summed: Tensor,
+) -> None:
+    """In place: nothing to say about shapes."""
+
+
+_reason = native.reason()
+OP = Op(
+    "table_step",
+    "(Tensor(a!) delta, Tensor grad, Tensor(b!) skipped, float step_size, float? epsilon, str direction, str ball, "
+    "int group, Tensor slot, Tensor order, Tensor starts, Tensor stops, Tensor weight, Tensor ids, "
+    "Tensor(c!) embedded, Tensor(d!) summed) -> ()",
+    eager=eager,
+    fake=fake,
+    backends=[Backend("C++", "cpu", None if _reason else native_table_step, _reason)],
+)
+
+
+@torch.no_grad()
+def table_step(
+    delta: Tensor,
+    grad: Tensor,
+    groups: Segments,
+    *,
+    skipped: Tensor,
+    step_size: float,
+    epsilon: float | None,
+    direction: str,
+    ball: str,
+    group: int,
+    weight: Tensor,
+    ids: Tensor,
+    embedded: Tensor,
+    summed: Tensor,
+    fused: bool | None = None,
+) -> None:
+    """Move the rows `delta` [R, D] up the sums of `grad` [N, D], in place, and look `ids` up into `embedded`.
+
+    Args:
+        delta, summed: [R, D], float32 or float64: the perturbation of each segment, and room for its gradient.
+        grad: [N, D], the positions' gradient.
+        groups: `segments(ids, V)`, trimmed or not; it has R segments.
+        skipped, step_size, epsilon, direction, ball, group: as in `ascend`.
+        weight, ids, embedded: the table [V, D], N ids, and the result [*ids.shape, D] in the table's dtype.
+        fused: which backend.
+
+    Raises:
+        TypeError, ValueError: dtypes or shapes that do not fit.
+        IndexError: an index that points outside (on the CPU).
+
+    Example:
+        >>> from fastadv.ops import segments
+        >>> table, ids, skipped = torch.zeros(3, 2), torch.tensor([2, 0, 2]), torch.zeros((), dtype=torch.int64)
+        >>> groups, grad, out = segments(ids, 3).trimmed(), torch.tensor([[3.0, 0], [0, 0], [0, 4]]), torch.empty(3, 2)
+        >>> r, g = torch.zeros(2, 2), torch.empty(2, 2)
+        >>> rule = {"step_size": 1.0, "epsilon": 0.5, "direction": "l2", "ball": "l2", "group": 0}
+        >>> table_step(r, grad, groups, skipped=skipped, weight=table, ids=ids, embedded=out, summed=g, **rule)
+        >>> out
+        tensor([[0.3000, 0.4000],
+                [0.0000, 0.0000],
+                [0.3000, 0.4000]])
+    """
+    OP.choose(delta.device.type, fused)(
+        delta,
+        rows_of(grad),
+        skipped,
+        step_size,
+        epsilon,
+        direction,
+        ball,
+        group,
+        groups.slot.view(ids.shape),
+        groups.order,
+        groups.starts,
+        groups.stops,
+        weight,
+        ids,
+        embedded,
+        summed,
+    )
