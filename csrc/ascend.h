@@ -134,36 +134,47 @@ FASTADV_HD Resize<Real> resize(Real length, Real size) {
   return {length, inverse, size == 0 ? Real(1) : size * inverse};
 }
 
-// `reduce(pass, move)` makes a pass over the group: l2 steps into l2 balls need one, everything usual one or two.
+// Fills in the step. Returns whether `sums` holds the plain sums, and they are safe.
+template <class Real, class Reduce>
+FASTADV_HD bool plan_step(const Rule<Real>& rule, const Reduce& reduce, Move<Real>& move, Sums& sums) {
+  if (rule.direction == kAlongL2) {
+    sums = reduce(kProducts, move);
+    if (safe<Real>(sums.gg)) {
+      move.step = Move<Real>::kResizes;
+      move.along = resize(rule.step, Real(std::sqrt(sums.gg)));
+      return true;
+    }
+  }
+  const std::int64_t largest = reduce(kLargestGrad, move).largest;
+  move.finite = largest < Limits<Real>::kInfinity;
+  if (!move.finite || largest == 0) return false;
+  move.step = rule.direction == kAlongSign ? Move<Real>::kSigns : Move<Real>::kResizes;
+  move.along = resize(rule.step, Limits<Real>::value(largest));
+  if (rule.direction == kAlongL2) move.along.norm = Real(std::sqrt(reduce(kSquaresOfGrad, move).gg));
+  return false;
+}
+
+// |m|^2 for an l2 step m = delta + a g/|g|: dd + 2 a dg/|g| + a^2. 0: unknown, since much cancels (delta is near
+// -a g/|g|), or a sum is missing or not safe.
+template <class Real>
+FASTADV_HD double squares_after(const Rule<Real>& rule, const Move<Real>& move, bool plain, const Sums& sums) {
+  if (rule.direction != kAlongL2 || (!plain && move.step != Move<Real>::kStays)) return 0;
+  const double a = plain ? double(rule.step) : 0;
+  const double squares = plain ? sums.dd + 2 * a * (sums.dg / std::sqrt(sums.gg)) + a * a : sums.dd;
+  return safe<Real>(squares) && squares > (sums.dd + a * a) / 16 ? squares : 0;
+}
+
+// `reduce(pass, move)` makes a pass over the group: l2 steps into l2 balls need one, everything else usual one or two.
 template <class Real, class Reduce>
 FASTADV_HD Move<Real> plan(const Rule<Real>& rule, const Reduce& reduce) {
   Move<Real> move;
   Sums sums;
-  if (rule.direction == kAlongL2) sums = reduce(kProducts, move);
-  const bool plain = rule.direction == kAlongL2 && safe<Real>(sums.gg);
-  if (plain) {
-    move.step = Move<Real>::kResizes;
-    move.along = resize(rule.step, Real(std::sqrt(sums.gg)));
-  } else {
-    const std::int64_t largest = reduce(kLargestGrad, move).largest;
-    move.finite = largest < Limits<Real>::kInfinity;
-    if (move.finite && largest > 0) {
-      move.step = rule.direction == kAlongSign ? Move<Real>::kSigns : Move<Real>::kResizes;
-      move.along = resize(rule.step, Limits<Real>::value(largest));
-      if (rule.direction == kAlongL2) move.along.norm = Real(std::sqrt(reduce(kSquaresOfGrad, move).gg));
-    }
-  }
-  if (rule.ball == kNoBall) return move;
-  if (rule.ball == kLinfBall) {
-    move.end = Move<Real>::kClamp;
-    move.onto.length = rule.epsilon;
-    return move;
-  }
-  // |delta + a g/|g||^2 = dd + 2 a dg/|g| + a^2, unless too much cancels (delta near -a g/|g|) or was not safe.
-  const double a = plain ? double(rule.step) : 0;
-  const double squares = plain ? sums.dd + 2 * a * (sums.dg / std::sqrt(sums.gg)) + a * a : sums.dd;
-  const bool known = rule.direction == kAlongL2 && (plain || move.step == Move<Real>::kStays);
-  if (known && safe<Real>(squares) && squares > (sums.dd + a * a) / 16) {
+  const bool plain = plan_step(rule, reduce, move, sums);
+  move.onto.length = rule.epsilon;
+  if (rule.ball == kLinfBall) move.end = Move<Real>::kClamp;
+  if (rule.ball == kLinfBall || rule.ball == kNoBall) return move;
+  const double squares = squares_after(rule, move, plain, sums);
+  if (squares > 0) {
     move.onto = resize(rule.epsilon, Real(std::sqrt(squares)));
   } else {
     const std::int64_t largest = reduce(kLargestMoved, move).largest;
@@ -180,10 +191,10 @@ template <class G>
 struct Ascend {
   using Real = typename Compute<G>::type;
 
-  Real* delta;               // [groups * rows, dim]
-  const G* grad;             // likewise, `grad_stride` elements from row to row, inner stride 1
+  Real* delta;    // [groups * rows, dim]
+  const G* grad;  // likewise, `grad_stride` elements from row to row, inner stride 1
   std::int64_t grad_stride;
-  const bool* mask;          // [groups * rows]: where there is a gradient; or null
+  const bool* mask;  // [groups * rows]: where there is a gradient; or null
   std::int64_t groups, rows, dim;
   Rule<Real> rule;
 

@@ -101,7 +101,7 @@ def ascend(
     if weight is None or ids is None or embedded is None:
         raise ValueError(f"{OP}: weight, ids and embedded belong together: give all three, or none of them and no slot")
     _check_embedding(delta, weight, ids, slot, embedded)
-    ids = ids.to(torch.int64).contiguous()
+    ids = ids.to(torch.int64).contiguous()  # copies do no harm here: indices are small, and only read
     slot = None if slot is None else slot.contiguous()
     embedding = _embedding(extension, delta, weight, ids, slot, embedded)
     extension.ascend_cpu(call, embedding, torch.get_num_threads())
@@ -168,10 +168,9 @@ def _check_step(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tenso
     _same_device("grad", grad, delta)
     if mask is not None:
         _same_device("mask", mask, delta)
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{OP}: mask must be bool, but is {mask.dtype}")
-        if mask.shape != delta.shape[:-1]:
-            raise ValueError(f"{OP}: mask must have shape {tuple(delta.shape[:-1])}, not {tuple(mask.shape)}")
+        if mask.dtype != torch.bool or mask.shape != delta.shape[:-1]:
+            wanted, got = tuple(delta.shape[:-1]), tuple(mask.shape)
+            raise ValueError(f"{OP}: mask must be bool with shape {wanted}, not {mask.dtype} with shape {got}")
     _same_device("skipped", skipped, delta)
     if skipped.dtype != torch.int64:
         raise TypeError(f"{OP}: skipped must be int64, but is {skipped.dtype}")

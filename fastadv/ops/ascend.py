@@ -31,8 +31,8 @@ from torch import Tensor
 
 from fastadv import native
 from fastadv.native.ascend import ascend as native_ascend
-from fastadv.ops import gather_perturb
 from fastadv.ops.dispatch import Backend, Op
+from fastadv.ops.gather_perturb import eager as gather
 
 DIRECTIONS = ("l2", "sign", "max")
 BALLS = ("l2", "linf", "unit", "none")
@@ -59,7 +59,7 @@ def eager(
     if weight is not None and ids is not None and embedded is not None:
         if slot is not None:  # a row of zeros for the slots that are -1
             delta, slot = F.pad(delta, (0, 0, 1, 0)), slot + 1
-        embedded.copy_(gather_perturb.eager(weight, ids, delta, slot))
+        embedded.copy_(gather(weight, ids, delta, slot))
 
 
 def _move(
@@ -178,8 +178,8 @@ def ascend(
     The eager version takes any strides and any floating dtype; `fastadv.native.ascend` says what the C++ one takes.
 
     Raises:
-        ValueError: an unknown direction or ball, shapes that do not fit, or a mask that is not bool.
-        TypeError: a dtype that the chosen backend does not serve.
+        ValueError: an unknown direction or ball, shapes or strides that do not fit, or a mask that is not bool.
+        TypeError: a dtype that does not fit or that the chosen backend does not serve.
         IndexError: an id or slot out of range (on the CPU).
 
     Example:
@@ -190,8 +190,9 @@ def ascend(
         tensor([[0.3000, 0.4000]])
     """
     run = OP.choose(delta.device.type, fused)
-    _check(delta, grad, mask, direction, ball, group)
-    _check_embedding(delta, weight, ids, slot, embedded)
+    if run is OP.eager:  # a launcher checks for itself
+        _check(delta, grad, mask, direction, ball, group)
+        _check_embedding(delta, weight, ids, slot, embedded)
     with torch.no_grad():
         run(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group, weight, ids, slot, embedded)
 
@@ -217,9 +218,11 @@ def _check_embedding(
         return
     if weight is None or ids is None or embedded is None:
         raise ValueError("weight, ids and embedded belong together: give all three, or none of them and no slot")
-    if embedded.shape != (*ids.shape, delta.shape[-1]) or embedded.dtype != weight.dtype:
-        wanted = f"{weight.dtype} with shape {(*ids.shape, delta.shape[-1])}"
-        raise ValueError(f"embedded must be {wanted}, not {embedded.dtype} with shape {tuple(embedded.shape)}")
+    if embedded.dtype != weight.dtype:
+        raise TypeError(f"embedded must be {weight.dtype}, as weight is, but is {embedded.dtype}")
+    if embedded.shape != (*ids.shape, delta.shape[-1]):
+        wanted = (*ids.shape, delta.shape[-1])
+        raise ValueError(f"embedded must have shape {wanted}, but has {tuple(embedded.shape)}")
     if slot is None and delta.shape != embedded.shape:
         raise ValueError(f"without slot, delta must have shape {tuple(embedded.shape)}, not {tuple(delta.shape)}")
     if slot is not None and (delta.ndim != 2 or slot.shape != ids.shape):

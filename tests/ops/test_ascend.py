@@ -184,6 +184,7 @@ def test_slots_and_ids_out_of_range(slot: list[int], fused: bool | None) -> None
             run_on(fused, delta, delta, 0, weight=torch.ones(5, 4), ids=ids, slot=rows, embedded=embedded, **rule)
 
 
+@pytest.mark.parametrize("fused", [None, False])
 @pytest.mark.parametrize(
     ("change", "phrase"),
     [
@@ -195,19 +196,19 @@ def test_slots_and_ids_out_of_range(slot: list[int], fused: bool | None) -> None
         ({"mask": torch.ones(2, 3)}, "mask must be bool"),
         ({"weight": torch.ones(5, 4)}, "belong together"),
         ({"slot": torch.zeros(2, 3).long()}, "belong together"),
-        (EMBEDS | {"embedded": torch.ones(2, 3, 5)}, "embedded must be"),
+        (EMBEDS | {"embedded": torch.ones(2, 3, 5)}, "embedded must have shape"),
         (EMBEDS | {"embedded": torch.ones(2, 3, 4).double()}, "embedded must be"),
         (EMBEDS | {"ids": torch.zeros(6).long(), "embedded": torch.ones(6, 4)}, "without slot"),
         (EMBEDS | {"slot": torch.zeros(2, 3).long()}, "with slot"),
     ],
 )
-def test_refuses(change: dict[str, object], phrase: str) -> None:
+def test_refuses(change: dict[str, object], phrase: str, fused: bool | None) -> None:
     arguments = {
         "grad": torch.ones(2, 3, 4), "skipped": torch.zeros((), dtype=torch.int64), "step_size": 1.0,
-        "epsilon": 1.0, "direction": "l2", "ball": "l2", "group": 1,
+        "epsilon": 1.0, "direction": "l2", "ball": "l2", "group": 1, "fused": fused,
     }  # fmt: skip
     delta = torch.zeros(2, 3, 4)
-    with pytest.raises(ValueError, match=phrase):
+    with pytest.raises((ValueError, TypeError), match=phrase):
         ascend(delta, **(arguments | change))  # type: ignore[arg-type]
     assert (delta == 0).all()
 
