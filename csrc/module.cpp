@@ -5,6 +5,7 @@
 
 #include "ascend.h"
 #include "gather_perturb.h"
+#include "grads.h"
 #include "rows.h"
 
 #ifdef FASTADV_WITH_CUDA
@@ -17,6 +18,7 @@ namespace {
 
 using fastadv::AscendCall;
 using fastadv::GatherPerturbCall;
+using fastadv::GradsPlan;
 using fastadv::RowsCall;
 using fastadv::RowsRule;
 
@@ -136,6 +138,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init([](double step, double epsilon, int direction, int ball, bool by_row, std::uintptr_t skipped) {
         return RowsRule{step, epsilon, direction, ball, by_row, skipped};
       }));
+  py::class_<GradsPlan>(m, "GradsPlan")
+      .def(py::init<>())
+      .def("add", [](GradsPlan& plan, int dtype, std::uintptr_t into, std::uintptr_t source,
+                     std::int64_t count) { plan.add({dtype, into, source, count}); })
+      .def("run", [](const GradsPlan& plan, int kind, double number, int threads) {
+        py::gil_scoped_release unlocked;
+        plan.run_cpu(fastadv::GradsKind(kind), number, threads);
+      });
   m.def("rows_touched_cpu", &rows_touched_cpu);
   m.def("rows_copy_cpu", &rows_copy_cpu);
   m.def("rows_step_cpu", &rows_step_cpu);
