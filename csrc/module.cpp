@@ -1,7 +1,10 @@
 // fastadv._C: the only file that knows Python. It takes addresses that fastadv/native/<op>.py has checked.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <tuple>
+#include <vector>
 
 #include "ascend.h"
 #include "gather_perturb.h"
@@ -138,10 +141,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init([](double step, double epsilon, int direction, int ball, bool by_row, std::uintptr_t skipped) {
         return RowsRule{step, epsilon, direction, ball, by_row, skipped};
       }));
+  using Pairs = std::vector<std::tuple<int, std::uintptr_t, std::uintptr_t, std::int64_t>>;
   py::class_<GradsPlan>(m, "GradsPlan")
       .def(py::init<>())
-      .def("add", [](GradsPlan& plan, int dtype, std::uintptr_t into, std::uintptr_t source,
-                     std::int64_t count) { plan.add({dtype, into, source, count}); })
+      .def("add", [](GradsPlan& plan, const Pairs& pairs) {
+        for (const auto& [dtype, into, source, count] : pairs) plan.add({dtype, into, source, count});
+      })
       .def("run", [](const GradsPlan& plan, int kind, double number, int threads) {
         py::gil_scoped_release unlocked;
         plan.run_cpu(fastadv::GradsKind(kind), number, threads);

@@ -66,32 +66,36 @@ def grads_average(into: Sequence[Tensor], sources: Sequence[Tensor], decay: floa
     _run("grads_average", AVERAGE, into, sources, decay)
 
 
-def plan(pairs: Iterable[tuple[Tensor, Tensor]]) -> Any:
-    """The addresses of pairs that are `served`, for `run(kind, number, threads)`; it keeps no tensor alive."""
+def fingerprint(tensors: Sequence[Tensor]) -> list[Any]:
+    """What a plan relies on, tensor by tensor: two equal lists mean the same addresses, sizes and dtypes."""
+    try:
+        return [(tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()) for tensor in tensors]
+    except RuntimeError:  # one of them has no memory of its own
+        return [_fingerprint(tensor) for tensor in tensors]
+
+
+def _fingerprint(tensor: Tensor) -> Any:
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()
+
+
+def served(tensor: Tensor, known: Any) -> bool:
+    """Whether a tensor with this fingerprint is plain contiguous memory on the CPU, in a dtype that is served."""
+    if type(known) is not tuple or not tensor.is_cpu or tensor.is_neg():
+        return False
+    address, count, dtype, contiguous = known
+    return contiguous and dtype in checks.DTYPES and (address != 0 or count == 0)
+
+
+def plan(pairs: Iterable[tuple[Any, Any]]) -> Any:
+    """A plan for pairs of fingerprints whose tensors are `served`, for `run(kind, number, threads)`.
+
+    It keeps no tensor alive.
+    """
     made = native.extension().GradsPlan()
-    for into, source in pairs:
-        made.add(checks.DTYPES[into.dtype], into.data_ptr(), source.data_ptr(), into.numel())
+    made.add([(checks.DTYPES[into[2]], into[0], source[0], into[1]) for into, source in pairs])
     return made
-
-
-def served(into: Tensor, source: Tensor) -> bool:
-    """Whether a pair of one shape and dtype is plain contiguous memory on the CPU, in a dtype that is served."""
-    return into.dtype in checks.DTYPES and _plain(into) and _plain(source)
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> list[Any]:
-    """What a plan relies on: two equal ones mean the same addresses, sizes and dtypes."""
-    return [
-        (tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous())
-        if tensor.layout is torch.strided
-        else id(tensor)
-        for tensor in tensors
-    ]
-
-
-def _plain(tensor: Tensor) -> bool:
-    usual = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_neg()
-    return usual and tensor.is_contiguous() and (tensor.numel() == 0 or tensor.data_ptr() != 0)
 
 
 def _run(op: str, kind: int, into: Sequence[Tensor], sources: Sequence[Tensor], number: float) -> None:
@@ -99,7 +103,7 @@ def _run(op: str, kind: int, into: Sequence[Tensor], sources: Sequence[Tensor], 
         raise ValueError(f"{op}: into has {len(into)} tensors and sources has {len(sources)}: they are taken in pairs")
     for one, other in zip(into, sources, strict=True):
         _check(op, one, other)
-    plan(zip(into, sources, strict=True)).run(kind, number, torch.get_num_threads())
+    plan(zip(fingerprint(into), fingerprint(sources), strict=True)).run(kind, number, torch.get_num_threads())
     if into:
         increment_version(tuple(into))
 

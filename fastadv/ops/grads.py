@@ -99,11 +99,11 @@ class Plan:
 
     def __init__(self, into: Sequence[Tensor], sources: Sequence[Tensor], fused: bool | None = None) -> None:
         self._fused = fused
-        self._seen: list[Any] | None = None
+        self._known: tuple[list[Any], list[Any]] | None = None
         self.rebind(into, sources)
 
     def rebind(self, into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Go between these tensors from now on; the same ones as before cost nothing."""
+        """Go between these tensors from now on. What is known of the old ones serves again if they come back."""
         if len(into) != len(sources):
             raise ValueError(f"into has {len(into)} tensors and sources has {len(sources)}: they are taken in pairs")
         self._into, self._sources = list(into), list(sources)
@@ -122,32 +122,31 @@ class Plan:
 
     @torch.no_grad()
     def _run(self, kind: int, number: float, eager: Callable[[list[Tensor], list[Tensor]], None]) -> None:
-        seen = native_grads.fingerprint(self._into) + native_grads.fingerprint(self._sources)
-        if seen != self._seen:
-            self._build()
-            self._seen = seen
+        known = (native_grads.fingerprint(self._into), native_grads.fingerprint(self._sources))
+        if known != self._known:
+            self._known = None
+            self._build(*known)
+            self._known = known
         if self._native is not None:
             self._native.run(kind, number, torch.get_num_threads())
-            increment_version(self._direct)
-        for intos, sources in self._others:
-            eager(intos, sources)
+            increment_version([self._into[i] for i in self._direct] if self._others else self._into)
+        for group in self._others:
+            eager([self._into[i] for i in group], [self._sources[i] for i in group])
 
-    def _build(self) -> None:
-        pairs = list(zip(self._into, self._sources, strict=True))
-        for into, source in pairs:
-            _check(into, source)
-        direct = [self._fused is not False and native.available() and native_grads.served(*pair) for pair in pairs]
-        if self._fused and not all(direct):
-            COPY.choose(self._into[direct.index(False)].device.type, True)
-            raise RuntimeError("fused=True: a pair of tensors is not plain contiguous memory on the CPU")
-        chosen = [pair for pair, yes in zip(pairs, direct, strict=True) if yes]
-        self._direct = [into for into, _ in chosen]
-        self._native = native_grads.plan(chosen) if chosen else None
-        rest = [pair for pair, yes in zip(pairs, direct, strict=True) if not yes]
-        strided = [pair for pair in rest if pair[0].layout is torch.strided]
-        self._others = [([into], [source]) for into, source in rest if into.layout is not torch.strided]
-        if strided:
-            self._others.append(([into for into, _ in strided], [source for _, source in strided]))
+    def _build(self, into: list[Any], sources: list[Any]) -> None:
+        """Sort the pairs, by their places: those that C++ takes, and groups of those that PyTorch takes together."""
+        for pair in zip(self._into, self._sources, strict=True):
+            _check(*pair)
+        fused, served = self._fused is not False and native.available(), native_grads.served
+        pairs = list(zip(self._into, into, self._sources, sources, strict=True))
+        self._direct = [i for i, (a, b, c, d) in enumerate(pairs) if fused and served(a, b) and served(c, d)]
+        rest = sorted(set(range(len(pairs))) - set(self._direct))
+        if self._fused and rest:
+            COPY.choose(self._into[rest[0]].device.type, True)  # raises if C++ is not there at all
+            raise RuntimeError("fused=True, but a pair of tensors is not plain contiguous memory in a dtype of C++")
+        self._native = native_grads.plan((into[i], sources[i]) for i in self._direct) if self._direct else None
+        strided = [i for i in rest if self._into[i].layout is torch.strided]
+        self._others = [[i] for i in rest if self._into[i].layout is not torch.strided] + ([strided] if strided else [])
 
 
 def _check(into: Tensor, source: Tensor) -> None:
@@ -176,16 +175,10 @@ class Backup:
 
     def __init__(self, parameters: Sequence[nn.Parameter], fused: bool | None = None) -> None:
         self._parameters = list(parameters)
-        self._fused = fused
         self._copies: list[Tensor | None] = [None] * len(self._parameters)  # memory for copies
         self._saved: list[Tensor | None] | None = None  # those that hold one
-        self._saving = Plan([], [], self._plan_fused(fused))
-        self._restoring = Plan([], [], self._plan_fused(fused))
-
-    @staticmethod
-    def _plan_fused(fused: bool | None) -> bool | None:
-        """A gradient that is strided or sparse is no reason to fail: only False is a wish that a plan must keep."""
-        return False if fused is False else None
+        lenient = False if fused is False else None  # a gradient that is strided or sparse is no reason to fail
+        self._saving, self._restoring = Plan([], [], lenient), Plan([], [], lenient)
 
     @torch.no_grad()
     def save(self) -> None:
@@ -195,9 +188,8 @@ class Backup:
             if grad is not None and not _alike(self._copies[index], grad):
                 self._copies[index] = _room_for(grad)
         saved = [None if grad is None else copy for grad, copy in zip(grads, self._copies, strict=True)]
-        self._saving.rebind([c for c in saved if c is not None], [g for g in grads if g is not None])
         self._saved = None
-        self._saving.copy()
+        self._through(self._saving, saved, grads)
         self._saved = saved
 
     @torch.no_grad()
@@ -214,9 +206,14 @@ class Backup:
                 parameter.grad = None
             elif not _alike(parameter.grad, copy):
                 parameter.grad = _room_for(copy)
-        into = [p.grad for p, copy in zip(self._parameters, self._saved, strict=True) if copy is not None]
-        self._restoring.rebind([grad for grad in into if grad is not None], [c for c in self._saved if c is not None])
-        self._restoring.copy()
+        self._through(self._restoring, [parameter.grad for parameter in self._parameters], self._saved)
+
+    @staticmethod
+    def _through(plan: Plan, into: list[Tensor | None], sources: list[Tensor | None]) -> None:
+        """Copy, and hold no gradient afterwards: `zero_grad` is to free them."""
+        plan.rebind([one for one in into if one is not None], [one for one in sources if one is not None])
+        plan.copy()
+        plan.rebind([], [])
 
 
 def _alike(one: Tensor | None, other: Tensor) -> bool:
