@@ -38,8 +38,13 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/*.cu
 
+# Both heaps, then the report, which keeps a run of full size (bench/results, docs/benchmarks.md).
+RUNS := build/bench
 bench: $(VENV)/.bench
-	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+	mkdir -p $(RUNS)
+	for heap in users retained; do \
+		$(BIN)/python -m pytest bench --benchmark-only --heap $$heap --benchmark-json=$(RUNS)/$$heap.json $(ARGS) || exit; done
+	$(BIN)/python -m bench.report $(RUNS)/users.json $(RUNS)/retained.json --write
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

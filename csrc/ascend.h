@@ -230,12 +230,7 @@ struct AscendCall {
   // Calls `visit` with the typed form.
   template <class F>
   void visit(F&& visit) const {
-    switch (dtype) {
-      case kFloat64: return visit(as<double>());
-      case kBFloat16: return visit(as<BFloat16>());
-      case kFloat16: return visit(as<Float16>());
-      default: return visit(as<float>());
-    }
+    visit_dtype(dtype, [&](auto zero) { visit(as<decltype(zero)>()); });
   }
 };
 

@@ -66,9 +66,7 @@ INLINE inline void move_rows(const Ascend<G>& op, const Move<typename Ascend<G>:
 
 template <class T>
 INLINE inline void gather_rows(const GatherPerturb<T>& op, std::int64_t begin, std::int64_t end) {
-  GatherPerturb<T> lookup = op;
-  lookup.delta = nullptr;
-  for (std::int64_t n = begin; n < end; ++n) (op.slot && op.slot[n] < 0 ? lookup : op).row(n, 0, 1);
+  for (std::int64_t n = begin; n < end; ++n) op.row(n, 0, 1);
 }
 
 // Clones cannot be templates: one function each.

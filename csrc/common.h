@@ -92,4 +92,15 @@ struct Compute<Float16> {
   }
 };
 
+// Calls `visit` with a value of the type that a dtype code names.
+template <class F>
+void visit_dtype(int dtype, F&& visit) {
+  switch (dtype) {
+    case kFloat64: return visit(double{});
+    case kBFloat16: return visit(BFloat16{});
+    case kFloat16: return visit(Float16{});
+    default: return visit(float{});
+  }
+}
+
 }  // namespace fastadv

@@ -1,4 +1,5 @@
 // out[n] = round(W[ids[n]] + delta[n]), or + delta[slot[n]], or W[ids[n]] alone: the body that the CPU and CUDA share.
+// A slot of -1 adds nothing.
 #pragma once
 
 #include "common.h"
@@ -21,13 +22,13 @@ struct GatherPerturb {
   std::int64_t dim;
 
   FASTADV_HD bool id_in_range(std::int64_t n) const { return ids[n] >= 0 && ids[n] < rows; }
-  FASTADV_HD bool slot_in_range(std::int64_t n) const { return !slot || (slot[n] >= 0 && slot[n] < slots); }
+  FASTADV_HD bool slot_in_range(std::int64_t n) const { return !slot || (slot[n] >= -1 && slot[n] < slots); }
 
   // Elements first, first + step, ... of output row n. The sum is rounded once; a plain lookup moves bits.
   FASTADV_HD void row(std::int64_t n, std::int64_t first, std::int64_t step) const {
     const T* __restrict__ from = weight + ids[n] * row_stride;
     T* __restrict__ to = out + n * dim;
-    if (!delta) {
+    if (!delta || (slot && slot[n] < 0)) {
       for (std::int64_t d = first; d < dim; d += step) to[d] = from[d];
       return;
     }
@@ -66,12 +67,7 @@ struct GatherPerturbCall {
   // Calls `visit` with the typed form.
   template <class F>
   void visit(F&& visit) const {
-    switch (dtype) {
-      case kFloat64: return visit(as<double>());
-      case kBFloat16: return visit(as<BFloat16>());
-      case kFloat16: return visit(as<Float16>());
-      default: return visit(as<float>());
-    }
+    visit_dtype(dtype, [&](auto zero) { visit(as<decltype(zero)>()); });
   }
 };
 

@@ -8,8 +8,10 @@
 
 #include "ascend.h"
 #include "gather_perturb.h"
+#include "gather_perturb_backward.h"
 #include "grads.h"
 #include "rows.h"
+#include "segment_sum.h"
 
 #ifdef FASTADV_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -19,7 +21,6 @@ namespace py = pybind11;
 
 namespace {
 
-using fastadv::AscendCall;
 using fastadv::GatherPerturbCall;
 using fastadv::GradsPlan;
 using fastadv::RowsCall;
@@ -32,9 +33,16 @@ constexpr bool kCuda =
     false;
 #endif
 
-void refuse(const char* what, const std::int64_t* indices, std::int64_t at, const char* where, std::int64_t rows) {
-  throw py::index_error(std::string("gather_perturb: ") + what + " " + std::to_string(indices[at]) + " at position " +
-                        std::to_string(at) + " is out of range for " + where + " of " + std::to_string(rows) + " rows");
+std::string at(std::int64_t index) { return std::to_string(index); }
+
+std::int64_t entry(std::uintptr_t address, std::int64_t index) {
+  return reinterpret_cast<const std::int64_t*>(address)[index];
+}
+
+void refuse_index(const std::string& op, const char* what, std::uintptr_t indices, std::int64_t bad, const char* where,
+                  std::int64_t rows) {
+  throw py::index_error(op + ": " + what + " " + at(entry(indices, bad)) + " at position " + at(bad) +
+                        " is out of range for " + where + " of " + at(rows) + " rows");
 }
 
 void gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
@@ -43,35 +51,87 @@ void gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
     py::gil_scoped_release unlocked;
     bad = fastadv::gather_perturb_cpu(call, threads);
   }
-  const auto indices = [](std::uintptr_t address) { return reinterpret_cast<const std::int64_t*>(address); };
-  if (bad.id_at >= 0) refuse("id", indices(call.ids), bad.id_at, "a table", call.rows);
-  if (bad.slot_at >= 0) refuse("slot", indices(call.slot), bad.slot_at, "a perturbation", call.slots);
+  if (bad.id_at >= 0) refuse_index("gather_perturb", "id", call.ids, bad.id_at, "a table", call.rows);
+  if (bad.slot_at >= 0) refuse_index("gather_perturb", "slot", call.slot, bad.slot_at, "a perturbation", call.slots);
 }
 
-void ascend_cpu(const AscendCall& call, const GatherPerturbCall* embedding, int threads) {
+void ascend_cpu(const fastadv::AscendCall& call, const GatherPerturbCall* embedding, int threads) {
   fastadv::OutOfRange bad;
   {
     py::gil_scoped_release unlocked;
     bad = fastadv::ascend_cpu(call, embedding, threads);
   }
-  const auto error = [](const char* what, std::uintptr_t indices, std::int64_t at, std::int64_t rows) {
-    const std::int64_t index = reinterpret_cast<const std::int64_t*>(indices)[at];
-    return py::index_error(std::string("ascend: ") + what + " " + std::to_string(index) + " at position " +
-                           std::to_string(at) + " is out of range for " + std::to_string(rows) + " rows");
-  };
-  if (bad.id_at >= 0) throw error("id", embedding->ids, bad.id_at, embedding->rows);
-  if (bad.slot_at >= 0) throw error("slot", embedding->slot, bad.slot_at, embedding->slots);
+  if (bad.id_at >= 0) refuse_index("ascend", "id", embedding->ids, bad.id_at, "a table", embedding->rows);
+  if (bad.slot_at >= 0) refuse_index("ascend", "slot", embedding->slot, bad.slot_at, "delta", embedding->slots);
+}
+
+void segments_cpu(const fastadv::SegmentsCall& call) {
+  std::int64_t bad;
+  {
+    py::gil_scoped_release unlocked;
+    bad = fastadv::segments_cpu(call);
+  }
+  if (bad >= 0) refuse_index("segments", "id", call.ids, bad, "a table", call.vocabulary);
+}
+
+void refuse_position(const std::string& op, std::uintptr_t order, std::int64_t bad, std::int64_t count) {
+  throw py::index_error(op + ": order[" + at(bad) + "] is " + at(entry(order, bad)) + ", which is out of range for " +
+                        at(count) + " positions");
+}
+
+void refuse_segment(const std::string& op, std::int64_t bad, std::int64_t count) {
+  throw py::index_error(op + ": segment " + at(bad) + " is out of range for " + at(count) + " positions");
+}
+
+void segment_sum_cpu(const fastadv::SegmentSumCall& call, int threads) {
+  fastadv::BadPlan bad;
+  {
+    py::gil_scoped_release unlocked;
+    bad = fastadv::segment_sum_cpu(call, threads);
+  }
+  if (bad.position_at >= 0) refuse_position("segment_sum", call.order, bad.position_at, call.count);
+  if (bad.segment_at >= 0) refuse_segment("segment_sum", bad.segment_at, call.count);
+}
+
+// Address, row stride, and whether the rows are in the dtype of the sum.
+using Grads = std::vector<std::tuple<std::uintptr_t, std::int64_t, bool>>;
+
+fastadv::GatherPerturbBackwardCall backward_call(int dtype, std::uintptr_t table_grad, std::int64_t row_stride,
+                                                 std::int64_t vocabulary, const Grads& grads, std::uintptr_t ids,
+                                                 std::uintptr_t order, std::uintptr_t starts, std::int64_t rows,
+                                                 std::int64_t count, std::int64_t dim, std::int64_t padding) {
+  fastadv::GatherPerturbBackwardCall call{dtype, table_grad, row_stride, vocabulary, {},    0,
+                                          ids,   order,      starts,     rows,       count, dim, padding};
+  if (grads.size() > fastadv::kMostGrads) throw py::value_error("gather_perturb_backward: too many grads");
+  for (const auto& [address, stride, wide] : grads) {
+    call.grads[call.grad_count++] = {reinterpret_cast<const void*>(address), stride, wide};
+  }
+  return call;
+}
+
+void gather_perturb_backward_cpu(const fastadv::GatherPerturbBackwardCall& call, int threads) {
+  const std::string op = "gather_perturb_backward";
+  fastadv::BadBackward bad;
+  {
+    py::gil_scoped_release unlocked;
+    bad = fastadv::gather_perturb_backward_cpu(call, threads);
+  }
+  if (bad.position_at >= 0) refuse_position(op, call.order, bad.position_at, call.count);
+  if (bad.segment_at >= 0) refuse_segment(op, bad.segment_at, call.count);
+  if (bad.id_at >= 0) refuse_index(op, "id", call.ids, bad.id_at, "a table", call.vocabulary);
+  if (bad.fall_at >= 0) {
+    throw py::value_error(op + ": the ids must rise from segment to segment, but do not at segment " +
+                          at(bad.fall_at) + "; pass the order and starts that segments(ids) gives");
+  }
 }
 
 void check_rows(const char* op, const RowsCall& call) {
-  const std::int64_t at = fastadv::rows_first_bad(call);
-  if (at < 0) return;
-  const std::int64_t row = reinterpret_cast<const std::int64_t*>(call.rows)[at];
-  const std::string named = std::string(op) + ": row " + std::to_string(row) + " at position " + std::to_string(at);
-  if (row < 0 || row >= call.table_rows) {
-    throw py::index_error(named + " is out of range for a table of " + std::to_string(call.table_rows) + " rows");
-  }
-  throw py::value_error(named + " is not above the one before it: rows must be in ascending order, each only once");
+  const std::int64_t bad = fastadv::rows_first_bad(call);
+  if (bad < 0) return;
+  const std::int64_t row = entry(call.rows, bad);
+  if (row < 0 || row >= call.table_rows) refuse_index(op, "row", call.rows, bad, "a table", call.table_rows);
+  throw py::value_error(std::string(op) + ": row " + at(row) + " at position " + at(bad) +
+                        " is not above the one before it: rows must be in ascending order, each only once");
 }
 
 std::int64_t rows_touched_cpu(const RowsCall& call, std::uintptr_t found, int threads) {
@@ -92,6 +152,25 @@ void rows_step_cpu(const RowsCall& call, const RowsRule& rule, int threads) {
 }
 
 #ifdef FASTADV_WITH_CUDA
+void segment_sum_cuda(const fastadv::SegmentSumCall& call, int device, std::uintptr_t stream, std::uintptr_t flag) {
+  const char* error;
+  {
+    py::gil_scoped_release unlocked;
+    error = fastadv::segment_sum_cuda(call, device, stream, flag);
+  }
+  if (error) throw std::runtime_error(std::string("segment_sum: CUDA: ") + error);
+}
+
+void gather_perturb_backward_cuda(const fastadv::GatherPerturbBackwardCall& call, int device, std::uintptr_t stream,
+                                  std::uintptr_t flag) {
+  const char* error;
+  {
+    py::gil_scoped_release unlocked;
+    error = fastadv::gather_perturb_backward_cuda(call, device, stream, flag);
+  }
+  if (error) throw std::runtime_error(std::string("gather_perturb_backward: CUDA: ") + error);
+}
+
 void gather_perturb_cuda(const GatherPerturbCall& call, int device, std::uintptr_t stream, std::uintptr_t flag) {
   const char* error;
   {
@@ -123,14 +202,31 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return GatherPerturbCall{dtype, weight, row_stride, rows, ids, delta, slot, slots, out, count, dim};
       }));
   m.def("gather_perturb_cpu", &gather_perturb_cpu);
-  py::class_<AscendCall>(m, "AscendCall")
+  py::class_<fastadv::AscendCall>(m, "AscendCall")
       .def(py::init([](int dtype, std::uintptr_t delta, std::uintptr_t grad, std::int64_t grad_stride,
                        std::uintptr_t mask, std::int64_t groups, std::int64_t rows, std::int64_t dim, double step,
                        double epsilon, int direction, int ball, std::uintptr_t skipped) {
-        return AscendCall{dtype, delta, grad, grad_stride, mask, groups, rows, dim, step, epsilon, direction, ball,
-                          skipped};
+        return fastadv::AscendCall{dtype, delta, grad, grad_stride, mask,      groups, rows,
+                                   dim,   step,  epsilon, direction, ball, skipped};
       }));
   m.def("ascend_cpu", &ascend_cpu);
+  py::class_<fastadv::SegmentsCall>(m, "SegmentsCall")
+      .def(py::init([](std::uintptr_t ids, std::uintptr_t mask, std::int64_t vocabulary, std::int64_t count,
+                       std::uintptr_t slot, std::uintptr_t order, std::uintptr_t starts, std::uintptr_t stops,
+                       std::int64_t rows) {
+        return fastadv::SegmentsCall{ids, mask, vocabulary, count, slot, order, starts, stops, rows};
+      }));
+  m.def("segments_cpu", &segments_cpu);
+  py::class_<fastadv::SegmentSumCall>(m, "SegmentSumCall")
+      .def(py::init([](int dtype, std::uintptr_t values, std::int64_t row_stride, std::int64_t count,
+                       std::uintptr_t order, std::uintptr_t starts, std::uintptr_t stops, std::uintptr_t out,
+                       std::int64_t rows, std::int64_t dim) {
+        return fastadv::SegmentSumCall{dtype, values, row_stride, count, order, starts, stops, out, rows, dim};
+      }));
+  m.def("segment_sum_cpu", &segment_sum_cpu);
+  py::class_<fastadv::GatherPerturbBackwardCall>(m, "GatherPerturbBackwardCall").def(py::init(&backward_call));
+  m.attr("most_grads") = fastadv::kMostGrads;
+  m.def("gather_perturb_backward_cpu", &gather_perturb_backward_cpu);
   py::class_<RowsCall>(m, "RowsCall")
       .def(py::init([](int dtype, std::uintptr_t table, std::int64_t table_stride, std::int64_t table_rows,
                        std::uintptr_t grad, std::int64_t grad_stride, std::uintptr_t saved, std::uintptr_t rows,
@@ -156,6 +252,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("rows_step_cpu", &rows_step_cpu);
 #ifdef FASTADV_WITH_CUDA
   m.def("gather_perturb_cuda", &gather_perturb_cuda);
+  m.def("segment_sum_cuda", &segment_sum_cuda);
+  m.def("gather_perturb_backward_cuda", &gather_perturb_backward_cuda);
   m.def("cuda_problem", &cuda_problem);
 #endif
 }

@@ -28,4 +28,20 @@ void parallel(std::int64_t count, std::int64_t size, int threads, const F& body)
   body(0, count);
 }
 
+// The same for items of uneven size: threads take `piece` of them at a time, as they get free. `size` is of them all.
+template <class F>
+void parallel_uneven(std::int64_t count, std::int64_t piece, std::int64_t size, int threads, const F& body) {
+#ifdef _OPENMP
+  if (threads > 1 && count > piece && size > kGrain) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (std::int64_t begin = 0; begin < count; begin += piece) {
+      body(begin, begin + piece < count ? begin + piece : count);
+    }
+    return;
+  }
+#endif
+  (void)piece, (void)size, (void)threads;
+  body(0, count);
+}
+
 }  // namespace fastadv

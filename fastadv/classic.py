@@ -13,26 +13,16 @@ copied, moved and put back. What `restore` puts back is bit for bit what was the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
-
 import torch
 from torch import Tensor, nn
 
-from fastadv.ops import rows
+from fastadv.engine.moved_table import MovedTable
+from fastadv.engine.passes import Engine
+from fastadv.engine.rule import Rule
 from fastadv.ops.grads import Backup
-
-if TYPE_CHECKING:
-    from fastadv.engine.passes import Engine
 
 DIRECTION_AND_BALL = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}
 EMB_NAME = "word_embeddings"
-
-
-class _Copy(NamedTuple):
-    """What a parameter held before it moved."""
-
-    rows: Tensor | None  # None: all of them
-    saved: Tensor
 
 
 class _Calls:
@@ -44,7 +34,7 @@ class _Calls:
     step_size: float
     norm: str
     scope: str
-    _copies: dict[nn.Parameter, _Copy] | None = None  # None: nothing is attacked
+    _moved: dict[nn.Parameter, MovedTable] | None = None  # None: nothing is attacked
 
     def restore(self, emb_name: str = EMB_NAME) -> None:  # noqa: ARG002
         """Put back everything that was attacked, bit for bit and in the same memory; also after an error.
@@ -54,60 +44,32 @@ class _Calls:
         Raises:
             RuntimeError: nothing is attacked.
         """
-        if self._copies is None:
+        if self._moved is None:
             raise RuntimeError("restore() without attack(): there is nothing to put back")
-        for parameter, copy in self._copies.items():
-            rows.restore(_table(parameter), copy.saved, copy.rows, fused=self._fused)
-        self._copies = None
+        for table in self._moved.values():
+            table.restore()
+        self._moved = None
 
+    @torch.no_grad()
     def _move(self, emb_name: str, step_size: float, epsilon: float | None, ball: str) -> None:
         """One step of every parameter that `emb_name` names."""
         if self.scope not in ("table", "row"):
             raise ValueError(f"attack() moves the table itself: scope must be 'table' or 'row', not {self.scope!r}")
         moving = _named(self.model, emb_name)
-        if self._copies is None:
-            self._copies = {}
+        if self._moved is None:
+            self._moved = {}
+        rule = Rule(step_size, epsilon, DIRECTION_AND_BALL[self.norm][0], ball)
         for parameter in moving:
             if parameter.grad is not None:
-                self._move_one(parameter, parameter.grad, step_size, epsilon, ball)
+                table = self._moved.setdefault(parameter, MovedTable(parameter, self._fused))
+                self._step(table, parameter.grad, rule)
 
-    def _move_one(
-        self, parameter: nn.Parameter, grad: Tensor, step_size: float, epsilon: float | None, ball: str
-    ) -> None:
-        table, gradient = _table(parameter), _table(grad, like=parameter)
-        copy = self._back_up(parameter, table, rows.touched(gradient, fused=self._fused))
+    def _step(self, table: MovedTable, grad: Tensor, rule: Rule) -> None:
         statistics = self.engine.perturbation
-        if statistics.skipped.device != table.device:
-            statistics.skipped = statistics.skipped.to(table.device)
-        rows.step(
-            table,
-            gradient,
-            saved=copy.saved,
-            rows=copy.rows,
-            skipped=statistics.skipped,
-            step_size=step_size,
-            epsilon=epsilon,
-            direction=DIRECTION_AND_BALL[self.norm][0],
-            ball=ball,
-            group=int(self.scope == "row"),
-            fused=self._fused,
-        )
-
-    def _back_up(self, parameter: nn.Parameter, table: Tensor, touched: Tensor) -> _Copy:
-        """Copies of all the rows that an attack has touched since the last restore: each as the first one found it."""
-        assert self._copies is not None
-        copy = self._copies.get(parameter)
-        if copy is None:
-            some = None if len(touched) == len(table) else touched
-            copy = _Copy(some, rows.back_up(table, some, fused=self._fused))
-        elif copy.rows is not None:
-            new = touched[~torch.isin(touched, copy.rows, assume_unique=True)]
-            saved = rows.back_up(table, new, fused=self._fused)
-            merged, order = torch.cat([copy.rows, new]).sort()
-            if len(new):
-                copy = _Copy(merged, torch.cat([copy.saved, saved])[order])
-        self._copies[parameter] = copy  # before anything moves
-        return copy
+        if statistics.skipped.device != grad.device:
+            statistics.skipped = statistics.skipped.to(grad.device)
+        dense = grad if grad.layout == torch.strided else grad.to_dense()  # nn.Embedding(sparse=True)
+        table.step(dense, rule, int(self.scope == "row"), statistics.skipped)
 
     @property
     def _fused(self) -> bool | None:
@@ -129,6 +91,7 @@ class ClassicFGM(_Calls):
 
         Raises:
             ValueError: no parameter is named so, or all that are, are frozen; nothing has moved then.
+            TypeError: a parameter is sharded (FSDP2) or not contiguous; nothing has moved then.
 
         Example:
             >>> import fastadv, torch
@@ -168,6 +131,7 @@ class ClassicPGD(_Calls):
 
         Raises:
             ValueError: no parameter is named so, or all that are, are frozen; nothing has moved then.
+            TypeError: a parameter is sharded (FSDP2) or not contiguous; nothing has moved then.
             RuntimeError: the first attack did not say that it is.
 
         Example:
@@ -183,7 +147,7 @@ class ClassicPGD(_Calls):
             ...     loss().backward()
             >>> pgd.restore()
         """
-        if self._copies is None and not is_first_attack:
+        if self._moved is None and not is_first_attack:
             raise RuntimeError("the first attack of a step must say is_first_attack=True")
         radius = self.epsilon if epsilon is None else epsilon
         self._move(emb_name, self.step_size if alpha is None else alpha, radius, DIRECTION_AND_BALL[self.norm][1])
@@ -220,14 +184,7 @@ def _named(model: nn.Module, emb_name: str) -> list[nn.Parameter]:
             f"every parameter whose name contains {emb_name!r} is frozen ({', '.join(named)}): it has no gradient to "
             "follow. Unfreeze it, or use backward(), which perturbs frozen embeddings as well"
         )
+    for name, parameter in named.items():
+        if hasattr(parameter, "to_local") or not parameter.is_contiguous():
+            raise TypeError(f"{name} is sharded or strided, and cannot be moved in place: use backward()")
     return moving
-
-
-def _table(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """A parameter, or its gradient, as a table that shares its memory: one of one row if it is a vector or a number."""
-    if like is not None and tensor.layout != torch.strided:
-        tensor = tensor.to_dense()  # nn.Embedding(sparse=True)
-    tensor = tensor.detach()
-    if tensor.dim() == 2:
-        return tensor
-    return tensor.reshape(1, -1) if like is not None else tensor.view(1, -1)

@@ -42,10 +42,10 @@ class Interception:
 
     def add(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
         """`hidden` + delta, summed in delta's dtype and rounded once."""
-        delta = self.site.enter(hidden.shape, hidden.dtype, hidden.device, ids, self.index)
-        if delta is None:
+        call = self.site.enter(hidden, hidden.shape, ids, self.index)
+        if call is None:
             return hidden
-        return (hidden.to(delta.dtype) + delta).to(hidden.dtype)
+        return (hidden.to(call.delta.dtype) + call.delta).to(hidden.dtype)
 
 
 class OutputHook(Interception):
@@ -102,13 +102,20 @@ class Lookup(Interception):
         weight: Tensor = module.weight  # type: ignore[assignment]
         _check_ids(input, weight.shape[0])
         shape = torch.Size((*input.shape, weight.shape[1]))
-        delta = self.site.enter(shape, weight.dtype, weight.device, input, self.index)
-        if delta is None:
+        call = self.site.enter(weight, shape, input, self.index, plain=True)
+        if call is None:
             return nn.Embedding.forward(module, input)  # type: ignore[arg-type]
-        if self.site.probing:
-            weight = weight.detach()  # autograd would compute the table's gradient and throw it away
         padding: int | None = module.padding_idx  # type: ignore[assignment]
-        return gather_perturb(weight, input, delta, padding_idx=padding, fused=self.site.fused)
+        return gather_perturb(
+            weight.detach() if self.index in self.site.detached else weight,
+            input,
+            call.delta,
+            added=call.added(),
+            slot=call.slot if call.rows is not None and not call.body else None,
+            ready=call.ready.embedded if call.ready is not None and call.ready.serves(input, weight) else None,
+            padding_idx=padding,
+            fused=self.site.fused,
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return nn.Embedding.forward.__get__(memo.get(id(self.module), self.module))

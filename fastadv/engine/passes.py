@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
@@ -21,10 +22,13 @@ from fastadv.engine.dropout import Dropout
 from fastadv.engine.guard import Guard
 from fastadv.engine.interception import install
 from fastadv.engine.loss import detached, loss_of
-from fastadv.engine.perturbation import TABLE_SCOPES, Perturbation, PositionPerturbation, Rule, TablePerturbation
+from fastadv.engine.moved_tables import MovedTables
+from fastadv.engine.perturbation import TABLE_SCOPES, Perturbation, PositionPerturbation, TablePerturbation
 from fastadv.engine.rng import new_seed
+from fastadv.engine.rule import Rule
 from fastadv.engine.site import Masks, Site
 from fastadv.engine.start import Start
+from fastadv.engine.table_gradients import TableGradients
 
 Closure = Callable[[], Any]
 Backward = Callable[[Tensor], Any]
@@ -57,6 +61,7 @@ class Engine:
         embedding: embeddings.EmbeddingChoice,
         scope: str,
         dropout: str,
+        tied: str,
         fused: bool | None,
         backward: Backward | None,
         scaler: GradScaler | None,
@@ -64,13 +69,15 @@ class Engine:
     ) -> None:
         self.model = model
         self.modules = embeddings.find(model, embedding)
-        self.site = Site(self.modules, fused)
-        self.perturbation = self._scoped(scope)
+        self.compiled = embeddings.is_compiled(model)
+        self.site = Site(self.modules, fused, by_row=scope in TABLE_SCOPES and not self.compiled)
+        self.perturbation = self._scoped(scope, tied)
         self.guard = Guard(model, atomic)
         self.dropout = Dropout(dropout)
         self.backward = backward
+        self._watched = backward is not None  # what the user wrote may look at gradients as soon as it has run
         self.scaler = scaler
-        self.compiled = embeddings.is_compiled(model)
+        self.tables = TableGradients(self.site)
         self.parallel = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), None)
         if self.parallel is not None and self.parallel.static_graph:
             raise ValueError(
@@ -81,15 +88,15 @@ class Engine:
         self._busy = False
         self._draw: Start | None = None
         self._seed = 0
-        self._interceptions = [install(module, i, self.site) for i, module in enumerate(self.modules)]
+        entered = [] if self.perturbation.in_place else self.modules
+        self._interceptions = [install(module, i, self.site) for i, module in enumerate(entered)]
 
-    def _scoped(self, scope: str) -> Perturbation:
+    def _scoped(self, scope: str, tied: str) -> Perturbation:
         if scope not in TABLE_SCOPES:
             return PositionPerturbation(self.site, scope)
-        vocabularies = [embeddings.vocabulary(module) for module in self.modules]
-        if any(size is None for size in vocabularies):
+        if any(embeddings.vocabulary(module) is None for module in self.modules):
             raise ValueError(f"scope={scope!r} needs an nn.Embedding; for another module's output use scope='sample'")
-        return TablePerturbation(self.site, scope, [size for size in vocabularies if size is not None])
+        return MovedTables(self.site, scope) if tied == "both" else TablePerturbation(self.site, scope)
 
     def close(self) -> None:
         """Take the interceptions out of the model."""
@@ -118,12 +125,15 @@ class Engine:
         try:
             with self.guard(device), self.dropout.step(self.model):
                 self.site.begin(masks)
-                self.perturbation.reset()
+                self.perturbation.begin()
+                self.tables.begin(watched=self._watched or self._reduced())
                 self._draw, self._seed = start, 0 if start is None else new_seed()
                 yield
         finally:
             self._busy, self.first = False, None
             self.site.idle()
+            if self.perturbation.in_place:
+                self.perturbation.reset()
 
     # The verbs
 
@@ -134,7 +144,8 @@ class Engine:
             call.grad = None
         if draw is None:
             perturbation.reset()
-            self.site.to_zero()
+            for call in calls:
+                call.to_zero()
             return
         before_any_pass = self.first is None
         self.site.started = lambda call: perturbation.start(draw, seed, call)
@@ -145,11 +156,11 @@ class Engine:
 
     def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
         """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet."""
-        with self._synchronised(not more):
+        self.site.detached |= self.tables.own
+        with self.perturbation.watch(), self._synchronised(not more):
             output, loss = self._forward(closure)
             self._hand_over(loss if weight == 1 else loss * weight)
-        for call in self.site.calls:
-            call.grad, call.delta.grad = call.delta.grad, None
+        self.tables.collect(last=not more)
         return self._finish(output, loss)
 
     def plain(self, closure: Closure) -> Pass:
@@ -162,24 +173,23 @@ class Engine:
 
     def probe(self, closure: Closure) -> Pass:
         """The perturbation's gradient, and nothing in any `.grad`."""
-        self.site.probing = True
+        self.site.detached.update(range(len(self.modules)))  # autograd would compute these and throw them away
         with self._synchronised(False), self._frozen():
             output, loss = self._forward(closure)
-            deltas = [call.delta for call in self.site.calls]
+            leaves = self.perturbation.leaves()
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
             try:
-                grads: Sequence[Tensor | None] = torch.autograd.grad(scaled, deltas, allow_unused=True)
+                grads: Sequence[Tensor | None] = torch.autograd.grad(scaled, leaves, allow_unused=True)
             except RuntimeError as error:
                 if "Checkpointing is not compatible" in str(error):
                     raise RuntimeError(REENTRANT) from error
                 raise
-        for call, grad in zip(self.site.calls, grads, strict=True):
-            call.grad = grad
+        self.perturbation.take(grads)
         return self._finish(output, loss)
 
     def ascend(self, rule: Rule) -> None:
         """One step of the perturbation up the gradient that the last pass left."""
-        if all(call.grad is None for call in self.site.calls):
+        if not self.perturbation.has_gradient():
             raise RuntimeError(
                 "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, "
                 "or the function given as backward= ran no backward"
@@ -188,7 +198,7 @@ class Engine:
 
     def apply(self) -> None:
         """From here to the end of the step, every forward sees the perturbation that was found."""
-        self.site.begin_pass()
+        self._enter_pass()
         self.site.searching = False
 
     # A pass
@@ -196,13 +206,18 @@ class Engine:
     def _forward(self, closure: Closure) -> tuple[Any, Tensor]:
         site = self.site
         self.dropout.before_pass(self.device)
-        site.begin_pass()
+        self._enter_pass()
         with self._eagerly_if_unknown():
             output = closure()
-        self._check_calls()
+        if site.live:
+            self._check_calls()
         loss = loss_of(output)
         site.recomputing = True  # what runs the embedding from here on is a checkpoint
         return output, loss
+
+    def _enter_pass(self) -> None:
+        if not self.perturbation.in_place:
+            self.site.begin_pass()
 
     def _check_calls(self) -> None:
         site = self.site
@@ -232,6 +247,11 @@ class Engine:
 
     # What surrounds a pass
 
+    def _reduced(self) -> bool:
+        """Whether gradients are reduced over processes, by hooks that wait for each parameter's."""
+        grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        return grouped or self.parallel is not None
+
     def _synchronised(self, reduce: bool) -> contextlib.AbstractContextManager[Any]:
         """Under DDP, gradients are reduced in the last full pass alone."""
         if reduce or self.parallel is None:
@@ -245,7 +265,8 @@ class Engine:
         if not self.compiled or self.parallel is not None:
             yield
             return
-        thawed = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        wanted = {id(leaf) for leaf in self.perturbation.leaves()}
+        thawed = [p for p in self.model.parameters() if p.requires_grad and id(p) not in wanted]
         for parameter in thawed:
             parameter.requires_grad_(False)
         try:
@@ -256,7 +277,7 @@ class Engine:
 
     def _eagerly_if_unknown(self) -> contextlib.AbstractContextManager[Any]:
         """A compiled model runs eagerly in the one pass that finds out the shape (never, if a mask is given)."""
-        if self.compiled and not self.site.calls:
+        if self.compiled and not self.site.calls and not self.perturbation.in_place:
             eagerly: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
             return eagerly
         return contextlib.nullcontext()

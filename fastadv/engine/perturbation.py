@@ -1,47 +1,47 @@
 """The perturbation of a step, by scope: one vector per position, or one per distinct token id.
 
-The model only ever sees one vector per position (`Call.delta`). In table scopes the gradient of the positions is summed
-over equal ids before the ascent and the table's rows are spread over the positions after it, which for an untied
-embedding is exactly what moving the table would do.
+In table scopes the gradient of the positions is summed over equal ids before the ascent, and every position is moved by
+the row of its id, which for an untied embedding is exactly what moving the table would do. A plain lookup takes the
+rows themselves; any other module sees one vector per position (`Call.delta`), into which the rows are spread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from fastadv.engine.call import Call, Ready
+from fastadv.engine.groups import together
 from fastadv.engine.rng import apart
-from fastadv.engine.site import Call, Site
+from fastadv.engine.rule import Rule
+from fastadv.engine.site import Site
 from fastadv.engine.start import Start
-from fastadv.ops import Segments, ascend, segment_sum, segments
+from fastadv.ops import ascend, segment_sum
 from fastadv.ops.ascend import l2_norm
 
 SCOPES = ("table", "row", "batch", "sample", "token")
 TABLE_SCOPES = ("table", "row")
 
 
-class Rule(NamedTuple):
-    """How a method ascends: see `fastadv.ops.ascend`."""
-
-    step_size: float
-    epsilon: float | None
-    direction: str
-    ball: str
-
-
 class Perturbation:
     """What the scopes share: the site's calls, and the count of groups that took no step."""
+
+    in_place = False  # whether weights are moved, instead of what the site's calls return
 
     def __init__(self, site: Site, scope: str) -> None:
         self.site = site
         self.scope = scope
         self.skipped = torch.zeros((), dtype=torch.int64)
 
+    def begin(self) -> None:
+        """A new step."""
+        self.reset()
+
     def reset(self) -> None:
-        """Forget what an earlier step found."""
+        """Forget what an earlier ascent found."""
 
     def start(self, draw: Start, seed: int, call: Call) -> None:
         """Fill `call` with its start, drawn apart from the model's own random numbers."""
@@ -55,10 +55,50 @@ class Perturbation:
         """The mean norm of the groups that carry a perturbation; stays on the device."""
         raise NotImplementedError
 
-    def _step(self, delta: Tensor, grad: Tensor, mask: Tensor | None, rule: Rule, group: int) -> None:
+    # Where gradients come from
+
+    def leaves(self) -> list[Tensor]:
+        """What a probe differentiates by."""
+        return [call.delta for call in self.site.calls]
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """What a probe found."""
+        for call, gradient in zip(self.site.calls, gradients, strict=True):
+            call.grad = gradient
+
+    @contextlib.contextmanager
+    def watch(self) -> Iterator[None]:
+        """Keep what a full pass finds."""
+        yield
+        for call in self.site.calls:
+            call.grad, call.delta.grad = call.delta.grad, None
+
+    def has_gradient(self) -> bool:
+        """Whether the last pass left one."""
+        return any(call.grad is not None for call in self.site.calls)
+
+    def _step(
+        self, delta: Tensor, grad: Tensor, rule: Rule, group: int, mask: Tensor | None = None, into: Call | None = None
+    ) -> None:
+        """Ascend; where the call `into` is a plain lookup, write its next embedding too."""
         if self.skipped.device != delta.device:
             self.skipped = self.skipped.to(delta.device)
-        ascend(delta, grad, mask=mask, skipped=self.skipped, group=group, fused=self.site.fused, **rule._asdict())
+        room = None if into is None else into.next_room()
+        lookup = {}
+        if into is not None and room is not None:
+            lookup = {"weight": into.table, "ids": into.ids, "slot": into.slot, "embedded": room}
+        ascend(
+            delta,
+            grad,
+            mask=mask,
+            skipped=self.skipped,
+            group=group,
+            fused=self.site.fused,
+            **rule._asdict(),
+            **lookup,
+        )
+        if into is not None and room is not None and into.ids is not None and into.table is not None:
+            into.ready = Ready.of(room, into.ids, into.table)
 
 
 class PositionPerturbation(Perturbation):
@@ -73,7 +113,7 @@ class PositionPerturbation(Perturbation):
         """Each call by itself."""
         for call in self.site.calls:
             if call.grad is not None:
-                self._step(call.delta, call.grad, call.mask, rule, self._group(call.delta, rule))
+                self._step(call.delta, call.grad, rule, self._group(call.delta, rule), call.mask, into=call)
                 call.grad = None
 
     def _group(self, delta: Tensor, rule: Rule) -> int:
@@ -84,81 +124,74 @@ class PositionPerturbation(Perturbation):
     def norm(self, kind: str) -> Tensor:
         """Over the groups of all calls."""
         leading = {"batch": 0, "sample": 1, "token": -1}[self.scope]
-        norms = [_norms(call.delta.detach(), leading, kind) for call in self.site.calls]
-        return _mean_of_nonzero(norms)
+        return mean_norm([call.delta.detach() for call in self.site.calls], leading, kind)
 
 
 class TablePerturbation(Perturbation):
     """Scopes "table" and "row": one vector per distinct id of all calls together."""
 
-    def __init__(self, site: Site, scope: str, vocabularies: Sequence[int]) -> None:
+    def __init__(self, site: Site, scope: str) -> None:
         super().__init__(site, scope)
-        self.vocabularies = vocabularies
         self.rows: Tensor | None = None  # r [rows, D]
-        self.groups: Segments | None = None
+        self._room = torch.empty(0)
 
     def reset(self) -> None:
         """The next batch has other ids."""
-        self.rows = self.groups = None
+        self.rows = None
 
     def start(self, draw: Start, seed: int, call: Call) -> None:
         """Draw r for every distinct id, as soon as the ids are known."""
         if call is not self.site.calls[0]:
-            if len(self._plan().slot) != sum(_ids(other).numel() for other in self.site.calls):
+            if len(self.site.grouped().slot) != sum(other.delta[..., 0].numel() for other in self.site.calls):
                 raise NotImplementedError(
                     "a random start in table scope needs all ids before the first perturbed pass, and this model "
                     "calls its embedding several times: use clean_weight > 0, or scope='sample'"
                 )
             return  # drawn with the first call, for all of them
-        rows = self._room(call)
-        fill(rows, draw, seed, self._occupied())
+        groups = self.site.grouped()
+        occupied = groups.stops > groups.starts[:-1]  # by a position that is not masked
+        fill(self._rows(), draw, seed, occupied)
         self._spread()
 
     def ascend(self, rule: Rule) -> None:
-        """Sum the positions' gradients over equal ids, move r, and spread it over the positions."""
+        """Sum the positions' gradients over equal ids, move r, and let every position have its row."""
         calls = self.site.calls
         if all(call.grad is None for call in calls):
             return
-        grad = segment_sum(torch.cat([_masked_gradient(call) for call in calls]), self._plan(), fused=self.site.fused)
-        self._step(self._room(calls[0]), grad, None, rule, group=0 if self.scope == "table" else 1)
+        positions = together([_gradient(call) for call in calls])
+        grad = segment_sum(positions, self.site.grouped(), fused=self.site.fused)
+        alone = calls[0] if len(calls) == 1 and not calls[0].body else None
+        self._step(self._rows(), grad, rule, group=0 if self.scope == "table" else 1, into=alone)
         for call in calls:
             call.grad = None
         self._spread()
 
     def norm(self, kind: str) -> Tensor:
         """Of r: the whole of it, or the mean over words."""
-        if self.rows is None:
-            return torch.zeros(())
-        return _mean_of_nonzero([_norms(self.rows, 0 if self.scope == "table" else 1, kind)])
+        return mean_norm([] if self.rows is None else [self.rows], 0 if self.scope == "table" else 1, kind)
 
-    def _plan(self) -> Segments:
-        """One sort per batch, shared by all of its steps."""
-        if self.groups is None:
-            offsets = [sum(self.vocabularies[: call.module]) for call in self.site.calls]
-            ids = [
-                _ids(call).reshape(-1).long() + offset for call, offset in zip(self.site.calls, offsets, strict=True)
-            ]
-            self.groups = segments(torch.cat(ids), sum(self.vocabularies))
-        return self.groups
-
-    def _room(self, call: Call) -> Tensor:
+    def _rows(self) -> Tensor:
+        """r, zero to begin with, in memory that serves from step to step; every call is told its slots."""
         if self.rows is None:
-            self.rows = call.delta.new_zeros((len(self._plan().starts) - 1, call.delta.shape[-1])).detach()
+            calls, groups = self.site.calls, self.site.grouped()
+            delta = calls[0].delta.detach()
+            count, dim = len(groups.stops), delta.shape[-1]
+            room = self._room
+            if room.dtype != delta.dtype or room.device != delta.device or room.numel() < count * dim:
+                self._room = delta.new_empty(max(count * dim, delta.numel()))
+            self.rows = self._room[: count * dim].view(count, dim).zero_()
+            slots = torch.split(groups.slot, [call.delta[..., 0].numel() for call in calls])
+            for call, slot in zip(calls, slots, strict=True):
+                call.rows, call.slot = self.rows, slot.view(call.delta.shape[:-1])
         return self.rows
-
-    def _occupied(self) -> Tensor:
-        """Which rows have a position that is not masked."""
-        marks = [_mask(call).reshape(-1, 1).float() for call in self.site.calls]
-        return segment_sum(torch.cat(marks), self._plan(), fused=self.site.fused).squeeze(1) > 0
 
     @torch.no_grad()
     def _spread(self) -> None:
-        assert self.rows is not None
-        slots = torch.split(self._plan().slot, [_ids(call).numel() for call in self.site.calls])
-        for call, slot in zip(self.site.calls, slots, strict=True):
-            call.delta.copy_(self.rows[slot].reshape(call.delta.shape))
-            if call.mask is not None:
-                call.delta.masked_fill_(~call.mask.unsqueeze(-1), 0)
+        """Where a call has no use for rows, every position gets its own copy."""
+        for call in self.site.calls:
+            if call.body and call.rows is not None and call.slot is not None:
+                spread = call.rows[call.slot.clamp(min=0)]
+                call.delta.copy_(spread.masked_fill_((call.slot < 0).unsqueeze(-1), 0))
 
 
 @torch.no_grad()
@@ -173,20 +206,18 @@ def fill(delta: Tensor, draw: Start, seed: int, mask: Tensor | None) -> None:
     delta.copy_(drawn.masked_fill(~mask.unsqueeze(-1).to(drawn.device), 0))
 
 
-def _ids(call: Call) -> Tensor:
-    assert call.ids is not None
-    return call.ids
-
-
-def _mask(call: Call) -> Tensor:
-    return torch.ones_like(_ids(call), dtype=torch.bool) if call.mask is None else call.mask
-
-
-def _masked_gradient(call: Call) -> Tensor:
+def _gradient(call: Call) -> Tensor:
+    """[N, D], one row per position."""
     grad = torch.zeros_like(call.delta) if call.grad is None else call.grad
-    if call.mask is not None:
-        grad = grad.masked_fill(~call.mask.unsqueeze(-1), 0)
     return grad.reshape(-1, grad.shape[-1])
+
+
+def mean_norm(deltas: Sequence[Tensor], leading: int, kind: str) -> Tensor:
+    """The mean over the groups that are not zero; the first `leading` dimensions index the groups."""
+    if not deltas:
+        return torch.zeros(())
+    every = torch.cat([_norms(delta, leading, kind).flatten() for delta in deltas])
+    return every.sum() / (every > 0).sum().clamp(min=1)
 
 
 def _norms(delta: Tensor, leading: int, kind: str) -> Tensor:
@@ -195,10 +226,3 @@ def _norms(delta: Tensor, leading: int, kind: str) -> Tensor:
         return delta.new_zeros(0)
     groups = delta.reshape(1, -1) if leading == 0 else delta.flatten(0, leading - 1 if leading > 0 else -2).flatten(1)
     return l2_norm(groups) if kind == "l2" else groups.abs().amax(dim=1, keepdim=True)
-
-
-def _mean_of_nonzero(norms: list[Tensor]) -> Tensor:
-    if not norms:
-        return torch.zeros(())
-    every = torch.cat([norm.flatten() for norm in norms])
-    return every.sum() / (every > 0).sum().clamp(min=1)

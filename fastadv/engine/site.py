@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Size, Tensor, nn
 
+from fastadv.engine.call import Call, is_same, new_delta
+from fastadv.engine.embedding import is_plain_lookup
+from fastadv.engine.groups import group
+from fastadv.ops import Segments
+
 OTHER_BATCH = "the closure must run the same batch in every pass of a step, but the embedding's calls differ"
 
 Masks = Tensor | Sequence[Tensor | None] | None
-
-
-@dataclass(slots=True)
-class Call:
-    """One call of an embedding in a forward pass, and what is added to its result."""
-
-    delta: Tensor  # [B, T, D], a leaf that requires grad; float32, or float64 for a float64 model
-    mask: Tensor | None  # [B, T] bool, True where a token is; None: everywhere
-    ids: Tensor | None = None  # [B, T], where the module is an embedding table
-    module: int = 0  # which of the perturbed modules was called
-    grad: Tensor | None = None
 
 
 class Started(Protocol):
@@ -34,15 +27,17 @@ class Started(Protocol):
 class Site:
     """The state that the interceptions read. Idle, it costs them one attribute."""
 
-    def __init__(self, modules: Sequence[nn.Module], fused: bool | None) -> None:
+    def __init__(self, modules: Sequence[nn.Module], fused: bool | None, by_row: bool) -> None:
         self.modules = modules
         self.fused = fused
+        self.by_row = by_row  # plain lookups are moved by the rows of a table, and need no delta of their own
         self.padding: list[int | None] = [getattr(module, "padding_idx", None) for module in modules]
         self.live = False
         self.settled = False  # a pass of this step has shown how often the embedding is called, and on what
         self.searching = True  # a pass that records; False where a found perturbation is only applied
-        self.probing = False  # no parameter's gradient is wanted
+        self.detached: set[int] = set()  # modules whose table's gradient autograd need not compute in this pass
         self.recomputing = False
+        self.groups: Segments | None = None
         self.calls: list[Call] = []
         self.cursor = 0
         self.masks: Masks = None
@@ -59,30 +54,26 @@ class Site:
         """
         if not all(mask is None or isinstance(mask, Tensor) for mask in _each(masks)):
             raise TypeError(f"mask must be a tensor, or a sequence of tensors and None, not {masks!r}")
-        self.masks, self.started, self.settled = masks, None, False
+        self.masks, self.started, self.settled, self.groups = masks, None, False, None
         for index, call in enumerate(self.calls):
             mask = self.given_mask(index)
             if mask is not None and mask.shape != call.delta.shape[:-1]:
                 del self.calls[index:]
                 break
             call.mask = None if mask is None else mask.bool()
-            call.grad = call.delta.grad = None
         first, module = self.given_mask(0), self.modules[0]
         if not self.calls and first is not None and isinstance(module, nn.Embedding):
-            delta = new_delta((*first.shape, module.embedding_dim), module.weight.dtype, module.weight.device)
-            self.calls.append(Call(delta, first.bool()))
-        self.to_zero()
-
-    @torch.no_grad()
-    def to_zero(self) -> None:
-        """No perturbation, in every call."""
+            body = not (self.by_row and is_plain_lookup(module))
+            delta = new_delta((*first.shape, module.embedding_dim), module.weight.dtype, module.weight.device, body)
+            self.calls.append(Call(delta, first.bool(), body=body))
         for call in self.calls:
-            call.delta.zero_()
+            call.clear()
 
     def idle(self) -> None:
         """No forward is perturbed."""
-        self.live = self.recomputing = self.probing = False
+        self.live = self.recomputing = False
         self.searching = True
+        self.detached.clear()
 
     def begin_pass(self) -> None:
         """The next forward's calls are counted from the first."""
@@ -100,6 +91,12 @@ class Site:
             if call.mask is None and call.ids is not None:
                 call.mask = self._padding_mask(call.ids, call.module)
 
+    def grouped(self) -> Segments:
+        """Where equal ids lie, over all calls: one sort per batch, shared by all of its steps."""
+        if self.groups is None:
+            self.groups = group(self.calls, self.modules, self.fused)
+        return self.groups
+
     def masks_follow_ids(self) -> bool:
         """Whether the masks are known only when the ids are."""
         return self.given_mask(0) is None and any(index is not None for index in self.padding)
@@ -116,22 +113,24 @@ class Site:
 
     # Inside a forward
 
-    def enter(
-        self, shape: Size, dtype: torch.dtype, device: torch.device, ids: Tensor | None, module: int
-    ) -> Tensor | None:
-        """The perturbation of the call that is happening; None where it is left alone."""
+    def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Call | None:
+        """The call that is happening, or None where it is left alone.
+
+        Its result has `shape`, and dtype and device of `like`; `plain`: it is the lookup W[ids] and nothing else.
+        """
         if self.recomputing:
             return self._again(shape, ids)
         if self.searching and not torch.is_grad_enabled():
             self.without_grad = True
             return None
-        index = self._next()
-        if index >= len(self.calls) or not _fits(self.calls[index].delta, shape, dtype, device):
-            self._new(index, shape, dtype, device, ids, module)
+        index, body = self._next(), not (plain and self.by_row)
+        if index >= len(self.calls) or not self.calls[index].fits(shape, like.dtype, like.device, body):
+            self._new(index, shape, like, ids, module, body)
         call = self.calls[index]
         if self.searching:
             call.ids, call.module = ids, module
-        return call.delta
+            call.table = like if plain else None
+        return call
 
     def _next(self) -> int:
         index = self.cursor
@@ -140,22 +139,20 @@ class Site:
             return index % len(self.calls)
         return index
 
-    def _again(self, shape: Size, ids: Tensor | None) -> Tensor:
+    def _again(self, shape: Size, ids: Tensor | None) -> Call:
         """The call that a checkpoint recomputes: the same ids, or else the only one of that shape."""
         alike = [call for call in self.calls[: self.cursor] if call.delta.shape == shape]
-        same = [call for call in alike if ids is not None and call.ids is not None and _is_same(call.ids, ids)]
+        same = [call for call in alike if ids is not None and call.ids is not None and is_same(call.ids, ids)]
         if len(same or alike) != 1:
             raise RuntimeError(
                 "activation checkpointing recomputes an embedding, and which of its calls cannot be told "
                 f"({len(alike)} calls of shape {tuple(shape)} were seen in the forward pass). Use "
                 "checkpoint(..., use_reentrant=False), and keep the embedding outside of checkpointed segments."
             )
-        return (same or alike)[0].delta
+        return (same or alike)[0]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def _new(
-        self, index: int, shape: Size, dtype: torch.dtype, device: torch.device, ids: Tensor | None, module: int
-    ) -> None:
+    def _new(self, index: int, shape: Size, like: Tensor, ids: Tensor | None, module: int, body: bool) -> None:
         if not self.searching:
             raise RuntimeError(
                 f"no perturbation was found for an embedding call of shape {tuple(shape)}: inside `perturbed`, run the "
@@ -165,7 +162,7 @@ class Site:
             before = ", ".join(str(tuple(call.delta.shape)) for call in self.calls)
             raise RuntimeError(f"{OTHER_BATCH}: {tuple(shape)} in call {index}, and before {before}")
         mask = self._mask(index, shape, ids, module)
-        call = Call(new_delta(shape, dtype, device), mask, ids, module)
+        call = Call(new_delta(shape, like.dtype, like.device, body), mask, ids, module, body=body)
         del self.calls[index:]
         self.calls.append(call)
         if self.started is not None:
@@ -183,20 +180,5 @@ class Site:
         return None if ids is None else self._padding_mask(ids, module)
 
 
-def new_delta(shape: Size | tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A zero perturbation in the dtype that perturbations have: float32, or float64 for float64."""
-    wide = torch.promote_types(dtype, torch.float32)
-    return torch.zeros(shape, dtype=wide, device=device, requires_grad=True)
-
-
 def _each(masks: object) -> Sequence[object]:
     return masks if isinstance(masks, (list, tuple)) else [masks]
-
-
-def _fits(delta: Tensor, shape: Size, dtype: torch.dtype, device: torch.device) -> bool:
-    wide = torch.promote_types(dtype, torch.float32)
-    return delta.shape == shape and delta.dtype == wide and delta.device == device
-
-
-def _is_same(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()

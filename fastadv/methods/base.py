@@ -13,7 +13,8 @@ from torch.amp.grad_scaler import GradScaler
 from fastadv.engine.dropout import MODES
 from fastadv.engine.embedding import EmbeddingChoice
 from fastadv.engine.passes import Backward, Closure, Engine, Pass
-from fastadv.engine.perturbation import SCOPES, Rule
+from fastadv.engine.perturbation import SCOPES, TABLE_SCOPES
+from fastadv.engine.rule import Rule
 from fastadv.engine.site import Masks
 from fastadv.engine.start import RandomStart, resolve
 from fastadv.ops import dispatch
@@ -70,10 +71,10 @@ class Method:
         one_of("scope", scope, SCOPES)
         one_of("dropout", dropout, MODES)
         one_of("tied", tied, ("lookup", "both"))
-        if tied == "both":
-            raise NotImplementedError(
-                "tied='both' moves the output layer with the embedding and needs the row ops, which are not there yet; "
-                "tied='lookup' perturbs the lookups alone"
+        if tied == "both" and (scope not in TABLE_SCOPES or random_start is not False):
+            raise ValueError(
+                "tied='both' moves the table itself, from where it is: it needs scope='table' or 'row' and "
+                "random_start=False; tied='lookup' perturbs the lookups alone"
             )
         self.epsilon = None if epsilon is None else number("epsilon", epsilon)
         self.step_size = number("step_size", step_size)
@@ -95,6 +96,7 @@ class Method:
             embedding=embedding,
             scope=scope,
             dropout=dropout,
+            tied=tied,
             fused=fused,
             backward=backward,
             scaler=scaler,

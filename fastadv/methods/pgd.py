@@ -41,7 +41,8 @@ class PGD(ClassicPGD, Method):
         clean_weight, adv_weight: weights of the clean and the adversarial gradient.
         start_step, every: attack from this step on, and each so many steps; the others are plain training.
         dropout: "fresh" masks in every pass, the "same" in all passes of a step, or "off".
-        tied: "lookup" perturbs the lookups, not an output layer with the same weight.
+        tied: "lookup" perturbs the lookups, not an output layer with the same weight; "both" moves the table itself
+            during the step, as the classic scripts do ("table" and "row" scopes, no random start, no mask).
         fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
         backward: who takes a full pass's loss, `accelerator.backward` for example; None: `loss.backward()`.
         scaler: a `torch.amp.GradScaler`, which then scales probes as well.

@@ -61,6 +61,28 @@ def contiguous(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def rows(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless `tensor` is [N, D] with each row in one piece; rows may be apart, or all the same."""
+    if tensor.dim() != 2:
+        raise ValueError(f"{op}: {name} must be [N, D], but has shape {tuple(tensor.shape)}")
+    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+        raise ValueError(
+            f"{op}: the elements of a row of {name} must be adjacent (inner stride 1), but the strides are "
+            f"{tensor.stride()}; pass {name}.contiguous()"
+        )
+
+
+def plan(op: str, name: str, tensor: Tensor, count: int | None, device: torch.device) -> None:
+    """Raises unless `tensor` is one of the int64 tensors that `segments` returns, with `count` entries if given."""
+    same_device(op, name, tensor, device)
+    if tensor.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be int64, but is {tensor.dtype}")
+    if tensor.dim() != 1 or (count is not None and tensor.shape[0] != count):
+        wanted = "[N]" if count is None else f"[{count}]"
+        raise ValueError(f"{op}: {name} must be {wanted}, but has shape {tuple(tensor.shape)}")
+    contiguous(op, name, tensor)
+
+
 def address(op: str, name: str, tensor: Tensor) -> int:
     """Where the tensor's first element is.
 

@@ -1,6 +1,8 @@
-"""The launcher of csrc/gather_perturb: every check, the output's allocation, then addresses."""
+"""The launchers of csrc/gather_perturb and its backward: every check, the output's allocation, then addresses."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -8,6 +10,7 @@ from torch import Tensor
 from fastadv.native import checks
 
 OP = "gather_perturb"
+BACKWARD = "gather_perturb_backward"
 _flags: dict[int, Tensor] = {}
 
 
@@ -22,7 +25,7 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
         weight: [V, D], float32, float64, bfloat16 or float16; rows may be strided, elements of a row may not.
         ids: any shape, int64 or int32.
         delta: float32 (float64 for a float64 weight), contiguous: [*ids.shape, D], or [R, D] with `slot`; or None.
-        slot: int64, of the shape of `ids`: which row of `delta` each position takes; or None.
+        slot: int64, of the shape of `ids`: which row of `delta` each position takes, -1: none; or None.
 
     Returns:
         [*ids.shape, D] in the weight's dtype, contiguous.
@@ -65,9 +68,78 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
         extension.gather_perturb_cpu(call, torch.get_num_threads())
     else:
         stream = torch.cuda.current_stream(weight.device).cuda_stream
-        flag = _flag(weight.device)
+        flag = flag_on(weight.device)
         extension.gather_perturb_cuda(call, weight.device.index, stream, flag.data_ptr())
     return out
+
+
+def gather_perturb_backward(
+    table_grad: Tensor, grads: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
+) -> None:
+    r"""Add the gradients of positions to the rows of their ids.
+
+    .. math:: G[w] \leftarrow round\Big(G[w] + \sum_g \sum_{i:\, ids_i = w} g_i\Big)
+
+    `table_grad` is mutated, in touched rows alone, and its version counter rises.
+
+    Args:
+        table_grad: [V, D], float32, float64, bfloat16 or float16; rows may be strided, but must not overlap.
+        grads: up to 64 of [N, D], each in the table's dtype or in float32; rows may be strided or expanded.
+        ids: [N], int64 or int32.
+        order: [N] int64, and
+        starts: [rows + 1] int64: what `segments(ids, ...)` gives.
+        padding_idx: the row that gets nothing; -1: there is none.
+
+    Raises:
+        TypeError: a dtype that is not served, or a tensor without plain memory.
+        ValueError: a shape, stride or device that does not fit, too many grads, or a plan of other ids.
+        IndexError: on the CPU, an id outside the table, or a plan outside the positions; nothing has been written
+            then. On CUDA such a segment is left out, and `check` raises.
+        RuntimeError: the extension is not there for this device, or CUDA reports an error.
+
+    Example:
+        >>> table_grad, grad = torch.zeros(3, 1), torch.tensor([[1.0], [2.0], [4.0]])
+        >>> ids, order, starts = torch.tensor([2, 0, 2]), torch.tensor([1, 0, 2]), torch.tensor([0, 1, 3])
+        >>> gather_perturb_backward(table_grad, [grad], ids, order, starts, -1)
+        >>> table_grad.flatten()
+        tensor([2., 0., 5.])
+    """
+    extension = checks.extension_for(BACKWARD, table_grad)
+    code = checks.dtype_code(BACKWARD, "table_grad", table_grad)
+    table = checks.address(BACKWARD, "table_grad", table_grad)
+    _check_table_grad(table_grad)
+    ids = _check_indices("ids", ids, table_grad.device, BACKWARD)
+    if ids.dim() != 1:
+        raise ValueError(f"{BACKWARD}: ids must be [N], but has shape {tuple(ids.shape)}")
+    count, dim = ids.shape[0], table_grad.shape[1]
+    if len(grads) > extension.most_grads:
+        raise ValueError(f"{BACKWARD}: there are {len(grads)} grads, but at most {extension.most_grads} are served")
+    rows = [_check_grad(grad, table_grad, count) for grad in grads]
+    checks.plan(BACKWARD, "order", order, count, table_grad.device)
+    checks.plan(BACKWARD, "starts", starts, None, table_grad.device)
+    if starts.shape[0] == 0:
+        raise ValueError(f"{BACKWARD}: starts must be [rows + 1], but is empty")
+    call = extension.GatherPerturbBackwardCall(
+        code,
+        table,
+        table_grad.stride(0),
+        table_grad.shape[0],
+        rows,
+        checks.address(BACKWARD, "ids", ids),
+        checks.address(BACKWARD, "order", order),
+        checks.address(BACKWARD, "starts", starts),
+        starts.shape[0] - 1,
+        count,
+        dim,
+        padding_idx,
+    )
+    if table_grad.device.type == "cpu":
+        extension.gather_perturb_backward_cpu(call, torch.get_num_threads())
+    else:
+        device = table_grad.device
+        stream = torch.cuda.current_stream(device).cuda_stream
+        extension.gather_perturb_backward_cuda(call, device.index, stream, flag_on(device).data_ptr())
+    torch.autograd.graph.increment_version(table_grad)
 
 
 def check(device: torch.device) -> None:
@@ -83,7 +155,7 @@ def check(device: torch.device) -> None:
         raise IndexError(f"{OP}: an id or slot was out of range on {device}; its row was read as zeros")
 
 
-def _flag(device: torch.device) -> Tensor:
+def flag_on(device: torch.device) -> Tensor:
     """Where the kernels on one device leave the mark of an index out of range."""
     if device.index not in _flags:
         _flags[device.index] = torch.zeros(1, dtype=torch.int32, device=device)
@@ -101,10 +173,10 @@ def _check_weight(weight: Tensor) -> None:
         )
 
 
-def _check_indices(name: str, indices: Tensor, device: torch.device) -> Tensor:
-    checks.same_device(OP, name, indices, device)
+def _check_indices(name: str, indices: Tensor, device: torch.device, op: str = OP) -> Tensor:
+    checks.same_device(op, name, indices, device)
     if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{OP}: {name} must be int64 or int32, but is {indices.dtype}")
+        raise TypeError(f"{op}: {name} must be int64 or int32, but is {indices.dtype}")
     if indices.dtype == torch.int64 and indices.is_contiguous():
         return indices
     # A copy does no harm here: indices are small, and only read.
@@ -135,3 +207,26 @@ def _check_delta(delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None
     if slot is not None and (delta.dim() != 2 or delta.shape[1] != dim):
         raise ValueError(f"{OP}: with slot, delta must be [R, {dim}], but has shape {tuple(delta.shape)}")
     checks.contiguous(OP, "delta", delta)
+
+
+def _check_table_grad(table_grad: Tensor) -> None:
+    checks.rows(BACKWARD, "table_grad", table_grad)
+    if table_grad.shape[0] > 1 and table_grad.stride(0) < table_grad.shape[1]:
+        raise ValueError(
+            f"{BACKWARD}: the rows of table_grad overlap (strides {table_grad.stride()}); pass table_grad.contiguous()"
+        )
+
+
+def _check_grad(grad: Tensor, table_grad: Tensor, count: int) -> tuple[int, int, bool]:
+    """Where a gradient is, how far its rows are apart, and whether it is in the dtype of the sum."""
+    checks.same_device(BACKWARD, "a grad", grad, table_grad.device)
+    wide = checks.compute_dtype(table_grad.dtype)
+    if grad.dtype not in (table_grad.dtype, wide):
+        raise TypeError(
+            f"{BACKWARD}: a grad is {grad.dtype}, but must be {table_grad.dtype}, as table_grad is, or {wide}"
+        )
+    wanted = (count, table_grad.shape[1])
+    if grad.shape != wanted:
+        raise ValueError(f"{BACKWARD}: a grad has shape {tuple(grad.shape)}, but ids and table_grad give {wanted}")
+    checks.rows(BACKWARD, "a grad", grad)
+    return checks.address(BACKWARD, "a grad", grad), grad.stride(0), grad.dtype == wide

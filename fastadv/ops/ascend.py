@@ -26,7 +26,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv import native
@@ -57,8 +56,6 @@ def eager(
     if delta.numel() > 0:
         _move(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group)
     if weight is not None and ids is not None and embedded is not None:
-        if slot is not None:  # a row of zeros for the slots that are -1
-            delta, slot = F.pad(delta, (0, 0, 1, 0)), slot + 1
         embedded.copy_(gather(weight, ids, delta, slot))
 
 

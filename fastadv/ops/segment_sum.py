@@ -15,50 +15,157 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadv.ops.dispatch import Op
+from fastadv import native
+from fastadv.native.segment_sum import segment_sum as native_segment_sum
+from fastadv.native.segment_sum import segments as native_segments
+from fastadv.ops.dispatch import Backend, Op
+
+PLAN = "segments"
+SUM = "segment_sum"
 
 
 class Segments(NamedTuple):
-    """Where equal ids lie: `slot` [N] the row of each position, `order` [N] positions by row, `starts` [rows + 1]."""
+    """Where equal ids lie: segment s, the s-th smallest distinct id, is `order[starts[s]:starts[s + 1]]`."""
 
-    slot: Tensor
-    order: Tensor
-    starts: Tensor
+    slot: Tensor  # [N] the segment of a position, -1 where it is masked
+    order: Tensor  # [N] positions by (id, masked, position)
+    starts: Tensor  # [rows + 1], N for segments beyond the last id
+    stops: Tensor  # [rows] where the masked positions of a segment begin
+
+    def trimmed(self) -> Segments:
+        """Without the room that no id takes; only on the CPU, where looking costs nothing."""
+        if self.starts.device.type != "cpu":
+            return self
+        rows = int((self.starts[:-1] < len(self.order)).sum())
+        return self._replace(starts=self.starts[: rows + 1], stops=self.stops[:rows])
 
 
-def segments(ids: Tensor, vocabulary: int) -> Segments:
-    """Group equal `ids` [N] of a table of `vocabulary` rows."""
-    by_id, order = torch.sort(ids.reshape(-1), stable=True)
+def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The plan in plain PyTorch: one stable sort, and no number that the host has to know."""
+    _check_ids(ids, vocabulary)
+    masked = torch.zeros_like(ids, dtype=torch.int64) if mask is None else (~mask).to(torch.int64)
+    key, order = torch.sort(2 * ids.to(torch.int64) + masked, stable=True)
+    by_id, off = key >> 1, key & 1
     first = torch.ones_like(by_id)
     first[1:] = by_id[1:] != by_id[:-1]
     row = first.cumsum(0) - 1
-    slot = torch.empty_like(order).scatter_(0, order, row)
-    bounds = torch.arange(min(len(by_id), vocabulary) + 1, device=ids.device)
-    return Segments(slot, order, torch.searchsorted(row, bounds))
+    slot = torch.empty_like(order).scatter_(0, order, torch.where(off == 1, -1, row))
+    bounds = torch.arange(min(ids.shape[0], vocabulary) + 1, device=ids.device)
+    starts = torch.searchsorted(row, bounds)
+    stops = torch.searchsorted(2 * row + off, 2 * bounds[:-1] + 1)
+    return slot, order, starts, stops
 
 
-def eager(values: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """The op in plain PyTorch: an embedding bag per segment, which sums in a fixed order on every device."""
-    wide = values.to(torch.promote_types(values.dtype, torch.float32))
-    if wide.numel() == 0:
-        return values.new_zeros((starts.shape[0] - 1, *values.shape[1:]))
-    return F.embedding_bag(order, wide, starts[:-1], mode="sum").to(values.dtype)
+def _check_ids(ids: Tensor, vocabulary: int) -> None:
+    """On the CPU an id outside the table is an error; on CUDA looking would be a sync."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = (int(bound) for bound in ids.aminmax())
+    if low < 0 or high >= vocabulary:
+        raise IndexError(f"{PLAN}: id {low if low < 0 else high} is out of range for a table of {vocabulary} rows")
 
 
-def fake(values: Tensor, order: Tensor, starts: Tensor) -> Tensor:
-    """The op's shape and dtype."""
-    return values.new_empty((starts.shape[0] - 1, *values.shape[1:]))
+def fake_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The plan's shapes and dtypes."""
+    count, rows = ids.shape[0], torch.sym_min(ids.shape[0], vocabulary)  # type: ignore[no-untyped-call]
+    slot, order, starts, stops = (ids.new_empty(size, dtype=torch.int64) for size in (count, count, rows + 1, rows))
+    return slot, order, starts, stops
 
 
+def eager(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
+    """The sum in plain PyTorch: embedding bags, which sum in a fixed order on every device.
+
+    Two bags per segment, what counts and what is masked, so that a NaN in a masked position stays out of the sum.
+    """
+    rows, wide = stops.shape[0], values.to(torch.promote_types(values.dtype, torch.float32))
+    if wide.numel() == 0 or rows == 0:
+        return wide.new_zeros((rows, *values.shape[1:]))
+    offsets = torch.stack([starts[:rows], stops], dim=1).flatten()
+    bags = F.embedding_bag(order, wide, offsets, mode="sum")
+    return bags.view(rows, 2, -1)[:, 0].contiguous()
+
+
+def fake(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
+    """The sum's shape and dtype."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    return values.new_empty((stops.shape[0], *values.shape[1:]), dtype=wide)
+
+
+_reason = native.reason()
+_unchecked = "compiled, but not yet checked on a GPU" if native.cuda_compiled() else "not compiled"
+PLAN_OP = Op(
+    PLAN,
+    "(Tensor ids, Tensor? mask, int vocabulary) -> (Tensor slot, Tensor order, Tensor starts, Tensor stops)",
+    eager=eager_segments,
+    fake=fake_segments,
+    # A sort is a sort: on CUDA PyTorch's is the fast one.
+    backends=[
+        Backend("C++", "cpu", None if _reason else native_segments, _reason),
+        Backend("PyTorch", "cuda", eager_segments),
+    ],
+)
 OP = Op(
-    "segment_sum",
-    "(Tensor values, Tensor order, Tensor starts) -> Tensor",
+    SUM,
+    "(Tensor values, Tensor order, Tensor starts, Tensor stops) -> Tensor",
     eager=eager,
     fake=fake,
+    backends=[
+        Backend("C++", "cpu", None if _reason else native_segment_sum, _reason),
+        Backend("CUDA C++", "cuda", None, _unchecked),
+    ],
 )
 
 
+def segments(ids: Tensor, vocabulary: int, *, mask: Tensor | None = None, fused: bool | None = None) -> Segments:
+    """Group equal `ids` [N] of a table of `vocabulary` rows; `mask` [N] is True where a position counts.
+
+    `ids` and `mask` of any other shape are flattened. Everything returned is int64.
+
+    Raises:
+        TypeError: ids that are not int64 or int32, or a mask that is not bool.
+        ValueError: a mask of another shape than `ids`, or a vocabulary below zero.
+        IndexError: an id outside the table (on the CPU).
+
+    Example:
+        >>> segments(torch.tensor([7, 3, 7, 7]), 10, mask=torch.tensor([False, True, True, True]))
+        Segments(slot=tensor([-1,  0,  1,  1]), order=tensor([1, 2, 3, 0]), starts=tensor([0, 1, 4, 4, 4]), \
+stops=tensor([1, 3, 4, 4]))
+    """
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{PLAN}: ids must be int64 or int32, but is {ids.dtype}")
+    if mask is not None and mask.dtype != torch.bool:
+        raise TypeError(f"{PLAN}: mask must be bool, but is {mask.dtype}")
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"{PLAN}: mask has shape {tuple(mask.shape)}, but ids has {tuple(ids.shape)}")
+    if vocabulary < 0:
+        raise ValueError(f"{PLAN}: vocabulary is the number of rows of the table, and cannot be {vocabulary}")
+    flat = None if mask is None else mask.reshape(-1)
+    return Segments(*PLAN_OP.choose(ids.device.type, fused)(ids.reshape(-1), flat, vocabulary))
+
+
 def segment_sum(values: Tensor, groups: Segments, *, fused: bool | None = None) -> Tensor:
-    """Sum `values` [N, D] over the positions of equal ids -> [rows, D]."""
-    out: Tensor = OP.choose(values.device.type, fused)(values, groups.order, groups.starts)
+    """Sum `values` [N, D] over the positions of equal ids that are not masked -> [rows, D].
+
+    `values` may be float32, bfloat16 or float16, summed in float32, or float64. The result is in the dtype of the sum.
+    A `values` of more dimensions, such as [B, T, D], is flattened.
+
+    Raises:
+        TypeError: values that are not floating.
+        ValueError: `groups` of another number of positions.
+
+    Example:
+        >>> groups = segments(torch.tensor([7, 3, 7]), 10)
+        >>> segment_sum(torch.tensor([[1.0], [2.0], [4.0]]), groups)
+        tensor([[2.],
+                [5.],
+                [0.]])
+    """
+    run = OP.choose(values.device.type, fused)
+    out: Tensor = run(rows_of(values), groups.order, groups.starts, groups.stops)
     return out
+
+
+def rows_of(values: Tensor) -> Tensor:
+    """`values` as [N, D], each row in one piece: copied only where there is no such view."""
+    flat = values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
+    return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()

@@ -25,8 +25,12 @@ def plain(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None
     rows = weight[ids.long()]
     if delta is None:
         return rows
-    added = delta if slot is None else delta[slot]
-    return (rows.to(added.dtype) + added).to(weight.dtype)
+    if slot is None:
+        return (rows.to(delta.dtype) + delta).to(weight.dtype)
+    out = rows.clone()
+    there = slot >= 0  # -1: nothing is added here
+    out[there] = (rows[there].to(delta.dtype) + delta[slot[there]]).to(weight.dtype)
+    return out
 
 
 def table(rows: int, dim: int, dtype: torch.dtype) -> Tensor:
@@ -49,7 +53,7 @@ def seeded() -> Iterator[None]:
 )
 def test_agrees_with_pytorch(shape: tuple[int, ...], rows: int, dim: int, form: str, dtype: torch.dtype) -> None:
     weight, ids = table(rows, dim, dtype), torch.randint(rows, shape)
-    slot = torch.randint(5, shape) if form == "slot" else None
+    slot = torch.randint(-1, 5, shape) if form == "slot" else None
     leading = (5,) if form == "slot" else shape
     delta = None if form == "plain" else torch.randn(*leading, dim, dtype=sum_dtype(dtype))
     got = gather_perturb(weight, ids, delta, slot)
@@ -162,7 +166,15 @@ def test_an_id_out_of_range_is_named(bad: int) -> None:
         gather_perturb(torch.randn(5, 3), ids, None, None)
 
 
-@pytest.mark.parametrize("bad", [-1, 2])
+def test_a_slot_of_minus_one_moves_bits_and_reads_no_row() -> None:
+    weight = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.bfloat16).view(256, 256)
+    ids, slot = torch.arange(256), torch.full((256,), -1)
+    for delta in (torch.full((1, 256), math.nan), torch.zeros(0, 256)):
+        got = gather_perturb(weight, ids, delta, slot)
+        assert torch.equal(got.view(torch.int16), weight.view(torch.int16))
+
+
+@pytest.mark.parametrize("bad", [-2, 2, -(2**63)])
 def test_a_slot_out_of_range_is_named(bad: int) -> None:
     slot = torch.tensor([0, 1, bad])
     with pytest.raises(IndexError, match=rf"slot {bad} at position 2 .* perturbation of 2 rows"):

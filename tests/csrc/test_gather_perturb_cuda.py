@@ -30,7 +30,8 @@ def toolchain() -> ModuleType:
     "arch",
     [pytest.param(80, marks=pytest.mark.slow), 90, pytest.param(100, marks=pytest.mark.slow)],
 )
-def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("op", ["gather_perturb", "gather_perturb_backward", "segment_sum"])
+def test_compiles_without_spills(op: str, arch: int, tmp_path: Path) -> None:
     tools = toolchain()
     try:
         nvcc = tools.find_nvcc()
@@ -38,11 +39,11 @@ def test_compiles_without_spills(arch: int, tmp_path: Path) -> None:
         pytest.skip(str(missing))
     if str(arch) not in [known.removesuffix("+PTX") for known in nvcc.architectures]:
         pytest.skip(f"nvcc {nvcc.version} does not know sm_{arch}")
-    source = ROOT / "csrc" / "gather_perturb_cuda.cu"
+    source = ROOT / "csrc" / f"{op}_cuda.cu"
     command = [nvcc.command, "-std=c++17", "-O3", "-DFASTADV_WITH_CUDA", "-Xptxas", "-v", "-cubin"]
     output = tools.run([*command, f"-arch=sm_{arch}", str(source), "-o", str(tmp_path / "op.cubin")])
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", output)
-    kernels = re.findall(r"Compiling entry function '(\w*gather_perturb_kernel\w*)'", output)
+    kernels = re.findall(rf"Compiling entry function '(\w*{op}_kernel\w*)'", output)
     assert len(kernels) == len(DTYPES), output
     assert len(spills) >= len(kernels), output
     assert set(spills) == {("0", "0")}, output

@@ -32,7 +32,7 @@ NUMBERS = [
     pytest.param({"scope": "sentence"}, ValueError, ["scope", "'table'", "'token'", "'sentence'"], id="scope"),
     pytest.param({"dropout": "none"}, ValueError, ["dropout", "'fresh'", "'same'", "'off'"], id="dropout"),
     pytest.param({"tied": "head"}, ValueError, ["tied", "'lookup'", "'both'"], id="tied"),
-    pytest.param({"tied": "both"}, NotImplementedError, ["tied='lookup'"], id="tied-both"),
+    pytest.param({"tied": "both", "scope": "sample"}, ValueError, ["tied='lookup'"], id="tied-both"),
     pytest.param({"clean_weight": -0.5}, ValueError, ["clean_weight", "at least 0"], id="clean-weight"),
     pytest.param({"clean_weight": math.nan}, ValueError, ["clean_weight", "finite"], id="clean-weight-nan"),
     pytest.param({"adv_weight": math.inf}, ValueError, ["adv_weight", "finite"], id="adv-weight-inf"),

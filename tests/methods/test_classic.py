@@ -385,6 +385,9 @@ def test_errors_say_what_to_do() -> None:
     for attacker in (fgm, pgd):
         refused(model, attacker.restore, RuntimeError, "restore() without attack()")
     refused(model, pgd.restore_grad, RuntimeError, "backup_grad()")
+    model.word_embeddings.weight.to_local = None  # as a sharded tensor has it
+    refused(model, fgm.attack, TypeError, names[0], "sharded", "backward()")
+    del model.word_embeddings.weight.to_local
     model.word_embeddings.requires_grad_(False)
     refused(model, fgm.attack, ValueError, "frozen", names[0], "backward()")
     with pytest.raises(RuntimeError):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
-from fastadv import reference
+from fastadv import native, reference
 from tests.models import TinyModel, TinyRoberta
 from tests.support import assert_close, assert_gradients, golden, gradients, record, seeded
 
@@ -21,7 +21,8 @@ PGD_ZHIHU = [
     "pgd_zhihu_mlp_eps1.0_a0.3_K3",
     "pgd_zhihu_mlp_eps1.0_a0.3_K5",
 ]
-ENGINES = [pytest.param(None, id="fused-None"), pytest.param(False, id="fused-False")]
+NATIVE = pytest.mark.skipif(not native.available(), reason=f"no C++ ops: {native.reason()}")
+ENGINES = [pytest.param(True, id="fused", marks=NATIVE), pytest.param(False, id="eager")]
 
 
 def hyperparameters(name: str) -> dict[str, Any]:

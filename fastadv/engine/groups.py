@@ -1,0 +1,35 @@
+"""Where equal ids lie in the calls of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.call import Call
+from fastadv.engine.embedding import vocabulary
+from fastadv.ops import Segments, segments
+
+
+def group(calls: Sequence[Call], modules: Sequence[nn.Module], fused: bool | None) -> Segments:
+    """Group the positions of `calls` by token id; the tables of several `modules` stand one after the other."""
+    sizes = [vocabulary(module) or 0 for module in modules]
+    offsets = [sum(sizes[:index]) for index in range(len(sizes))]
+    ids = [_ids(call) + offsets[call.module] if offsets[call.module] else _ids(call) for call in calls]
+    masks = None if all(call.mask is None for call in calls) else together([_mask(call) for call in calls])
+    return segments(together(ids), sum(sizes), mask=masks, fused=fused).trimmed()
+
+
+def together(parts: Sequence[Tensor]) -> Tensor:
+    """One after the other, without a copy where there is only one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _ids(call: Call) -> Tensor:
+    assert call.ids is not None
+    return call.ids.reshape(-1)
+
+
+def _mask(call: Call) -> Tensor:
+    return torch.ones_like(_ids(call), dtype=torch.bool) if call.mask is None else call.mask.reshape(-1)

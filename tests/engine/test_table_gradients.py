@@ -1,0 +1,181 @@
+"""The table's gradient is what autograd would have brought, whoever adds it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastadv
+from tests.models import TinyModel
+from tests.support import assert_close, assert_gradients, assert_unchanged, batch, gradients, seeded, snapshot
+
+SCOPES = ["table", "row", "batch", "sample", "token"]
+METHODS = {"fgm": (fastadv.FGM, {}), "pgd": (fastadv.PGD, {"steps": 3}), "last": (fastadv.PGD, {"clean_weight": 0})}
+
+
+def step(model: nn.Module, name: str = "pgd", **options: Any) -> dict[str, Tensor]:
+    data = batch()
+    method, common = METHODS[name]
+    adv = method(model, embedding=model.word_embeddings, epsilon=0.5, **common, **options)
+    adv.backward(lambda: model(*data.values()).loss, mask=data["attention_mask"])
+    adv.close()
+    return gradients(model)
+
+
+def watch(model: nn.Module) -> list[Tensor]:
+    """A hook on the table's gradient: from here on autograd brings it."""
+    seen: list[Tensor] = []
+    model.word_embeddings.weight.register_hook(lambda grad: seen.append(grad.clone()))
+    return seen
+
+
+def pair(dtype: torch.dtype = torch.float64) -> tuple[nn.Module, nn.Module, list[Tensor]]:
+    """Two equal models, of which the second's table is watched."""
+    alone, watched = seeded(TinyModel, dtype=dtype), seeded(TinyModel, dtype=dtype)
+    return alone, watched, watch(watched)
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("name", METHODS)
+def test_is_what_autograd_brings(name: str, scope: str, fused: bool | None) -> None:
+    alone, watched, seen = pair()
+    got, want = step(alone, name, scope=scope, fused=fused), step(watched, name, scope=scope, fused=fused)
+    assert len(seen) == (1 if name == "last" else 2)
+    assert_gradients(got, want, 1e-12)
+
+
+@pytest.mark.parametrize("scope", ["table", "sample"])
+def test_adds_to_what_is_there(scope: str) -> None:
+    alone, watched, _ = pair()
+    for model in (alone, watched):
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+    kept = alone.word_embeddings.weight.grad
+    assert_gradients(step(alone, scope=scope), step(watched, scope=scope), 1e-12)
+    assert alone.word_embeddings.weight.grad is kept
+
+
+def test_the_version_of_a_gradient_that_is_added_to_moves() -> None:
+    model = seeded(TinyModel)
+    grad = model.word_embeddings.weight.grad = torch.zeros_like(model.word_embeddings.weight)
+    before = grad._version
+    step(model)
+    assert grad._version > before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
+    alone, watched, _ = pair(dtype)
+    got, want = step(alone, scope="sample"), step(watched, scope="sample")
+    weight = "bert.embeddings.word_embeddings.weight"
+    assert got[weight].dtype == dtype
+    assert_close(got[weight].float(), want[weight].float(), 2e-2, "table")
+
+
+@pytest.mark.parametrize("hook", ["tensor", "post accumulate"])
+def test_hooks_on_the_table_run(hook: str) -> None:
+    model, ran = seeded(TinyModel), []
+    weight = model.word_embeddings.weight
+    if hook == "tensor":
+        weight.register_hook(lambda grad: ran.append(grad))
+    else:
+        weight.register_post_accumulate_grad_hook(lambda parameter: ran.append(parameter))
+    step(model)
+    assert len(ran) == 2
+
+
+def test_a_backward_of_the_users_sees_every_gradient() -> None:
+    model, seen = seeded(TinyModel), []
+
+    def backward(loss: Tensor) -> None:
+        loss.backward()
+        seen.append(model.word_embeddings.weight.grad.clone())
+
+    step(model, backward=backward)
+    assert len(seen) == 2 and all((grad != 0).any() for grad in seen)
+
+
+@pytest.mark.parametrize("other", ["transposed", "sparse"])
+def test_a_gradient_of_another_kind_is_autograds(other: str) -> None:
+    alone, plain = seeded(TinyModel), seeded(TinyModel)
+    weight = alone.word_embeddings.weight
+    zeros = torch.zeros_like(weight)
+    weight.grad = zeros.t().contiguous().t() if other == "transposed" else zeros.to_sparse()
+    step(alone)
+    weight.grad = weight.grad.to_dense()
+    assert_gradients(gradients(alone), step(plain), 1e-12)
+
+
+def test_a_frozen_table_has_no_gradient() -> None:
+    model = seeded(TinyModel)
+    model.word_embeddings.weight.requires_grad_(False)
+    step(model)
+    assert model.word_embeddings.weight.grad is None
+
+
+def test_the_row_of_padding_idx_gets_none() -> None:
+    model = seeded(TinyModel)
+    model.word_embeddings.padding_idx = 3
+    data = batch(pad=3)
+    adv = fastadv.PGD(model, embedding=model.word_embeddings)
+    adv.backward(lambda: model(data["input_ids"], torch.ones_like(data["attention_mask"]), data["labels"]).loss)
+    grad = model.word_embeddings.weight.grad
+    assert (data["input_ids"] == 3).any()
+    assert (grad[3] == 0).all() and (grad != 0).any()
+
+
+class Twice(nn.Module):
+    """Two tables, the first of them looked up twice, and a head that shares the second's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.kinds = nn.Embedding(11, 4), nn.Embedding(5, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        hidden = self.words(ids) + self.words(ids.flip(1)) * self.kinds(ids % 5)
+        return (hidden.tanh() @ self.kinds.weight.T).logsumexp(-1).mean()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_several_tables_and_calls_and_a_shared_head(scope: str) -> None:
+    ids, results = torch.tensor([[1, 2, 2, 9], [10, 1, 0, 0]]), []
+    for watched in (False, True):
+        model = seeded(Twice)
+        if watched:
+            for parameter in model.parameters():
+                parameter.register_hook(lambda grad: None)
+        adv = fastadv.PGD(model, embedding=["words", "kinds"], scope=scope, steps=2)
+        adv.backward(lambda model=model: model(ids), mask=[ids > 0] * 3)
+        results.append(gradients(model))
+    assert_gradients(*results, 1e-12)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3])
+@pytest.mark.parametrize("present", [False, True])
+def test_a_fault_in_any_pass_leaves_no_trace(at: int, present: bool) -> None:
+    model, data, passes = seeded(TinyModel), batch(), []
+    if present:
+        model(*data.values()).loss.backward()
+    adv = fastadv.PGD(model, embedding=model.word_embeddings, steps=2)
+
+    def closure() -> Tensor:
+        passes.append(1)
+        if len(passes) == at:
+            raise KeyboardInterrupt
+        return model(*data.values()).loss
+
+    before = snapshot(model)
+    with pytest.raises(KeyboardInterrupt):
+        adv.backward(closure)
+    assert_unchanged(model, before)
+    passes.append(9)
+    twin = seeded(TinyModel)
+    if present:
+        twin(*data.values()).loss.backward()
+    adv.backward(closure)
+    fastadv.PGD(twin, embedding=twin.word_embeddings, steps=2).backward(lambda: twin(*data.values()).loss)
+    assert_gradients(gradients(model), gradients(twin), 1e-14)
