@@ -9,6 +9,7 @@
 #include "ascend.h"
 #include "gather_perturb.h"
 #include "gather_perturb_backward.h"
+#include "grads.h"
 #include "rows.h"
 #include "segment_sum.h"
 #include "table_step.h"
@@ -22,6 +23,7 @@ namespace py = pybind11;
 namespace {
 
 using fastadv::GatherPerturbCall;
+using fastadv::GradsPlan;
 using fastadv::RowsCall;
 using fastadv::RowsRule;
 
@@ -251,6 +253,16 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init([](double step, double epsilon, int direction, int ball, bool by_row, std::uintptr_t skipped) {
         return RowsRule{step, epsilon, direction, ball, by_row, skipped};
       }));
+  using Pairs = std::vector<std::tuple<int, std::uintptr_t, std::uintptr_t, std::int64_t>>;
+  py::class_<GradsPlan>(m, "GradsPlan")
+      .def(py::init<>())
+      .def("add", [](GradsPlan& plan, const Pairs& pairs) {
+        for (const auto& [dtype, into, source, count] : pairs) plan.add({dtype, into, source, count});
+      })
+      .def("run", [](const GradsPlan& plan, int kind, double number, int threads) {
+        py::gil_scoped_release unlocked;
+        plan.run_cpu(fastadv::GradsKind(kind), number, threads);
+      });
   m.def("rows_touched_cpu", &rows_touched_cpu);
   m.def("rows_copy_cpu", &rows_copy_cpu);
   m.def("rows_step_cpu", &rows_step_cpu);

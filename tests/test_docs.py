@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "tests/goldens/README.md"]
 
 
-@pytest.mark.parametrize("name", ["fastadv.methods.fgm", "fastadv.methods.pgd"])
+@pytest.mark.parametrize(
+    "name", ["fastadv.methods.fgm", "fastadv.methods.pgd", "fastadv.classic", "fastadv.ops.rows", "fastadv.ops.grads"]
+)
 def test_docstring_examples(name: str) -> None:
     results = doctest.testmod(importlib.import_module(name))
     assert results.attempted >= 4
@@ -51,6 +53,16 @@ def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", printed)]
     assert losses[-1] < losses[0]
     assert "attacked 300 steps; groups skipped for a non-finite gradient: 0" in printed
+
+
+def test_classic_script(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(ROOT / "examples/classic_script.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    losses = [float(value) for value in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 4
+    assert losses[-1] < losses[0]
+    page = (ROOT / "docs/classic.md").read_text()
+    assert "-from fgm import FGM\n+from fastadv import FGM" in page
 
 
 def test_batch_coupling_repeats_what_the_docs_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

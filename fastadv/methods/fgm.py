@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from fastadv.classic import ClassicFGM
 from fastadv.engine.passes import Closure
 from fastadv.engine.start import RandomStart
 from fastadv.methods.base import Method, StepResult
 
 
-class FGM(Method):
+class FGM(ClassicFGM, Method):
     r"""One step of length `epsilon` up the gradient, and training on what is found there.
 
     .. math:: r = \epsilon \, g / \lVert g \rVert, \qquad
@@ -20,6 +21,8 @@ class FGM(Method):
     Two full passes a step. `norm="linf"` takes r = epsilon * sign(g). The default is what the classic scripts do: the
     norm is over the whole table, so all samples of a batch share one budget, and both gradients are summed. With
     `scope="sample", clean_weight=0` it is the paper's adversarial loss by itself.
+
+    `attack` and `restore` are the classic script's calls: see `fastadv.classic`.
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.

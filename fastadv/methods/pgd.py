@@ -6,12 +6,13 @@ from typing import Any
 
 from torch import nn
 
+from fastadv.classic import ClassicPGD
 from fastadv.engine.passes import Closure
 from fastadv.engine.start import RandomStart
 from fastadv.methods.base import Method, StepResult
 
 
-class PGD(Method):
+class PGD(ClassicPGD, Method):
     r"""K small steps up the gradient, each followed by a projection onto the epsilon ball.
 
     .. math:: r_{t+1} = \Pi_{\lVert r \rVert \le \epsilon}\big(r_t + \alpha \, g_t / \lVert g_t \rVert\big), \qquad
@@ -24,6 +25,8 @@ class PGD(Method):
 
     Perturbations are float32 (float64 for a float64 model), [B, T, D] in position scopes ("batch", "sample", "token")
     and one vector per distinct id in table scopes ("table", "row"). They live in the embedding's own units.
+
+    `attack`, `restore`, `backup_grad` and `restore_grad` are the classic script's calls: see `fastadv.classic`.
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.

@@ -25,6 +25,7 @@ def test_report_has_every_op_and_says_why() -> None:
     rows = dispatch.report()
     named = {"ascend", "gather_perturb", "gather_perturb_backward", "segment_sum", "segments"}
     named |= {"rows_touched", "rows_back_up", "rows_restore", "rows_step"}
+    named |= {"grads_copy", "grads_accumulate", "grads_average"}
     assert {row.op for row in rows} == {op.name for op in OPS}
     assert named <= {op.name for op in OPS}
     assert all(row.available or row.reason for row in rows)

@@ -1,0 +1,190 @@
+r"""The calls of the classic scripts, on the methods of the same name: a script changes one import and nothing else.
+
+.. math:: E \leftarrow E + \epsilon \, G / \lVert G \rVert_F \quad\text{(FGM)}, \qquad
+    E \leftarrow E_0 + \Pi_\epsilon\big(E + \alpha \, G / \lVert G \rVert_F - E_0\big) \quad\text{(PGD)}
+
+They move the weights in place: every parameter that requires a gradient and whose name contains `emb_name`, each with a
+norm of its own. G is whatever lies in `.grad`: under gradient accumulation that is the sum over the earlier
+micro-batches too, as in the scripts. `backward` does not mix them, moves no weight and costs fewer passes.
+
+Where a gradient has rows of zeros (the words that are in no batch), only the other rows can move, and only they are
+copied, moved and put back. What `restore` puts back is bit for bit what was there, in the same memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.moved_table import MovedTable
+from fastadv.engine.passes import Engine
+from fastadv.engine.rule import Rule
+from fastadv.ops.grads import Backup
+
+DIRECTION_AND_BALL = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}
+EMB_NAME = "word_embeddings"
+
+
+class _Calls:
+    """What both methods' calls share. `Method` makes the attributes."""
+
+    model: nn.Module
+    engine: Engine
+    epsilon: float | None
+    step_size: float
+    norm: str
+    scope: str
+    _moved: dict[nn.Parameter, MovedTable] | None = None  # None: nothing is attacked
+
+    def restore(self, emb_name: str = EMB_NAME) -> None:  # noqa: ARG002
+        """Put back everything that was attacked, bit for bit and in the same memory; also after an error.
+
+        `emb_name` is accepted, as in the scripts, and not needed.
+
+        Raises:
+            RuntimeError: nothing is attacked.
+        """
+        if self._moved is None:
+            raise RuntimeError("restore() without attack(): there is nothing to put back")
+        for table in self._moved.values():
+            table.restore()
+        self._moved = None
+
+    @torch.no_grad()
+    def _move(self, emb_name: str, step_size: float, epsilon: float | None, ball: str) -> None:
+        """One step of every parameter that `emb_name` names."""
+        if self.scope not in ("table", "row"):
+            raise ValueError(f"attack() moves the table itself: scope must be 'table' or 'row', not {self.scope!r}")
+        moving = _named(self.model, emb_name)
+        if self._moved is None:
+            self._moved = {}
+        rule = Rule(step_size, epsilon, DIRECTION_AND_BALL[self.norm][0], ball)
+        for parameter in moving:
+            if parameter.grad is not None:
+                table = self._moved.setdefault(parameter, MovedTable(parameter, self._fused))
+                self._step(table, parameter.grad, rule)
+
+    def _step(self, table: MovedTable, grad: Tensor, rule: Rule) -> None:
+        statistics = self.engine.perturbation
+        if statistics.skipped.device != grad.device:
+            statistics.skipped = statistics.skipped.to(grad.device)
+        dense = grad if grad.layout == torch.strided else grad.to_dense()  # nn.Embedding(sparse=True)
+        table.step(dense, rule, int(self.scope == "row"), statistics.skipped)
+
+    @property
+    def _fused(self) -> bool | None:
+        return self.engine.site.fused
+
+
+class ClassicFGM(_Calls):
+    """`attack` and `restore`, as the classic script's FGM has them."""
+
+    def attack(self, epsilon: float | None = None, emb_name: str = EMB_NAME) -> None:
+        """Move every parameter whose name contains `emb_name` by `epsilon` along its gradient, in place.
+
+        A parameter without a gradient stays, as does one whose gradient is zero or not finite. A second attack moves
+        on from the first; `restore` still goes back to before both.
+
+        Args:
+            epsilon: the length of the step. Default: the method's own, which is 1.0 unless it was given another.
+            emb_name: part of the names of the parameters to move.
+
+        Raises:
+            ValueError: no parameter is named so, or all that are, are frozen; nothing has moved then.
+            TypeError: a parameter is sharded (FSDP2) or not contiguous; nothing has moved then.
+
+        Example:
+            >>> import fastadv, torch
+            >>> model = torch.nn.ModuleDict({"word_embeddings": torch.nn.Embedding(10, 4)})
+            >>> fgm, ids = fastadv.FGM(model), torch.tensor([1, 2])
+            >>> loss = lambda: model["word_embeddings"](ids).square().sum()
+            >>> loss().backward()
+            >>> fgm.attack()
+            >>> loss().backward()  # the adversarial gradient, on top of the clean one
+            >>> fgm.restore()
+        """
+        self._move(emb_name, self.step_size if epsilon is None else epsilon, None, "none")
+
+
+class ClassicPGD(_Calls):
+    """`attack`, `restore`, `backup_grad` and `restore_grad`, as the classic script's PGD has them."""
+
+    _backup: Backup | None = None
+
+    def attack(
+        self,
+        epsilon: float | None = None,
+        alpha: float | None = None,
+        emb_name: str = EMB_NAME,
+        is_first_attack: bool = False,
+    ) -> None:
+        """Move every parameter whose name contains `emb_name` by `alpha` along its gradient, then onto the ball.
+
+        The ball is around what the first attack since `restore` found. A parameter without a gradient stays, as does
+        one whose gradient is zero or not finite.
+
+        Args:
+            epsilon: radius of the ball. Default: the method's own, which is 1.0 unless it was given another.
+            alpha: the length of the step. Default: the method's `step_size`, which is 0.3 unless it was given another.
+            emb_name: part of the names of the parameters to move.
+            is_first_attack: whether this is the first attack since `restore`.
+
+        Raises:
+            ValueError: no parameter is named so, or all that are, are frozen; nothing has moved then.
+            TypeError: a parameter is sharded (FSDP2) or not contiguous; nothing has moved then.
+            RuntimeError: the first attack did not say that it is.
+
+        Example:
+            >>> import fastadv, torch
+            >>> model = torch.nn.ModuleDict({"word_embeddings": torch.nn.Embedding(10, 4)})
+            >>> pgd, ids = fastadv.PGD(model), torch.tensor([1, 2])
+            >>> loss = lambda: model["word_embeddings"](ids).square().sum()
+            >>> loss().backward()
+            >>> pgd.backup_grad()
+            >>> for t in range(3):
+            ...     pgd.attack(is_first_attack=t == 0)
+            ...     model.zero_grad() if t < 2 else pgd.restore_grad()
+            ...     loss().backward()
+            >>> pgd.restore()
+        """
+        if self._moved is None and not is_first_attack:
+            raise RuntimeError("the first attack of a step must say is_first_attack=True")
+        radius = self.epsilon if epsilon is None else epsilon
+        self._move(emb_name, self.step_size if alpha is None else alpha, radius, DIRECTION_AND_BALL[self.norm][1])
+
+    def backup_grad(self) -> None:
+        """Copy every gradient there is (the script fails where one is None)."""
+        if self._backup is None:
+            self._backup = Backup(list(self.model.parameters()), fused=self._fused)
+        self._backup.save()
+
+    def restore_grad(self) -> None:
+        """Put the copies back, in place where there is a gradient; a parameter that had none has none again.
+
+        Raises:
+            RuntimeError: there was no `backup_grad()`.
+        """
+        if self._backup is None:
+            raise RuntimeError("restore_grad() without backup_grad(): there is nothing to put back")
+        self._backup.restore()
+
+
+def _named(model: nn.Module, emb_name: str) -> list[nn.Parameter]:
+    """The parameters that require a gradient and whose name contains `emb_name`; a shared one is there once."""
+    named = {name: parameter for name, parameter in model.named_parameters() if emb_name in name}
+    moving = [parameter for parameter in named.values() if parameter.requires_grad]
+    if not named:
+        tables = [f"{name}.weight" for name, part in model.named_modules() if isinstance(part, nn.Embedding)]
+        raise ValueError(
+            f"no parameter's name contains {emb_name!r}: pass emb_name=, part of the name of what is to move. "
+            f"Embeddings: {', '.join(tables) or 'none'}"
+        )
+    if not moving:
+        raise ValueError(
+            f"every parameter whose name contains {emb_name!r} is frozen ({', '.join(named)}): it has no gradient to "
+            "follow. Unfreeze it, or use backward(), which perturbs frozen embeddings as well"
+        )
+    for name, parameter in named.items():
+        if hasattr(parameter, "to_local") or not parameter.is_contiguous():
+            raise TypeError(f"{name} is sharded or strided, and cannot be moved in place: use backward()")
+    return moving

@@ -1,0 +1,124 @@
+"""The launchers of csrc/grads: every check, then addresses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fastadv import native
+from fastadv.native import checks
+
+# csrc/grads.h has the same codes.
+COPY, ACCUMULATE, AVERAGE = 0, 1, 2
+
+
+def grads_copy(into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """into_i <- sources_i, bit for bit. Mutated: `into`; see `grads_accumulate`.
+
+    Example:
+        >>> into = [torch.zeros(2)]
+        >>> grads_copy(into, [torch.tensor([1.0, 2.0])])
+        >>> into
+        [tensor([1., 2.])]
+    """
+    _run("grads_copy", COPY, into, sources, 0.0)
+
+
+def grads_accumulate(into: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
+    r"""Add the weighted sources, in float32 (float64 for float64), rounded once.
+
+    .. math:: \text{into}_i \leftarrow \text{into}_i + w \, s_i
+
+    Mutated: `into`. The result does not depend on the number of threads.
+
+    Args:
+        into: contiguous tensors, float32, float64, bfloat16 or float16; share no memory with `sources`.
+        sources: likewise, each of the shape and dtype of its fellow in `into`.
+        weight: w.
+
+    Raises:
+        TypeError: dtypes that differ or are not served, or a tensor without plain memory.
+        ValueError: lists of different lengths, shapes that differ, gaps, or a device that does not fit.
+        RuntimeError: the extension is not there for this device.
+
+    Example:
+        >>> into = [torch.ones(2), torch.zeros(1, dtype=torch.float64)]
+        >>> grads_accumulate(into, [torch.tensor([1.0, 2.0]), torch.ones(1, dtype=torch.float64)], 0.5)
+        >>> into
+        [tensor([1.5000, 2.0000]), tensor([0.5000], dtype=torch.float64)]
+    """
+    _run("grads_accumulate", ACCUMULATE, into, sources, weight)
+
+
+def grads_average(into: Sequence[Tensor], sources: Sequence[Tensor], decay: float) -> None:
+    """into_i <- decay * into_i + (1 - decay) * sources_i. Mutated: `into`; see `grads_accumulate`.
+
+    Example:
+        >>> into = [torch.tensor([1.0, 2.0])]
+        >>> grads_average(into, [torch.tensor([3.0, 2.0])], 0.75)
+        >>> into
+        [tensor([1.5000, 2.0000])]
+    """
+    _run("grads_average", AVERAGE, into, sources, decay)
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> list[Any]:
+    """What a plan relies on, tensor by tensor: two equal lists mean the same addresses, sizes and dtypes."""
+    try:
+        return [(tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()) for tensor in tensors]
+    except RuntimeError:  # one of them has no memory of its own
+        return [_fingerprint(tensor) for tensor in tensors]
+
+
+def _fingerprint(tensor: Tensor) -> Any:
+    if tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()
+
+
+def served(tensor: Tensor, known: Any) -> bool:
+    """Whether a tensor with this fingerprint is plain contiguous memory on the CPU, in a dtype that is served."""
+    if type(known) is not tuple or not tensor.is_cpu or tensor.is_neg():
+        return False
+    address, count, dtype, contiguous = known
+    return contiguous and dtype in checks.DTYPES and (address != 0 or count == 0)
+
+
+def plan(pairs: Iterable[tuple[Any, Any]]) -> Any:
+    """A plan for pairs of fingerprints whose tensors are `served`, for `run(kind, number, threads)`.
+
+    It keeps no tensor alive.
+    """
+    made = native.extension().GradsPlan()
+    made.add([(checks.DTYPES[into[2]], into[0], source[0], into[1]) for into, source in pairs])
+    return made
+
+
+def _run(op: str, kind: int, into: Sequence[Tensor], sources: Sequence[Tensor], number: float) -> None:
+    if len(into) != len(sources):
+        raise ValueError(f"{op}: into has {len(into)} tensors and sources has {len(sources)}: they are taken in pairs")
+    for one, other in zip(into, sources, strict=True):
+        _check(op, one, other)
+    plan(zip(fingerprint(into), fingerprint(sources), strict=True)).run(kind, number, torch.get_num_threads())
+    if into:
+        increment_version(tuple(into))
+
+
+def _check(op: str, into: Tensor, source: Tensor) -> None:
+    if into.device.type != "cpu":
+        raise RuntimeError(f"{op}: no native backend for {into.device.type} yet")
+    for name, tensor in (("into", into), ("sources", source)):
+        checks.dtype_code(op, name, tensor)
+        if tensor.device != into.device:
+            raise ValueError(f"{op}: a tensor of {name} is on {tensor.device}, its fellow on {into.device}")
+        checks.address(op, name, tensor)
+        checks.contiguous(op, name, tensor)
+    if into.dtype != source.dtype:
+        raise TypeError(f"{op}: a pair of tensors must have one dtype, not {into.dtype} and {source.dtype}")
+    if into.shape != source.shape:
+        shapes = f"{tuple(into.shape)} and {tuple(source.shape)}"
+        raise ValueError(f"{op}: a pair of tensors must have one shape, not {shapes}")

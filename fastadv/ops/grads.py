@@ -1,0 +1,235 @@
+r"""The gradients of all parameters at once: copies of them, sums, and moving averages.
+
+.. math:: \text{into}_i \leftarrow s_i, \qquad \text{into}_i \leftarrow \text{into}_i + w \, s_i, \qquad
+    \text{into}_i \leftarrow d \, \text{into}_i + (1 - d) \, s_i
+
+`into` and `sources` are lists of tensors, pair by pair of one shape and dtype; computed in float32 (float64 for
+float64) and rounded once. A list of tensors costs time by itself, so what is done step by step on the same tensors goes
+through a `Plan`, which knows their addresses; `Backup` keeps and puts back the gradients of a model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from fastadv import native
+from fastadv.native import grads as native_grads
+from fastadv.ops.dispatch import Backend, Op
+
+
+def eager_copy(into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """`into <- sources` in plain PyTorch."""
+    if into:
+        torch._foreach_copy_(list(into), list(sources))
+
+
+def eager_accumulate(into: Sequence[Tensor], sources: Sequence[Tensor], weight: float) -> None:
+    """`into <- into + weight * sources` in plain PyTorch."""
+    if not into:
+        return
+    wide = _widened(into)
+    torch._foreach_add_(wide, _widened(sources), alpha=weight)
+    _narrow(into, wide)
+
+
+def eager_average(into: Sequence[Tensor], sources: Sequence[Tensor], decay: float) -> None:
+    """`into <- decay * into + (1 - decay) * sources` in plain PyTorch."""
+    if not into:
+        return
+    wide = _widened(into)
+    torch._foreach_mul_(wide, decay)
+    torch._foreach_add_(wide, _widened(sources), alpha=1 - decay)
+    _narrow(into, wide)
+
+
+def _widened(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in tensors]
+
+
+def _narrow(into: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
+    """Round what was computed in a wider dtype; the rest has been computed in place."""
+    narrower = [(one, other) for one, other in zip(into, wide, strict=True) if one is not other]
+    eager_copy([one for one, _ in narrower], [other for _, other in narrower])
+
+
+def _fake(*arguments: Any) -> None:
+    """In place: nothing to say about shapes."""
+
+
+def _op(name: str, schema: str, eager: Callable[..., Any]) -> Op:
+    why = native.reason()
+    backend = Backend("C++", "cpu", None if why else getattr(native_grads, name), why)
+    return Op(name, schema, eager=eager, fake=_fake, backends=[backend])
+
+
+COPY = _op("grads_copy", "(Tensor(a!)[] into, Tensor[] sources) -> ()", eager_copy)
+ACCUMULATE = _op("grads_accumulate", "(Tensor(a!)[] into, Tensor[] sources, float weight) -> ()", eager_accumulate)
+AVERAGE = _op("grads_average", "(Tensor(a!)[] into, Tensor[] sources, float decay) -> ()", eager_average)
+
+
+class Plan:
+    """What is done again and again from `sources` into `into`, without going through two lists of tensors each time.
+
+    Before each call it looks whether a tensor has moved, was resized or changed its dtype, and starts anew if so.
+    Pairs that are not plain contiguous memory on the CPU (strided, sparse, sharded, on a GPU) go through PyTorch.
+
+    Args:
+        into: what is written; shares no memory with `sources`.
+        sources: what is read; each of the shape and dtype of its fellow in `into`.
+        fused: None: C++ where it can; True: insist on it; False: PyTorch throughout.
+
+    Raises:
+        ValueError: lists of different lengths, or shapes that differ.
+        TypeError: dtypes that differ.
+        RuntimeError: `fused=True` where the C++ ops cannot run.
+
+    Example:
+        >>> sums, grads = [torch.zeros(2)], [torch.ones(2)]
+        >>> plan = Plan(sums, grads)
+        >>> plan.accumulate(0.5)
+        >>> plan.accumulate(0.25)
+        >>> sums
+        [tensor([0.7500, 0.7500])]
+    """
+
+    def __init__(self, into: Sequence[Tensor], sources: Sequence[Tensor], fused: bool | None = None) -> None:
+        self._fused = fused
+        self._known: tuple[list[Any], list[Any]] | None = None
+        self.rebind(into, sources)
+
+    def rebind(self, into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        """Go between these tensors from now on. What is known of the old ones serves again if they come back."""
+        if len(into) != len(sources):
+            raise ValueError(f"into has {len(into)} tensors and sources has {len(sources)}: they are taken in pairs")
+        self._into, self._sources = list(into), list(sources)
+
+    def copy(self) -> None:
+        """`into <- sources`, bit for bit."""
+        self._run(native_grads.COPY, 0.0, eager_copy)
+
+    def accumulate(self, weight: float) -> None:
+        """`into <- into + weight * sources`."""
+        self._run(native_grads.ACCUMULATE, weight, lambda into, sources: eager_accumulate(into, sources, weight))
+
+    def average(self, decay: float) -> None:
+        """`into <- decay * into + (1 - decay) * sources`."""
+        self._run(native_grads.AVERAGE, decay, lambda into, sources: eager_average(into, sources, decay))
+
+    @torch.no_grad()
+    def _run(self, kind: int, number: float, eager: Callable[[list[Tensor], list[Tensor]], None]) -> None:
+        known = (native_grads.fingerprint(self._into), native_grads.fingerprint(self._sources))
+        if known != self._known:
+            self._known = None
+            self._build(*known)
+            self._known = known
+        if self._native is not None:
+            self._native.run(kind, number, torch.get_num_threads())
+            increment_version([self._into[i] for i in self._direct] if self._others else self._into)
+        for group in self._others:
+            eager([self._into[i] for i in group], [self._sources[i] for i in group])
+
+    def _build(self, into: list[Any], sources: list[Any]) -> None:
+        """Sort the pairs, by their places: those that C++ takes, and groups of those that PyTorch takes together."""
+        for pair in zip(self._into, self._sources, strict=True):
+            _check(*pair)
+        fused, served = self._fused is not False and native.available(), native_grads.served
+        pairs = list(zip(self._into, into, self._sources, sources, strict=True))
+        self._direct = [i for i, (a, b, c, d) in enumerate(pairs) if fused and served(a, b) and served(c, d)]
+        rest = sorted(set(range(len(pairs))) - set(self._direct))
+        if self._fused and rest:
+            COPY.choose(self._into[rest[0]].device.type, True)  # raises if C++ is not there at all
+            raise RuntimeError("fused=True, but a pair of tensors is not plain contiguous memory in a dtype of C++")
+        self._native = native_grads.plan((into[i], sources[i]) for i in self._direct) if self._direct else None
+        strided = [i for i in rest if self._into[i].layout is torch.strided]
+        self._others = [[i] for i in rest if self._into[i].layout is not torch.strided] + ([strided] if strided else [])
+
+
+def _check(into: Tensor, source: Tensor) -> None:
+    if into.dtype != source.dtype:
+        raise TypeError(f"a pair of tensors must have one dtype, not {into.dtype} and {source.dtype}")
+    if into.shape != source.shape:
+        raise ValueError(f"a pair of tensors must have one shape, not {tuple(into.shape)} and {tuple(source.shape)}")
+
+
+class Backup:
+    """The gradients of `parameters`, kept aside and put back.
+
+    The copies' memory is used again from one `save` to the next.
+
+    Example:
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> backup = Backup(layer.parameters())
+        >>> layer.weight.grad = torch.ones(1, 2)
+        >>> backup.save()
+        >>> layer.weight.grad.zero_()
+        tensor([[0., 0.]])
+        >>> backup.restore()
+        >>> layer.weight.grad, layer.bias.grad
+        (tensor([[1., 1.]]), None)
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter], fused: bool | None = None) -> None:
+        self._parameters = list(parameters)
+        self._copies: list[Tensor | None] = [None] * len(self._parameters)  # memory for copies
+        self._saved: list[Tensor | None] | None = None  # those that hold one
+        lenient = False if fused is False else None  # a gradient that is strided or sparse is no reason to fail
+        self._saving, self._restoring = Plan([], [], lenient), Plan([], [], lenient)
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Copy every gradient there is, and remember where there is none."""
+        grads = [parameter.grad for parameter in self._parameters]
+        for index, grad in enumerate(grads):
+            if grad is not None and not _alike(self._copies[index], grad):
+                self._copies[index] = _room_for(grad)
+        saved = [None if grad is None else copy for grad, copy in zip(grads, self._copies, strict=True)]
+        self._saved = None
+        self._through(self._saving, saved, grads)
+        self._saved = saved
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put every copy back bit for bit: into the gradient that is there, or else into a new one.
+
+        Raises:
+            RuntimeError: nothing was saved.
+        """
+        if self._saved is None:
+            raise RuntimeError("restore() without save(): there is nothing to put back")
+        for parameter, copy in zip(self._parameters, self._saved, strict=True):
+            if copy is None:
+                parameter.grad = None
+            elif not _alike(parameter.grad, copy):
+                parameter.grad = _room_for(copy)
+        self._through(self._restoring, [parameter.grad for parameter in self._parameters], self._saved)
+
+    @staticmethod
+    def _through(plan: Plan, into: list[Tensor | None], sources: list[Tensor | None]) -> None:
+        """Copy, and hold no gradient afterwards: `zero_grad` is to free them."""
+        plan.rebind([one for one in into if one is not None], [one for one in sources if one is not None])
+        plan.copy()
+        plan.rebind([], [])
+
+
+def _alike(one: Tensor | None, other: Tensor) -> bool:
+    """Whether `one` can take what `other` holds."""
+    return (
+        one is not None
+        and type(one) is type(other)
+        and one.dtype == other.dtype
+        and one.shape == other.shape
+        and one.device == other.device
+        and one.layout == other.layout
+    )
+
+
+def _room_for(tensor: Tensor) -> Tensor:
+    """A tensor that can take a copy of `tensor`."""
+    if tensor.layout != torch.strided:
+        return tensor.detach().clone()  # there is no telling how much room the next one needs
+    return torch.empty_like(tensor, requires_grad=False)
