@@ -88,9 +88,7 @@ def table_step(
     increment_version((delta, skipped, embedded, summed))
 
 
-def _check_positions(
-    delta: Tensor, grad: Tensor, ids: Tensor, order: Tensor, starts: Tensor, stops: Tensor
-) -> None:
+def _check_positions(delta: Tensor, grad: Tensor, ids: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> None:
     checks.same_device(OP, "grad", grad, delta.device)
     checks.dtype_code(OP, "grad", grad)
     if checks.compute_dtype(grad.dtype) != delta.dtype:

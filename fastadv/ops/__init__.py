@@ -6,4 +6,13 @@ from fastadv.ops.gather_perturb import gather_perturb, gather_perturb_backward
 from fastadv.ops.segment_sum import Segments, segment_sum, segments
 from fastadv.ops.table_step import table_step
 
-__all__ = ["Segments", "ascend", "gather_perturb", "gather_perturb_backward", "rows", "segment_sum", "segments", "table_step"]
+__all__ = [
+    "Segments",
+    "ascend",
+    "gather_perturb",
+    "gather_perturb_backward",
+    "rows",
+    "segment_sum",
+    "segments",
+    "table_step",
+]
