@@ -136,7 +136,7 @@ class FastadvStep:
         self.r.zero_()
 
     def step(self, grad: Tensor) -> Tensor:
-        room = {"weight": self.weight, "ids": self.ids, "embedded": self.out, "summed": self.g}
+        room = {"weight": self.weight, "ids": self.ids, "embedded": self.out, "room": self.g}
         ops.table_step(self.r, grad, self.groups, group=0, fused=True, **_rule(self), **room)
         return self.out
 

@@ -1,7 +1,8 @@
-// What ascend and rows share on the CPU: sums in lanes, the choice of step and ball, blocks of rows.
+// What ascend, table_step and rows share on the CPU: sums in lanes, the choice of step and ball, blocks of rows.
 #pragma once
 
 #include <algorithm>
+#include <functional>
 #include <memory>
 
 #include "ascend.h"
@@ -99,12 +100,15 @@ Sums add_in_order(const Blocks& blocks, std::int64_t dim, int threads, Sums* par
     for (std::int64_t b = 0; b < blocks.count(); ++b) total += sums_of(b);
     return total;
   }
-  parallel_uneven(blocks.count(), 1, (blocks.end - blocks.begin) * dim, threads,
-                  [&](std::int64_t begin, std::int64_t end) {
-                    for (std::int64_t b = begin; b < end; ++b) parts[b] = sums_of(b);
-                  });
+  parallel(blocks.count(), blocks.rows * dim, threads, [&](std::int64_t begin, std::int64_t end) {
+    for (std::int64_t b = begin; b < end; ++b) parts[b] = sums_of(b);
+  });
   for (std::int64_t b = 0; b < blocks.count(); ++b) total += parts[b];
   return total;
 }
+
+// Moves delta, and calls after(begin, end) on rows that have just moved, while they are in cache.
+using AfterRows = std::function<void(std::int64_t begin, std::int64_t end)>;
+void move_rows(const AscendCall& call, int threads, const AfterRows& after);
 
 }  // namespace fastadv

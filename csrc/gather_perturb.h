@@ -78,7 +78,10 @@ struct GatherPerturbCall {
 // The first position whose id, or whose slot, points outside; -1: none.
 struct OutOfRange {
   std::int64_t id_at, slot_at;
+  bool any() const { return id_at >= 0 || slot_at >= 0; }
 };
+
+OutOfRange first_out_of_range(const GatherPerturbCall& call);
 
 // Checks every index before it reads a row; touches nothing if one is out of range.
 OutOfRange gather_perturb_cpu(const GatherPerturbCall& call, int threads);

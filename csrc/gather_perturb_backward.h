@@ -1,5 +1,5 @@
-// G[id_s] = round(G[id_s] + sum of grad[order[i]] over all grads and all i in starts[s] .. starts[s + 1]): the body that
-// the CPU and CUDA share. id_s is the id of the segment's first position, and rises from segment to segment.
+// G[id_s] = round(G[id_s] + sum of grad[order[i]] over all grads and all i in starts[s] .. starts[s + 1]): the body
+// that the CPU and CUDA share. id_s is the id of the segment's first position, and rises from segment to segment.
 #pragma once
 
 #include "segment_sum.h"
@@ -47,8 +47,10 @@ struct GatherPerturbBackward {
     for (int g = 0; g < grad_count; ++g) {
       for (std::int64_t i = starts[s]; i < starts[s + 1]; ++i) {
         const std::int64_t from = order[i] * grads[g].row_stride + first;
-        if (grads[g].wide) add_row(sum, static_cast<const Sum*>(grads[g].rows) + from, width);
-        else add_row(sum, static_cast<const T*>(grads[g].rows) + from, width);
+        if (grads[g].wide)
+          add_row(sum, static_cast<const Sum*>(grads[g].rows) + from, width);
+        else
+          add_row(sum, static_cast<const T*>(grads[g].rows) + from, width);
       }
     }
     T* __restrict__ to = table_grad + id(s) * row_stride + first;

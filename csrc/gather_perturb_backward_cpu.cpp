@@ -1,6 +1,5 @@
 // gather_perturb_backward on the CPU: threads take segments as they get free; a row of the table is one segment's.
 #include "gather_perturb_backward.h"
-
 #include "parallel.h"
 
 namespace fastadv {

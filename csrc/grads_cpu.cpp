@@ -1,8 +1,7 @@
 // grads on the CPU: even parts of the elements of all tensors, wherever one tensor ends and the next begins.
-#include "grads.h"
-
 #include <algorithm>
 
+#include "grads.h"
 #include "parallel.h"
 
 namespace fastadv {
@@ -14,9 +13,9 @@ FASTADV_HD void blend_all(const Grads<T>& op, T* __restrict__ into, const T* __r
 }
 
 // Clones cannot be templates: one function each.
-#define CLONE_FOR(T)                                                                                   \
-  FASTADV_CLONES void blend(const Grads<T>& op, T* into, const T* source, std::int64_t count) {        \
-    blend_all(op, into, source, count);                                                                \
+#define CLONE_FOR(T)                                                                            \
+  FASTADV_CLONES void blend(const Grads<T>& op, T* into, const T* source, std::int64_t count) { \
+    blend_all(op, into, source, count);                                                         \
   }
 CLONE_FOR(float)
 CLONE_FOR(double)

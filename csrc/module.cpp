@@ -101,11 +101,12 @@ void table_step_cpu(const fastadv::AscendCall& call, const fastadv::SegmentSumCa
     py::gil_scoped_release unlocked;
     fault = fastadv::table_step_cpu(call, sums, embedding, threads);
   }
-  const auto& [plan, index] = fault;
+  const auto& [plan, index, mixed_at] = fault;
   if (plan.position_at >= 0) refuse_position("table_step", sums.order, plan.position_at, sums.count);
   if (plan.segment_at >= 0) refuse_segment("table_step", plan.segment_at, sums.count);
   if (index.id_at >= 0) refuse_index("table_step", "id", embedding.ids, index.id_at, "a table", embedding.rows);
   if (index.slot_at >= 0) refuse_index("table_step", "slot", embedding.slot, index.slot_at, "delta", embedding.slots);
+  if (mixed_at >= 0) throw py::index_error("table_step: segment " + at(mixed_at) + " was not made from these ids");
 }
 
 // Address, row stride, and whether the rows are in the dtype of the sum.
@@ -115,8 +116,8 @@ fastadv::GatherPerturbBackwardCall backward_call(int dtype, std::uintptr_t table
                                                  std::int64_t vocabulary, const Grads& grads, std::uintptr_t ids,
                                                  std::uintptr_t order, std::uintptr_t starts, std::int64_t rows,
                                                  std::int64_t count, std::int64_t dim, std::int64_t padding) {
-  fastadv::GatherPerturbBackwardCall call{dtype, table_grad, row_stride, vocabulary, {},    0,
-                                          ids,   order,      starts,     rows,       count, dim, padding};
+  fastadv::GatherPerturbBackwardCall call{dtype, table_grad, row_stride, vocabulary, {},  0,      ids,
+                                          order, starts,     rows,       count,      dim, padding};
   if (grads.size() > fastadv::kMostGrads) throw py::value_error("gather_perturb_backward: too many grads");
   for (const auto& [address, stride, wide] : grads) {
     call.grads[call.grad_count++] = {reinterpret_cast<const void*>(address), stride, wide};
@@ -135,8 +136,8 @@ void gather_perturb_backward_cpu(const fastadv::GatherPerturbBackwardCall& call,
   if (bad.segment_at >= 0) refuse_segment(op, bad.segment_at, call.count);
   if (bad.id_at >= 0) refuse_index(op, "id", call.ids, bad.id_at, "a table", call.vocabulary);
   if (bad.fall_at >= 0) {
-    throw py::value_error(op + ": the ids must rise from segment to segment, but do not at segment " +
-                          at(bad.fall_at) + "; pass the order and starts that segments(ids) gives");
+    throw py::value_error(op + ": the ids must rise from segment to segment, but do not at segment " + at(bad.fall_at) +
+                          "; pass the order and starts that segments(ids) gives");
   }
 }
 
@@ -221,8 +222,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init([](int dtype, std::uintptr_t delta, std::uintptr_t grad, std::int64_t grad_stride,
                        std::uintptr_t mask, std::int64_t groups, std::int64_t rows, std::int64_t dim, double step,
                        double epsilon, int direction, int ball, std::uintptr_t skipped) {
-        return fastadv::AscendCall{dtype, delta, grad, grad_stride, mask,      groups, rows,
-                                   dim,   step,  epsilon, direction, ball, skipped};
+        return fastadv::AscendCall{dtype, delta, grad,    grad_stride, mask, groups, rows,
+                                   dim,   step,  epsilon, direction,   ball, skipped};
       }));
   m.def("ascend_cpu", &ascend_cpu);
   py::class_<fastadv::SegmentsCall>(m, "SegmentsCall")
@@ -256,9 +257,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   using Pairs = std::vector<std::tuple<int, std::uintptr_t, std::uintptr_t, std::int64_t>>;
   py::class_<GradsPlan>(m, "GradsPlan")
       .def(py::init<>())
-      .def("add", [](GradsPlan& plan, const Pairs& pairs) {
-        for (const auto& [dtype, into, source, count] : pairs) plan.add({dtype, into, source, count});
-      })
+      .def("add",
+           [](GradsPlan& plan, const Pairs& pairs) {
+             for (const auto& [dtype, into, source, count] : pairs) plan.add({dtype, into, source, count});
+           })
       .def("run", [](const GradsPlan& plan, int kind, double number, int threads) {
         py::gil_scoped_release unlocked;
         plan.run_cpu(fastadv::GradsKind(kind), number, threads);

@@ -1,6 +1,7 @@
 // Rows of a table in place: which of them hold anything, copies of them, and a step within a ball around the copies.
 //
-//   table[n] <- saved[n] + ball(table[n] - saved[n] + step * d(grad[n])),   or without a ball  table[n] + step * d(grad[n])
+//   table[n] <- saved[n] + ball(table[n] - saved[n] + step * d(grad[n])),   or without a ball  table[n] + step *
+//   d(grad[n])
 //
 // ascend.h has the directions d, the balls and their algebra; here delta is table - saved, which nothing stores.
 #pragma once
@@ -50,7 +51,7 @@ struct RowsCall {
 struct RowsRule {
   double step, epsilon;
   int direction, ball;
-  bool by_row;            // a norm for each row, not one over all of them
+  bool by_row;             // a norm for each row, not one over all of them
   std::uintptr_t skipped;  // int64: counts the groups with a gradient that is not finite
 };
 

@@ -1,9 +1,8 @@
 // rows on the CPU: one reduction and one pass that moves, over blocks of rows.
-#include "rows.h"
-
 #include <atomic>
 
 #include "ascend_cpu.h"
+#include "rows.h"
 
 namespace fastadv {
 namespace {
@@ -48,8 +47,8 @@ INLINE inline Sums products(const Rows<T>& op, std::int64_t begin, std::int64_t 
 }
 
 template <class T>
-INLINE inline Sums pass_over(const Rows<T>& op, Pass pass, const Move<typename Rows<T>::Real>& move,
-                             std::int64_t begin, std::int64_t end) {
+INLINE inline Sums pass_over(const Rows<T>& op, Pass pass, const Move<typename Rows<T>::Real>& move, std::int64_t begin,
+                             std::int64_t end) {
   using Real = typename Rows<T>::Real;
   if (pass == kProducts) return products(op, begin, end);
   Sums sums;
@@ -93,14 +92,14 @@ INLINE inline void move_rows(const Rows<T>& op, const Move<typename Rows<T>::Rea
 }
 
 // Clones cannot be templates: one function each.
-#define CLONES_FOR(T)                                                                                       \
-  FASTADV_CLONES Sums pass(const Rows<T>& op, Pass which, const Move<typename Rows<T>::Real>& move,         \
-                           std::int64_t begin, std::int64_t end) {                                          \
-    return pass_over(op, which, move, begin, end);                                                          \
-  }                                                                                                         \
+#define CLONES_FOR(T)                                                                                        \
+  FASTADV_CLONES Sums pass(const Rows<T>& op, Pass which, const Move<typename Rows<T>::Real>& move,          \
+                           std::int64_t begin, std::int64_t end) {                                           \
+    return pass_over(op, which, move, begin, end);                                                           \
+  }                                                                                                          \
   FASTADV_CLONES void apply(const Rows<T>& op, const Move<typename Rows<T>::Real>& move, std::int64_t begin, \
-                            std::int64_t end) {                                                             \
-    move_rows(op, move, begin, end);                                                                        \
+                            std::int64_t end) {                                                              \
+    move_rows(op, move, begin, end);                                                                         \
   }
 CLONES_FOR(float)
 CLONES_FOR(double)
@@ -109,9 +108,9 @@ CLONES_FOR(Float16)
 #undef CLONES_FOR
 
 // marks[n] <- whether row n holds anything.
-#define CLONE_FOR(Word)                                                                                               \
-  FASTADV_CLONES void mark(const Table<Word>& table, std::int64_t begin, std::int64_t end, std::int64_t* marks) {      \
-    for (std::int64_t n = begin; n < end; ++n) marks[n] = holds_anything(table.rows + n * table.stride, table.dim);    \
+#define CLONE_FOR(Word)                                                                                             \
+  FASTADV_CLONES void mark(const Table<Word>& table, std::int64_t begin, std::int64_t end, std::int64_t* marks) {   \
+    for (std::int64_t n = begin; n < end; ++n) marks[n] = holds_anything(table.rows + n * table.stride, table.dim); \
   }
 CLONE_FOR(std::uint16_t)
 CLONE_FOR(std::uint32_t)

@@ -1,5 +1,5 @@
-// out[s] = sum of values[order[i]] over i in starts[s] .. stops[s], in that order: the body that the CPU and CUDA share.
-// And the plan itself, which the CPU alone makes.
+// out[s] = sum of values[order[i]] over i in starts[s] .. stops[s], in that order: the body that the CPU and CUDA
+// share. And the plan itself, which the CPU alone makes.
 #pragma once
 
 #include "common.h"
@@ -10,6 +10,12 @@ namespace fastadv {
 template <class T>
 FASTADV_HD void add_row(typename Compute<T>::type* __restrict__ sum, const T* __restrict__ row, int width) {
   for (int d = 0; d < width; ++d) sum[d] += Compute<T>::widen(row[d]);
+}
+
+// The same for the first row of a sum, which starts at zero.
+template <class T>
+FASTADV_HD void set_row(typename Compute<T>::type* __restrict__ sum, const T* __restrict__ row, int width) {
+  for (int d = 0; d < width; ++d) sum[d] = 0 + Compute<T>::widen(row[d]);
 }
 
 template <class T>
@@ -54,15 +60,8 @@ struct SegmentSumCall {
   SegmentSum<T> as() const {
     using Sum = typename Compute<T>::type;
     const auto indices = [](std::uintptr_t address) { return reinterpret_cast<const std::int64_t*>(address); };
-    return {reinterpret_cast<const T*>(values),
-            row_stride,
-            count,
-            indices(order),
-            indices(starts),
-            indices(stops),
-            reinterpret_cast<Sum*>(out),
-            rows,
-            dim};
+    return {reinterpret_cast<const T*>(values), row_stride, count, indices(order), indices(starts), indices(stops),
+            reinterpret_cast<Sum*>(out),        rows,       dim};
   }
 
   // Calls `visit` with the typed form.

@@ -1,7 +1,6 @@
 // segment_sum on the CPU: threads take segments as they get free, since padding or "the" makes some of them long.
-#include "segment_sum.h"
-
 #include "parallel.h"
+#include "segment_sum.h"
 
 namespace fastadv {
 namespace {

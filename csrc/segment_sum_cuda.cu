@@ -22,8 +22,10 @@ __global__ void segment_sum_kernel(const SegmentSum<T> op, int* flag) {
   for (std::int64_t s = blockIdx.x; s < op.rows; s += gridDim.x) {
     const bool good = in_range(op, s);
     for (std::int64_t d = threadIdx.x; d < op.dim; d += blockDim.x) {
-      if (good) op.template columns<1>(s, d, 1);
-      else op.out[s * op.dim + d] = 0;
+      if (good)
+        op.template columns<1>(s, d, 1);
+      else
+        op.out[s * op.dim + d] = 0;
     }
     if (!good && threadIdx.x == 0) *flag = 1;  // every writer writes the same value
   }

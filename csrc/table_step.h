@@ -4,7 +4,7 @@
 //   delta <- ball(delta + step * d(g))                                          (ascend.h)
 //   embedded[n] = round(W[ids[n]] + delta[slot[n]])                             (gather_perturb.h)
 //
-// The sums are taken in the pass that reduces them, and a row's positions are written in the pass that moves it.
+// Equal ids have equal rows, so that W + delta is computed once for each word, and copied to its positions.
 #pragma once
 
 #include "ascend.h"
@@ -16,10 +16,11 @@ namespace fastadv {
 struct TableStepFault {
   BadPlan plan;
   OutOfRange index;
-  bool any() const { return plan.any() || index.id_at >= 0 || index.slot_at >= 0; }
+  std::int64_t mixed_at = -1;  // a segment that has positions with several ids, or not all of its own
+  bool any() const { return plan.any() || index.any() || mixed_at >= 0; }
 };
 
-// `call`'s gradient is where `sums` go, which have one more start than rows. Nothing is written if an index is bad.
+// `call`'s gradient is where `sums` go; what is there afterwards is of no use. Nothing is written if an index is bad.
 TableStepFault table_step_cpu(const AscendCall& call, const SegmentSumCall& sums, const GatherPerturbCall& embedding,
                               int threads);
 

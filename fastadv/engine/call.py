@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -49,7 +49,7 @@ class Call:
         same = delta.shape == shape and delta.dtype == perturbation_dtype(dtype) and delta.device == device
         return same and self.body == body
 
-    def next_lookup(self) -> dict[str, Tensor]:
+    def next_lookup(self) -> dict[str, Any]:
         """What an ascent needs to write the next forward's embedding; nothing where this is no plain lookup.
 
         It writes into this call's own memory, unless somebody still holds that.
@@ -61,7 +61,7 @@ class Call:
             self.room = torch.empty(self.delta.shape, dtype=self.table.dtype, device=self.table.device)
         return {"weight": self.table, "ids": self.ids, "embedded": self.room}
 
-    def embedded(self, lookup: dict[str, Tensor]) -> None:
+    def embedded(self, lookup: dict[str, Any]) -> None:
         """The ascent has written it."""
         if lookup:
             self.ready = Ready.of(lookup["embedded"], lookup["ids"], lookup["weight"])

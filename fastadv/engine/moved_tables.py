@@ -64,7 +64,7 @@ class MovedTables(Perturbation):
         """Keep what a full pass brings to each table, whatever is in its `.grad` already."""
         found: dict[int, Tensor] = {}
         hooks = [
-            weight.register_hook(lambda grad, index=index: found.update({index: grad}))  # type: ignore[misc]
+            weight.register_hook(lambda grad, index=index: found.update({index: grad}))  # type: ignore[no-untyped-call]
             for index, weight in enumerate(self.weights)
         ]
         try:

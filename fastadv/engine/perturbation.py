@@ -131,7 +131,7 @@ class TablePerturbation(Perturbation):
         super().__init__(site, scope)
         self._group = 0 if scope == "table" else 1
         self.rows: Tensor | None = None  # r [rows, D]
-        self._room, self._sums = Room(), Room()
+        self._room, self._other_room = Room(), Room()
 
     def reset(self) -> None:
         """The next batch has other ids."""
@@ -186,7 +186,7 @@ class TablePerturbation(Perturbation):
             self.site.grouped(),
             skipped=self._count(grad.device),
             group=self._group,
-            summed=self._sums.rows(rows),
+            room=self._other_room.rows(rows),
             fused=self.site.fused,
             **rule._asdict(),
             **lookup,

@@ -148,6 +148,7 @@ def _rows(grad: Tensor) -> tuple[Tensor, int]:
 
 
 def check_rule(delta: Tensor, direction: str, ball: str, group: int) -> None:
+    """Raises ValueError for a direction, ball or group that there is not."""
     if direction not in DIRECTIONS:
         raise ValueError(f"{OP}: direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
     if ball not in BALLS:
@@ -157,6 +158,7 @@ def check_rule(delta: Tensor, direction: str, ball: str, group: int) -> None:
 
 
 def check_step(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor) -> None:
+    """Raises TypeError or ValueError unless delta moves along grad."""
     if delta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{OP}: delta must be float32 or float64, but is {delta.dtype}; fused=False takes any")
     checks.contiguous(OP, "delta", delta)
@@ -179,6 +181,7 @@ def check_step(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor
 
 
 def check_embedding(delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor) -> None:
+    """Raises TypeError or ValueError unless the ids' rows, moved by delta, go into `embedded`."""
     _check_weight(delta, weight)
     shape = (*ids.shape, delta.shape[-1])
     if ids.dtype not in (torch.int64, torch.int32):

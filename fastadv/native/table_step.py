@@ -29,36 +29,47 @@ def table_step(
     weight: Tensor,
     ids: Tensor,
     embedded: Tensor,
-    summed: Tensor,
+    room: Tensor,
 ) -> None:
-    """`segment_sum` of `grad` into `summed`, `ascend` of `delta` along it, and the lookup of `ids` into `embedded`.
+    """`segment_sum` of `grad`, `ascend` of `delta` along it, and the lookup of `ids` into `embedded`.
 
     Args:
-        delta, summed: [R, D], float32 or float64, contiguous; mutated, like `embedded` and `skipped`.
+        delta: [R, D], float32 or float64, contiguous; mutated, like `embedded`, `skipped` and `room`.
         grad: [N, D], in delta's dtype, or bfloat16 or float16 for a float32 delta; rows may be strided or expanded.
-        skipped, step_size, epsilon, direction, ball, group: as in `fastadv.native.ascend`.
-        slot: the shape of ids; order, starts, stops: [N], [R + 1] and [R], int64: as `segments` makes them.
-        weight, ids, embedded: as in `fastadv.native.ascend`; ids has N elements.
+        skipped: as in `fastadv.native.ascend`, like the five that follow.
+        step_size: the length of the step.
+        epsilon: the ball's radius, or None.
+        direction: "l2", "sign" or "max".
+        ball: "l2", "linf", "unit" or "none".
+        group: 0 or 1.
+        slot: the shape of ids, int64; this and the three that follow as `segments(ids)` makes them.
+        order: [N].
+        starts: [R + 1].
+        stops: [R].
+        weight: as in `fastadv.native.ascend`, like the two that follow.
+        ids: N of them.
+        embedded: [*ids.shape, D].
+        room: [R, D] like delta, for what is computed on the way; its contents mean nothing afterwards.
 
     Raises:
         TypeError, ValueError: a dtype, shape, stride or device that does not fit.
-        IndexError: an index that points outside; nothing has been written then.
+        IndexError: an index that points outside, or a segment of several ids; nothing has been written then.
         RuntimeError: the extension is not there for this device.
     """
     if delta.device.type != "cpu":
         raise RuntimeError(f"{OP}: no native backend for {delta.device.type} yet")
     extension = checks.extension_for(OP, delta)
     ascend.check_rule(delta, direction, ball, group)
-    ascend.check_step(delta, summed, None, skipped)
+    ascend.check_step(delta, room, None, skipped)
     ascend.check_embedding(delta, weight, ids, slot, embedded)
-    checks.contiguous(OP, "summed", summed)
+    checks.contiguous(OP, "room", room)
     _check_positions(delta, grad, ids, order, starts, stops)
     ids, slot = ids.to(torch.int64).contiguous(), slot.contiguous()
     rows, dim = delta.shape
     step = extension.AscendCall(
         checks.DTYPES[delta.dtype],
         checks.address(OP, "delta", delta),
-        checks.address(OP, "summed", summed),
+        checks.address(OP, "room", room),
         dim,
         0,
         math.prod(delta.shape[:group]),
@@ -78,14 +89,14 @@ def table_step(
         order.data_ptr(),
         starts.data_ptr(),
         stops.data_ptr(),
-        summed.data_ptr(),
+        room.data_ptr(),
         rows,
         dim,
     )
     lookup = ascend.lookup_call(extension, delta, weight, ids, slot, embedded)
     if rows:
         extension.table_step_cpu(step, sums, lookup, torch.get_num_threads())
-    increment_version((delta, skipped, embedded, summed))
+    increment_version((delta, skipped, embedded, room))
 
 
 def _check_positions(delta: Tensor, grad: Tensor, ids: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> None:

@@ -5,9 +5,8 @@ r"""A step of a table's perturbation: from the gradient at the positions to the 
     r \leftarrow \Pi\big(r + \text{step} \cdot d(g)\big), \qquad
     embedded_n = round(W[ids_n] + r[slot_n])
 
-It is `segment_sum`, `ascend` and `gather_perturb` one after the other, and is defined by them; together they pass over
-the positions twice: the sums are taken in the pass that reduces them, and a row's positions are written while it is in
-cache. `delta` [R, D] holds r, `summed` [R, D] gets g, and everything else is as in those three.
+It is `segment_sum`, `ascend` and `gather_perturb` one after the other, and is defined by them. In one call, every
+word's row is computed once and copied to its positions, and what is long is read and written from front to back.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ def eager(
     weight: Tensor,
     ids: Tensor,
     embedded: Tensor,
-    summed: Tensor,
+    room: Tensor,
 ) -> None:
     """The op in plain PyTorch."""
-    summed.copy_(segment_sum(grad, order, starts, stops))
+    room.copy_(segment_sum(grad, order, starts, stops))
     rule = (step_size, epsilon, direction, ball, group)
-    ascend(delta, summed, None, skipped, *rule, weight, ids, slot, embedded)
+    ascend(delta, room, None, skipped, *rule, weight, ids, slot, embedded)
 
 
 def fake(
@@ -63,7 +62,7 @@ def fake(
     weight: Tensor,
     ids: Tensor,
     embedded: Tensor,
-    summed: Tensor,
+    room: Tensor,
 ) -> None:
     """In place: nothing to say about shapes."""
 
@@ -73,7 +72,7 @@ OP = Op(
     "table_step",
     "(Tensor(a!) delta, Tensor grad, Tensor(b!) skipped, float step_size, float? epsilon, str direction, str ball, "
     "int group, Tensor slot, Tensor order, Tensor starts, Tensor stops, Tensor weight, Tensor ids, "
-    "Tensor(c!) embedded, Tensor(d!) summed) -> ()",
+    "Tensor(c!) embedded, Tensor(d!) room) -> ()",
     eager=eager,
     fake=fake,
     backends=[Backend("C++", "cpu", None if _reason else native_table_step, _reason)],
@@ -95,22 +94,30 @@ def table_step(
     weight: Tensor,
     ids: Tensor,
     embedded: Tensor,
-    summed: Tensor,
+    room: Tensor,
     fused: bool | None = None,
 ) -> None:
     """Move the rows `delta` [R, D] up the sums of `grad` [N, D], in place, and look `ids` up into `embedded`.
 
     Args:
-        delta, summed: [R, D], float32 or float64: the perturbation of each segment, and room for its gradient.
+        delta: [R, D], float32 or float64: the perturbation of each segment; moved in place.
         grad: [N, D], the positions' gradient.
         groups: `segments(ids, V)`, trimmed or not; it has R segments.
-        skipped, step_size, epsilon, direction, ball, group: as in `ascend`.
-        weight, ids, embedded: the table [V, D], N ids, and the result [*ids.shape, D] in the table's dtype.
+        skipped: as in `ascend`, like the four that follow.
+        step_size: the length of the step.
+        epsilon: the ball's radius, or None.
+        direction: "l2", "sign" or "max".
+        ball: "l2", "linf", "unit" or "none".
+        group: 0: the rows have one norm; 1: each has its own.
+        weight: the table [V, D].
+        ids: the N ids that `groups` are of.
+        embedded: the result, [*ids.shape, D] in the table's dtype.
+        room: like delta, for what is computed on the way; its contents mean nothing afterwards.
         fused: which backend.
 
     Raises:
         TypeError, ValueError: dtypes or shapes that do not fit.
-        IndexError: an index that points outside (on the CPU).
+        IndexError: an index that points outside, or groups of other ids (on the CPU).
 
     Example:
         >>> from fastadv.ops import segments
@@ -118,7 +125,7 @@ def table_step(
         >>> groups, grad, out = segments(ids, 3).trimmed(), torch.tensor([[3.0, 0], [0, 0], [0, 4]]), torch.empty(3, 2)
         >>> r, g = torch.zeros(2, 2), torch.empty(2, 2)
         >>> rule = {"step_size": 1.0, "epsilon": 0.5, "direction": "l2", "ball": "l2", "group": 0}
-        >>> table_step(r, grad, groups, skipped=skipped, weight=table, ids=ids, embedded=out, summed=g, **rule)
+        >>> table_step(r, grad, groups, skipped=skipped, weight=table, ids=ids, embedded=out, room=g, **rule)
         >>> out
         tensor([[0.3000, 0.4000],
                 [0.0000, 0.0000],
@@ -140,5 +147,5 @@ def table_step(
         weight,
         ids,
         embedded,
-        summed,
+        room,
     )

@@ -168,7 +168,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_a_compiled_model() -> None:
-    model, closure = lm()
+    model, _ = lm()
     want, other = lm()
     compiled = torch.compile(model, backend="aot_eager")
     ids = batch()["input_ids"]
