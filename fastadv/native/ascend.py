@@ -55,7 +55,7 @@ def ascend(
         weight: None, or the table [V, D] to embed from, float32, bfloat16 or float16 (float64 if delta is); rows
             may be strided, elements of a row may not.
         ids: int64 or int32; with `weight` alone delta is [*ids.shape, D].
-        slot: None, or int64 of the shape of `ids`: which row of delta [R, D] each position takes, -1 for none.
+        slot: None, or int64 of the shape of `ids`, or flat: which row of delta [R, D] each position takes, -1 for none.
         embedded: [*ids.shape, D] in the weight's dtype, contiguous.
 
     Raises:
@@ -101,7 +101,7 @@ def ascend(
     if weight is None or ids is None or embedded is None:
         raise ValueError(f"{OP}: weight, ids and embedded belong together: give all three, or none of them and no slot")
     check_embedding(delta, weight, ids, slot, embedded)
-    ids = ids.to(torch.int64).contiguous()  # copies do no harm here: indices are small, and only read
+    ids = checks.indices(OP, "ids", ids)
     slot = None if slot is None else slot.contiguous()
     lookup = lookup_call(extension, delta, weight, ids, slot, embedded)
     extension.ascend_cpu(call, lookup, torch.get_num_threads())
@@ -184,8 +184,6 @@ def check_embedding(delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | N
     """Raises TypeError or ValueError unless the ids' rows, moved by delta, go into `embedded`."""
     _check_weight(delta, weight)
     shape = (*ids.shape, delta.shape[-1])
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{OP}: ids must be int64 or int32, but is {ids.dtype}")
     if embedded.dtype != weight.dtype:
         raise TypeError(f"{OP}: embedded must be {weight.dtype}, as weight is, but is {embedded.dtype}")
     if embedded.shape != shape:
@@ -218,7 +216,7 @@ def _check_slot(delta: Tensor, ids: Tensor, slot: Tensor) -> None:
     _same_device("slot", slot, delta)
     if slot.dtype != torch.int64:
         raise TypeError(f"{OP}: slot must be int64, but is {slot.dtype}")
-    if slot.shape != ids.shape:
+    if slot.shape != ids.shape and slot.shape != (ids.numel(),):
         raise ValueError(f"{OP}: slot has shape {tuple(slot.shape)}, but ids has {tuple(ids.shape)}")
     if delta.dim() != 2:
         raise ValueError(f"{OP}: with slot, delta must be [R, D], but has shape {tuple(delta.shape)}")

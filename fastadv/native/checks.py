@@ -83,6 +83,17 @@ def plan(op: str, name: str, tensor: Tensor, count: int | None, device: torch.de
     contiguous(op, name, tensor)
 
 
+def indices(op: str, name: str, tensor: Tensor) -> Tensor:
+    """Indices as int64 in one piece: themselves, or a copy, which does no harm: they are small, and only read.
+
+    Raises:
+        TypeError: they are neither int64 nor int32.
+    """
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{op}: {name} must be int64 or int32, but is {tensor.dtype}")
+    return tensor if tensor.dtype == torch.int64 and tensor.is_contiguous() else tensor.to(torch.int64).contiguous()
+
+
 def address(op: str, name: str, tensor: Tensor) -> int:
     """Where the tensor's first element is.
 

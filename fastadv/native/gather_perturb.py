@@ -175,12 +175,7 @@ def _check_weight(weight: Tensor) -> None:
 
 def _check_indices(name: str, indices: Tensor, device: torch.device, op: str = OP) -> Tensor:
     checks.same_device(op, name, indices, device)
-    if indices.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{op}: {name} must be int64 or int32, but is {indices.dtype}")
-    if indices.dtype == torch.int64 and indices.is_contiguous():
-        return indices
-    # A copy does no harm here: indices are small, and only read.
-    return indices.to(torch.int64).contiguous()
+    return checks.indices(op, name, indices)
 
 
 def _check_slot(slot: Tensor | None, ids: Tensor, delta: Tensor | None) -> Tensor | None:

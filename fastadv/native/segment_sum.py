@@ -124,12 +124,9 @@ def segment_sum(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) ->
 
 
 def _check_ids(ids: Tensor) -> Tensor:
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{PLAN}: ids must be int64 or int32, but is {ids.dtype}")
     if ids.dim() != 1:
         raise ValueError(f"{PLAN}: ids must be [N], but has shape {tuple(ids.shape)}; pass ids.reshape(-1)")
-    # A copy does no harm here: ids are small, and only read.
-    return ids if ids.dtype == torch.int64 and ids.is_contiguous() else ids.to(torch.int64).contiguous()
+    return checks.indices(PLAN, "ids", ids)
 
 
 def _check_mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:

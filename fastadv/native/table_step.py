@@ -42,7 +42,7 @@ def table_step(
         direction: "l2", "sign" or "max".
         ball: "l2", "linf", "unit" or "none".
         group: 0 or 1.
-        slot: the shape of ids, int64; this and the three that follow as `segments(ids)` makes them.
+        slot: [N] or the shape of ids, int64; this and the three that follow as `segments(ids)` makes them.
         order: [N].
         starts: [R + 1].
         stops: [R].
@@ -64,7 +64,7 @@ def table_step(
     ascend.check_embedding(delta, weight, ids, slot, embedded)
     checks.contiguous(OP, "room", room)
     _check_positions(delta, grad, ids, order, starts, stops)
-    ids, slot = ids.to(torch.int64).contiguous(), slot.contiguous()
+    ids, slot = checks.indices(OP, "ids", ids), slot.contiguous()
     rows, dim = delta.shape
     step = extension.AscendCall(
         checks.DTYPES[delta.dtype],

@@ -37,6 +37,7 @@ DIRECTIONS = ("l2", "sign", "max")
 BALLS = ("l2", "linf", "unit", "none")
 
 
+@torch.no_grad()
 def eager(
     delta: Tensor,
     grad: Tensor,
@@ -190,8 +191,7 @@ def ascend(
     if run is OP.eager:  # a launcher checks for itself
         _check(delta, grad, mask, direction, ball, group)
         _check_embedding(delta, weight, ids, slot, embedded)
-    with torch.no_grad():
-        run(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group, weight, ids, slot, embedded)
+    run(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group, weight, ids, slot, embedded)
 
 
 def _check(delta: Tensor, grad: Tensor, mask: Tensor | None, direction: str, ball: str, group: int) -> None:

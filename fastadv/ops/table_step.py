@@ -22,6 +22,7 @@ from fastadv.ops.segment_sum import Segments, rows_of
 from fastadv.ops.segment_sum import eager as segment_sum
 
 
+@torch.no_grad()
 def eager(
     delta: Tensor,
     grad: Tensor,
@@ -43,7 +44,7 @@ def eager(
     """The op in plain PyTorch."""
     room.copy_(segment_sum(grad, order, starts, stops))
     rule = (step_size, epsilon, direction, ball, group)
-    ascend(delta, room, None, skipped, *rule, weight, ids, slot, embedded)
+    ascend(delta, room, None, skipped, *rule, weight, ids, slot.view(ids.shape), embedded)
 
 
 def fake(
@@ -79,7 +80,6 @@ OP = Op(
 )
 
 
-@torch.no_grad()
 def table_step(
     delta: Tensor,
     grad: Tensor,
@@ -140,7 +140,7 @@ def table_step(
         direction,
         ball,
         group,
-        groups.slot.view(ids.shape),
+        groups.slot,
         groups.order,
         groups.starts,
         groups.stops,
