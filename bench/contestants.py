@@ -97,6 +97,17 @@ class BestStep:
         return torch.index_select(self.moved, 0, self.rows.inverse, out=self.out)
 
 
+class IndexAddStep(BestStep):
+    """What most would write: `index_add_` sums dE, norms stay tensors, and the table is looked up anew."""
+
+    def step(self, grad: Tensor) -> Tensor:
+        g = torch.zeros_like(self.r).index_add_(0, self.rows.inverse, grad)
+        self.r.add_(g.mul_(self.ball.step_size / vector_norm(g)))
+        self.r.mul_((self.ball.epsilon / vector_norm(self.r)).clamp_(max=1))
+        moved = self.weight.index_select(0, self.rows.unique).add_(self.r)
+        return torch.index_select(moved, 0, self.rows.inverse, out=self.out)
+
+
 class CompiledStep(BestStep):
     """The same, its arithmetic under torch.compile; PyTorch's embedding bag and gather beat the generated ones."""
 

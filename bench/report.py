@@ -19,7 +19,13 @@ OURS, LIMIT = "fastadv", "physical limit"
 MACHINE = ("processor", "cores", "threads", "torch", "python", "libc", "size")
 MEMORY = ("peak_mib", "over_plain_mib", "over_plain_perturbations")
 HEAPS = {"users": "heap as users have it", "retained": "heap retained"}
-COLOURS = {"classic script": "#6b7280", "plain PyTorch": "#c2410c", "torch.compile": "#a16207", "plain": "#9ca3af"}
+COLOURS = {
+    "classic script": "#6b7280",
+    "plain, index_add": "#0e7490",
+    "plain PyTorch": "#c2410c",
+    "torch.compile": "#a16207",
+    "plain": "#9ca3af",
+}
 
 Groups = dict[str, dict[str, dict[str, dict[str, Any]]]]  # group, heap, contestant -> figures
 

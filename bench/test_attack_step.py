@@ -17,6 +17,7 @@ from bench.workloads import Size, gradient, table, zipf
 Rounds = Callable[[int], int]
 TABLE: dict[str, Any] = {
     "classic script": who.ClassicStep,
+    "plain, index_add": who.IndexAddStep,
     "plain PyTorch": who.BestStep,
     "torch.compile": who.CompiledStep,
     "fastadv": who.FastadvStep,

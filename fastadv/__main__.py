@@ -20,11 +20,7 @@ def main() -> None:
     print()
     print(aligned(built()))
     print()
-    rows = [("op", "device", "backend", "available", "")]
-    for status in dispatch.report():
-        answer = "yes" if status.available else "no"
-        rows.append((status.op, status.device, status.backend, answer, status.reason))
-    print(aligned(rows))
+    print(aligned(backends()))
 
 
 def versions() -> list[tuple[str, str]]:
@@ -57,6 +53,17 @@ def built() -> list[tuple[str, str]]:
         ("nvcc", nvcc),
         ("CUDA architectures", archs),
     ]
+
+
+def backends() -> list[tuple[str, ...]]:
+    """What runs each op on the CPU and on CUDA, and why it is nothing faster."""
+    rows: list[tuple[str, ...]] = [("op", "cpu", "cuda", "why eager")]
+    for op in dispatch.OPS:
+        here = {status.device: status for status in op.status()}
+        cells = [here[device].backend if here[device].available else "eager" for device in ("cpu", "cuda")]
+        reasons = [f"{row.device}: {row.reason}" for row in here.values() if not row.available]
+        rows.append((op.name, *cells, "; ".join(reasons)))
+    return rows
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
