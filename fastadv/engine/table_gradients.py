@@ -16,6 +16,7 @@ from fastadv.engine.call import Call
 from fastadv.engine.embedding import is_plain_lookup
 from fastadv.engine.groups import group, together
 from fastadv.engine.site import Site
+from fastadv.engine.zeros import zeros_like
 from fastadv.ops import gather_perturb_backward
 
 
@@ -51,7 +52,7 @@ class TableGradients:
         module = self.site.modules[index]
         weight = cast(Tensor, module.weight)
         if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
+            weight.grad = zeros_like(weight)
         gradients = [together([_positions(call, turn) for call in calls]) for turn in range(_turns(calls))]
         alone = len(calls) == len(self.site.calls) and len(self.site.modules) == 1
         groups = self.site.grouped() if alone else group(calls, self.site.modules, self.site.fused)
