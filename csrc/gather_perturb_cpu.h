@@ -12,6 +12,7 @@ namespace fastadv {
 template <class T>
 FASTADV_HD void write_rows(const GatherPerturb<T>& op, std::int64_t begin, std::int64_t end) {
   const std::size_t size = std::size_t(op.dim) * sizeof(T);
+  if (size == 0) return;
   const std::unique_ptr<T[]> room(new T[std::size_t(op.dim)]);
   for (std::int64_t n = begin; n < end; ++n) {
     if (op.adds(n)) op.row(n, 0, 1, room.get());

@@ -73,6 +73,7 @@ void sum(const SegmentSumCall& call, const std::int64_t* slot, int threads) {
 template <class T>
 void spread(const GatherPerturb<T>& op, std::uintptr_t room, int threads) {
   const std::size_t size = std::size_t(op.dim) * sizeof(T);
+  if (size == 0) return;
   parallel(op.count, op.dim, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t n = begin; n < end; ++n) {
       memcpy(op.to(n), op.adds(n) ? word_of(op, room, op.slot[n]) : op.from(n), size);
