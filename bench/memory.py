@@ -15,7 +15,7 @@ from bench import contestants as who
 from bench.workloads import SIZES, Size, classifier, loss_closure
 
 ACCUMULATING = "plain, accumulating"
-CONTESTANTS = ("plain", ACCUMULATING, "classic script", "plain PyTorch", "fastadv")
+CONTESTANTS = ("plain", ACCUMULATING, "classic script", "plain, index_add", "plain PyTorch", "fastadv")
 MIB = 1 << 20
 
 

@@ -14,7 +14,7 @@ from bench import contestants as who
 from bench.race import Copy, Entry, Result, race, relative_error, replay_clock, report
 from bench.workloads import Size, classifier, loss_closure
 
-CONTESTANTS = ("plain", "classic script", "plain PyTorch", "fastadv")
+CONTESTANTS = ("plain", "classic script", "plain, index_add", "plain PyTorch", "fastadv")
 WORK = ("FGM", "PGD-3", "PGD-3 and AdamW")
 ROUNDS = 7
 
@@ -54,7 +54,7 @@ def training_race(work: str, model: nn.Module, closure: Callable[[], Tensor], ro
 
 def check_gradients(model: nn.Module, steps: dict[str, Callable[[], object]]) -> None:
     want = gradients(model, steps["classic script"])
-    for name in ("plain PyTorch", "fastadv"):
+    for name in CONTESTANTS[2:]:
         got = gradients(model, steps[name])
         for (parameter, wanted), found in zip(want.items(), got.values(), strict=True):
             floor = 1e-7 * wanted.numel() ** 0.5  # the gradient of a key's bias is zero but for rounding
