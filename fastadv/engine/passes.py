@@ -156,7 +156,7 @@ class Engine:
 
     def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
         """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet."""
-        self.site.detached |= self.tables.own
+        self.site.own = self.tables.own
         with self.perturbation.watch(), self._synchronised(not more):
             output, loss = self._forward(closure)
             self._hand_over(loss if weight == 1 else loss * weight)
@@ -173,7 +173,7 @@ class Engine:
 
     def probe(self, closure: Closure) -> Pass:
         """The perturbation's gradient, and nothing in any `.grad`."""
-        self.site.detached.update(range(len(self.modules)))  # autograd would compute these and throw them away
+        self.site.probing = True  # autograd would compute the tables' gradients and throw them away
         with self._synchronised(False), self._frozen():
             output, loss = self._forward(closure)
             leaves = self.perturbation.leaves()
