@@ -197,6 +197,14 @@ def test_a_sparse_gradient_of_the_same_table_is_added_to() -> None:
     assert_gradients(*results, 1e-12)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_transposed_table(scope: str) -> None:
+    """Its rows are not in one piece: it is looked up as any other module is called."""
+    odd, plain = seeded(TinyModel), seeded(TinyModel)
+    odd.word_embeddings.weight = nn.Parameter(odd.word_embeddings.weight.detach().t().contiguous().t())
+    assert_gradients(step(odd, scope=scope), step(plain, scope=scope), 1e-12)
+
+
 class Twice(nn.Module):
     """Two tables, the first of them looked up twice, and a head that shares the second's weight."""
 
