@@ -72,7 +72,7 @@ class Engine:
         self.compiled = embeddings.is_compiled(model)
         self.site = Site(self.modules, fused, by_row=scope in TABLE_SCOPES and not self.compiled)
         self.perturbation = self._scoped(scope, tied)
-        self.guard = Guard(model, atomic)
+        self.guard = Guard(model, atomic, fused)
         self.dropout = Dropout(dropout)
         self.backward = backward
         self._watched = backward is not None  # what the user wrote may look at gradients as soon as it has run
