@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -57,7 +57,7 @@ class Call:
             self.first = FirstIds(ids.clone(), ids, _version(ids))
         return self.first.are(ids)
 
-    def next_lookup(self) -> dict[str, Tensor]:
+    def next_lookup(self) -> dict[str, Any]:
         """What an ascent needs to write the next forward's embedding; nothing where this is no plain lookup.
 
         It writes into this call's own memory, unless somebody still holds that.
@@ -69,7 +69,7 @@ class Call:
             self.room = torch.empty(self.delta.shape, dtype=self.table.dtype, device=self.table.device)
         return {"weight": self.table, "ids": self.ids, "embedded": self.room}
 
-    def embedded(self, lookup: dict[str, Tensor]) -> None:
+    def embedded(self, lookup: dict[str, Any]) -> None:
         """The ascent has written it."""
         if lookup:
             self.ready = Ready.of(lookup["embedded"], lookup["ids"], lookup["weight"])
