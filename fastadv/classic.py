@@ -154,8 +154,9 @@ class ClassicPGD(_Calls):
 
     def backup_grad(self) -> None:
         """Copy every gradient there is (the script fails where one is None)."""
-        if self._backup is None:
-            self._backup = Backup(list(self.model.parameters()), fused=self._fused)
+        parameters = list(self.model.parameters())
+        if self._backup is None or not self._backup.is_of(parameters):  # the model may have got new ones
+            self._backup = Backup(parameters, fused=self._fused)
         self._backup.save()
 
     def restore_grad(self) -> None:
@@ -185,6 +186,6 @@ def _named(model: nn.Module, emb_name: str) -> list[nn.Parameter]:
             "follow. Unfreeze it, or use backward(), which perturbs frozen embeddings as well"
         )
     for name, parameter in named.items():
-        if hasattr(parameter, "to_local") or not parameter.is_contiguous():
+        if parameter.requires_grad and (hasattr(parameter, "to_local") or not parameter.is_contiguous()):
             raise TypeError(f"{name} is sharded or strided, and cannot be moved in place: use backward()")
     return moving

@@ -17,7 +17,8 @@ class Call:
     mask: Tensor | None  # [B, T] bool, True where a token is; None: everywhere
     ids: Tensor | None = None  # [B, T], where the module is an embedding table
     module: int = 0  # which of the perturbed modules was called
-    table: Tensor | None = None  # its weight, where the call is a plain lookup
+    table: Tensor | None = None  # its weight, where the call is a plain lookup of the step's own ids
+    first: FirstIds | None = None  # what a plain lookup looked up in the step's first pass
     body: bool = True  # whether delta has memory; in table scopes, a plain lookup's only marks where the gradient is
     rows: Tensor | None = None  # what is added instead where delta has no body: r [R, D] at slot [B, T]; None: nothing
     slot: Tensor | None = None
@@ -40,6 +41,7 @@ class Call:
     def clear(self) -> None:
         """A new step: no perturbation and no gradient."""
         self.to_zero()
+        self.first = None
         self.grad = self.delta.grad = None
         self.held.clear()
 
@@ -48,6 +50,12 @@ class Call:
         delta = self.delta
         same = delta.shape == shape and delta.dtype == perturbation_dtype(dtype) and delta.device == device
         return same and self.body == body
+
+    def looks_up(self, ids: Tensor) -> bool:
+        """Whether these are the ids of the step's first pass; if this is the first, they are."""
+        if self.first is None:
+            self.first = FirstIds(ids.clone(), ids, _version(ids))
+        return self.first.are(ids)
 
     def next_lookup(self) -> dict[str, Any]:
         """What an ascent needs to write the next forward's embedding; nothing where this is no plain lookup.
@@ -65,6 +73,20 @@ class Call:
         """The ascent has written it."""
         if lookup:
             self.ready = Ready.of(lookup["embedded"], lookup["ids"], lookup["weight"])
+
+
+class FirstIds(NamedTuple):
+    """The ids that a step is about: those of its first pass. A model that drops words has others in the next."""
+
+    copy: Tensor
+    seen: Tensor
+    version: int
+
+    def are(self, ids: Tensor) -> bool:
+        """Whether `ids` are these. On CUDA comparing would be a sync: there, other memory means other ids."""
+        if is_same(ids, self.seen) and _version(ids) == self.version:
+            return True
+        return ids.device.type == "cpu" and torch.equal(ids, self.copy)
 
 
 class Ready(NamedTuple):
@@ -104,8 +126,11 @@ def is_same(a: Tensor, b: Tensor) -> bool:
 
 
 def _versions(embedded: Tensor, ids: Tensor, table: Tensor) -> tuple[int, ...]:
-    seen = (-1 if tensor.is_inference() else tensor._version for tensor in (embedded, ids, table))
-    return (*seen, table.data_ptr())
+    return (_version(embedded), _version(ids), _version(table), table.data_ptr())
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
 
 
 def _is_ours(tensor: Tensor) -> bool:

@@ -115,13 +115,14 @@ def vocabulary(module: nn.Module) -> int | None:
 
 
 def is_plain_lookup(module: nn.Module) -> bool:
-    """Whether `module` computes exactly `weight[ids]`, so that gather and add may be one op."""
+    """Whether `module` is exactly `weight[ids]`, of rows in one piece, so that gather and add may be one op."""
     return (
         type(module) is nn.Embedding
         and module.max_norm is None
         and not module.scale_grad_by_freq
         and not module.sparse
         and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and module.weight.stride(-1) == 1
     )
 
 

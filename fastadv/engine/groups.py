@@ -16,7 +16,7 @@ def group(calls: Sequence[Call], modules: Sequence[nn.Module], fused: bool | Non
     """Group the positions of `calls` by token id; the tables of several `modules` stand one after the other."""
     sizes = [vocabulary(module) or 0 for module in modules]
     offsets = [sum(sizes[:index]) for index in range(len(sizes))]
-    ids = [_ids(call) + offsets[call.module] if offsets[call.module] else _ids(call) for call in calls]
+    ids = [ids_of(call) + offsets[call.module] if offsets[call.module] else ids_of(call) for call in calls]
     masks = None if all(call.mask is None for call in calls) else together([_mask(call) for call in calls])
     return segments(together(ids), sum(sizes), mask=masks, fused=fused).trimmed()
 
@@ -26,10 +26,12 @@ def together(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
-def _ids(call: Call) -> Tensor:
-    assert call.ids is not None
-    return call.ids.reshape(-1)
+def ids_of(call: Call) -> Tensor:
+    """What the call looked up, [N]."""
+    ids = call.ids if call.first is None else call.first.copy
+    assert ids is not None
+    return ids.reshape(-1)
 
 
 def _mask(call: Call) -> Tensor:
-    return torch.ones_like(_ids(call), dtype=torch.bool) if call.mask is None else call.mask.reshape(-1)
+    return torch.ones_like(ids_of(call), dtype=torch.bool) if call.mask is None else call.mask.reshape(-1)

@@ -10,12 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine import rng
-
-
-class _Gradient(NamedTuple):
-    parameter: nn.Parameter
-    grad: Tensor | None
-    copy: Tensor | None
+from fastadv.ops.grads import Backup
 
 
 class _Buffer(NamedTuple):
@@ -32,7 +27,7 @@ class _Constant(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    gradients: list[_Gradient]
+    gradients: list[tuple[nn.Parameter, Tensor | None]]
     buffers: list[_Buffer]
     modes: list[tuple[nn.Module, bool]]
     rng: rng.RngState
@@ -42,12 +37,14 @@ class Guard:
     """Restores a model if the block it guards raises anything, `KeyboardInterrupt` included.
 
     Where every `.grad` is None at entry, the usual case, gradients cost nothing: on a fault they are None again.
-    Otherwise they are copied first, unless `atomic` is False.
+    Otherwise they are copied first, unless `atomic` is False; the copies' memory serves until a step finds none again.
     """
 
-    def __init__(self, model: nn.Module, atomic: bool) -> None:
+    def __init__(self, model: nn.Module, atomic: bool, fused: bool | None) -> None:
         self.model = model
         self.atomic = atomic
+        self.fused = fused
+        self._backup: Backup | None = None
         self._constants: dict[int, _Constant] = {}
 
     @contextlib.contextmanager
@@ -62,8 +59,10 @@ class Guard:
     def _save(self, device: torch.device) -> _Saved:
         modules = list(self.model.modules())
         known, self._constants = self._constants, {}
+        gradients = [(parameter, parameter.grad) for parameter in self.model.parameters()]
+        self._back_up([parameter for parameter, grad in gradients if grad is not None])
         return _Saved(
-            [self._save_gradient(parameter) for parameter in self.model.parameters()],
+            gradients,
             [
                 _Buffer(module, name, buffer, self._copy(buffer, known))
                 for module in modules
@@ -74,9 +73,14 @@ class Guard:
             rng.save(device),
         )
 
-    def _save_gradient(self, parameter: nn.Parameter) -> _Gradient:
-        grad = parameter.grad
-        return _Gradient(parameter, grad, grad.clone() if grad is not None and self.atomic else None)
+    def _back_up(self, parameters: list[nn.Parameter]) -> None:
+        """Copy their gradients."""
+        if not self.atomic or not parameters:
+            self._backup = None
+            return
+        if self._backup is None or not self._backup.is_of(parameters):
+            self._backup = Backup(parameters, self.fused)
+        self._backup.save()
 
     def _copy(self, buffer: Tensor, known: dict[int, _Constant]) -> Tensor:
         """A copy; of an integer buffer (position ids, causal masks), the last step's if its version has not moved.
@@ -93,10 +97,10 @@ class Guard:
 
     @torch.no_grad()
     def _restore(self, saved: _Saved, device: torch.device) -> None:
-        for parameter, grad, grad_copy in saved.gradients:
+        for parameter, grad in saved.gradients:
             parameter.grad = grad
-            if grad is not None and grad_copy is not None:
-                grad.copy_(grad_copy)
+        if self._backup is not None:
+            self._backup.restore()
         for module, name, buffer, copy in saved.buffers:
             module._buffers[name] = buffer
             _distinct(buffer).copy_(copy)

@@ -107,7 +107,7 @@ class Lookup(Interception):
             return nn.Embedding.forward(module, input)  # type: ignore[arg-type]
         padding: int | None = module.padding_idx  # type: ignore[assignment]
         return gather_perturb(
-            weight.detach() if self.index in self.site.detached else weight,
+            weight.detach() if self.site.detaches(call, weight) else weight,
             input,
             call.delta,
             added=call.added(),

@@ -66,8 +66,9 @@ class MovedTable:
             self._add(self.rows, self.saved, touched)
 
     def _add(self, known: Tensor, saved: Tensor, touched: Tensor) -> None:
-        self.rows, order = torch.cat([known, touched]).sort()
-        self.saved = torch.cat([saved, rows.back_up(self.table, touched, fused=self.fused)])[order]
+        every, order = torch.cat([known, touched]).sort()
+        copies = torch.cat([saved, rows.back_up(self.table, touched, fused=self.fused)])[order]
+        self.rows, self.saved = every, copies  # together: an error above leaves what can be put back
 
     def _back_up_all(self) -> None:
         every = rows.back_up(self.table, fused=self.fused)

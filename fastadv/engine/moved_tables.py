@@ -6,6 +6,7 @@ A tied output layer moves along, which a perturbation of the lookups cannot do.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -64,7 +65,7 @@ class MovedTables(Perturbation):
         """Keep what a full pass brings to each table, whatever is in its `.grad` already."""
         found: dict[int, Tensor] = {}
         hooks = [
-            weight.register_hook(lambda grad, index=index: found.update({index: grad}))  # type: ignore[no-untyped-call]
+            weight.register_hook(functools.partial(found.__setitem__, index))  # type: ignore[no-untyped-call]
             for index, weight in enumerate(self.weights)
         ]
         try:

@@ -72,7 +72,7 @@ class Engine:
         self.compiled = embeddings.is_compiled(model)
         self.site = Site(self.modules, fused, by_row=scope in TABLE_SCOPES and not self.compiled)
         self.perturbation = self._scoped(scope, tied)
-        self.guard = Guard(model, atomic)
+        self.guard = Guard(model, atomic, fused)
         self.dropout = Dropout(dropout)
         self.backward = backward
         self._watched = backward is not None  # what the user wrote may look at gradients as soon as it has run
@@ -156,7 +156,7 @@ class Engine:
 
     def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
         """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet."""
-        self.site.detached |= self.tables.own
+        self.site.own = self.tables.own
         with self.perturbation.watch(), self._synchronised(not more):
             output, loss = self._forward(closure)
             self._hand_over(loss if weight == 1 else loss * weight)
@@ -173,7 +173,7 @@ class Engine:
 
     def probe(self, closure: Closure) -> Pass:
         """The perturbation's gradient, and nothing in any `.grad`."""
-        self.site.detached.update(range(len(self.modules)))  # autograd would compute these and throw them away
+        self.site.probing = True  # autograd would compute the tables' gradients and throw them away
         with self._synchronised(False), self._frozen():
             output, loss = self._forward(closure)
             leaves = self.perturbation.leaves()

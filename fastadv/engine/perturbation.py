@@ -34,7 +34,7 @@ class Perturbation:
     def __init__(self, site: Site, scope: str) -> None:
         self.site = site
         self.scope = scope
-        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def begin(self) -> None:
         """A new step."""

@@ -49,4 +49,4 @@ def apart(seed: int, device: torch.device) -> Iterator[None]:
 
 def new_seed() -> int:
     """A seed for `apart`, from torch's own CPU generator: reading it waits for no device."""
-    return int(torch.randint(2**63 - 1, ()))
+    return int(torch.randint(2**63 - 1, (), device="cpu"))

@@ -35,7 +35,8 @@ class Site:
         self.live = False
         self.settled = False  # a pass of this step has shown how often the embedding is called, and on what
         self.searching = True  # a pass that records; False where a found perturbation is only applied
-        self.detached: set[int] = set()  # modules whose table's gradient autograd need not compute in this pass
+        self.probing = False  # a pass that wants no table's gradient
+        self.own: dict[int, Tensor] = {}  # the tables, by module, whose gradient this pass need not leave to autograd
         self.recomputing = False
         self.groups: Segments | None = None
         self.calls: list[Call] = []
@@ -73,7 +74,7 @@ class Site:
         """No forward is perturbed."""
         self.live = self.recomputing = False
         self.searching = True
-        self.detached.clear()
+        self.probing, self.own = False, {}
 
     def begin_pass(self) -> None:
         """The next forward's calls are counted from the first."""
@@ -113,6 +114,10 @@ class Site:
 
     # Inside a forward
 
+    def detaches(self, call: Call, table: Tensor) -> bool:
+        """Whether autograd need not compute the gradient that this call has for `table`."""
+        return self.probing or (call.table is table and self.own.get(call.module) is table)
+
     def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Call | None:
         """The call that is happening, or None where it is left alone.
 
@@ -129,7 +134,7 @@ class Site:
         call = self.calls[index]
         if self.searching:
             call.ids, call.module = ids, module
-            call.table = like if plain else None
+            call.table = like if plain and ids is not None and call.looks_up(ids) else None
         return call
 
     def _next(self) -> int:

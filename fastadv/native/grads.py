@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fastadv import native
@@ -82,10 +82,15 @@ def _fingerprint(tensor: Tensor) -> Any:
 
 def served(tensor: Tensor, known: Any) -> bool:
     """Whether a tensor with this fingerprint is plain contiguous memory on the CPU, in a dtype that is served."""
-    if type(known) is not tuple or not tensor.is_cpu or tensor.is_neg():
+    if not is_plain(tensor) or not tensor.is_cpu or tensor.is_neg():
         return False
     address, count, dtype, contiguous = known
     return contiguous and dtype in checks.DTYPES and (address != 0 or count == 0)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is neither sparse nor of a kind of its own, such as sharded."""
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
 def plan(pairs: Iterable[tuple[Any, Any]]) -> Any:

@@ -36,7 +36,7 @@ def rows_touched(table: Tensor) -> Tensor:
     extension = _extension(op, table)
     _check_table(op, "table", table)
     table = _with_adjacent_elements(table)
-    found = torch.empty(table.shape[0], dtype=torch.int64)
+    found = torch.empty(table.shape[0], dtype=torch.int64, device=table.device)  # the default may be another
     count = extension.rows_touched_cpu(_call(op, extension, table, None, None, None), found.data_ptr(), _threads())
     return found[:count].clone()
 

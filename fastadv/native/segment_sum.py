@@ -46,7 +46,7 @@ def segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor,
         raise ValueError(f"{PLAN}: vocabulary is the number of rows of the table, and cannot be {vocabulary}")
     count = ids.shape[0]
     rows = min(count, vocabulary)
-    slot, order, starts, stops = (torch.empty(size, dtype=torch.int64) for size in (count, count, rows + 1, rows))
+    slot, order, starts, stops = (ids.new_empty(size) for size in (count, count, rows + 1, rows))
     call = extension.SegmentsCall(
         checks.address(PLAN, "ids", ids),
         0 if mask is None else checks.address(PLAN, "mask", mask),

@@ -10,6 +10,7 @@ through a `Plan`, which knows their addresses; `Backup` keeps and puts back the 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,7 +25,9 @@ from fastadv.ops.dispatch import Backend, Op
 
 def eager_copy(into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """`into <- sources` in plain PyTorch."""
-    if into:
+    if len(into) == 1:  # also of a kind that the other does not know: sharded
+        into[0].copy_(sources[0])
+    elif into:
         torch._foreach_copy_(list(into), list(sources))
 
 
@@ -145,8 +148,8 @@ class Plan:
             COPY.choose(self._into[rest[0]].device.type, True)  # raises if C++ is not there at all
             raise RuntimeError("fused=True, but a pair of tensors is not plain contiguous memory in a dtype of C++")
         self._native = native_grads.plan((into[i], sources[i]) for i in self._direct) if self._direct else None
-        strided = [i for i in rest if self._into[i].layout is torch.strided]
-        self._others = [[i] for i in rest if self._into[i].layout is not torch.strided] + ([strided] if strided else [])
+        plain = [i for i in rest if native_grads.is_plain(self._into[i])]
+        self._others = [[i] for i in rest if i not in plain] + ([plain] if plain else [])
 
 
 def _check(into: Tensor, source: Tensor) -> None:
@@ -179,6 +182,11 @@ class Backup:
         self._saved: list[Tensor | None] | None = None  # those that hold one
         lenient = False if fused is False else None  # a gradient that is strided or sparse is no reason to fail
         self._saving, self._restoring = Plan([], [], lenient), Plan([], [], lenient)
+
+    def is_of(self, parameters: Sequence[nn.Parameter]) -> bool:
+        """Whether these are its parameters, in this order."""
+        mine = self._parameters
+        return len(mine) == len(parameters) and all(map(operator.is_, mine, parameters))
 
     @torch.no_grad()
     def save(self) -> None:

@@ -1,4 +1,4 @@
-"""An ascent writes the next forward's embedding; it is used only if nothing has changed since."""
+"""An ascent writes the next forward's embedding, used only if nothing has changed since, and never under others."""
 
 from __future__ import annotations
 

@@ -99,6 +99,7 @@ def test_a_backward_of_the_users_sees_every_gradient() -> None:
     assert len(seen) == 2 and all((grad != 0).any() for grad in seen)
 
 
+@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract:UserWarning")
 @pytest.mark.parametrize("other", ["transposed", "sparse"])
 def test_a_gradient_of_another_kind_is_autograds(other: str) -> None:
     alone, plain = seeded(TinyModel), seeded(TinyModel)
@@ -126,6 +127,82 @@ def test_the_row_of_padding_idx_gets_none() -> None:
     grad = model.word_embeddings.weight.grad
     assert (data["input_ids"] == 3).any()
     assert (grad[3] == 0).all() and (grad != 0).any()
+
+
+@pytest.mark.parametrize("scope", ["table", "sample"])
+def test_a_weight_that_stands_in_for_the_tables_keeps_its_graph(scope: str) -> None:
+    """As in meta-learning: what the forward looks up was computed from something else."""
+    results = []
+    for watched in (False, True):
+        model, factor, data = seeded(TinyModel), torch.tensor(1.5, dtype=torch.float64, requires_grad=True), batch()
+        if watched:
+            watch(model)
+        adv = fastadv.PGD(model, embedding=model.word_embeddings, scope=scope)
+
+        def closure(model: nn.Module = model, factor: Tensor = factor, data: dict[str, Tensor] = data) -> Tensor:
+            scaled = {name: factor * parameter for name, parameter in model.named_parameters()}
+            return torch.func.functional_call(model, scaled, tuple(data.values())).loss
+
+        adv.backward(closure)
+        results.append({**gradients(model), "factor": factor.grad})
+    assert_gradients(*results, 1e-12)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("scope", ["table", "sample"])
+@pytest.mark.parametrize("name", METHODS)
+def test_each_pass_has_the_gradient_of_its_own_ids(name: str, scope: str, in_place: bool) -> None:
+    """A model that drops words at random looks up others in every pass."""
+    results = []
+    for watched in (False, True):
+        model, data, generator = seeded(TinyModel), batch(), torch.Generator().manual_seed(0)
+        if watched:
+            watch(model)
+
+        def closure(model: nn.Module = model, data: Any = data, generator: Any = generator) -> Tensor:
+            ids = data["input_ids"]
+            dropped = torch.rand(ids.shape, generator=generator) < 0.2
+            ids = ids.masked_fill_(dropped, 1) if in_place else ids.masked_fill(dropped, 1)
+            return model(ids, data["attention_mask"], data["labels"]).loss
+
+        method, common = METHODS[name]
+        method(model, embedding=model.word_embeddings, scope=scope, **common).backward(closure)
+        results.append(gradients(model))
+    assert_gradients(*results, 1e-12)
+
+
+class SparseToo(nn.Module):
+    """Two modules share a table, and one of them has sparse gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.again = nn.Embedding(11, 4), nn.Embedding(11, 4, sparse=True)
+        self.again.weight = self.words.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return (self.words(ids) * self.again(ids.flip(1)).tanh()).logsumexp(-1).mean()
+
+
+def test_a_sparse_gradient_of_the_same_table_is_added_to() -> None:
+    results = []
+    for watched in (False, True):
+        model = seeded(SparseToo)
+        if watched:
+            model.words.weight.register_hook(lambda grad: None)
+        adv = fastadv.PGD(model, embedding="words", steps=2)
+        for _ in range(2):
+            adv.backward(lambda model=model: model(torch.tensor([[1, 2, 2, 9], [10, 1, 0, 0]])))
+        model.words.weight.grad = model.words.weight.grad.to_dense()
+        results.append(gradients(model))
+    assert_gradients(*results, 1e-12)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_transposed_table(scope: str) -> None:
+    """Its rows are not in one piece: it is looked up as any other module is called."""
+    odd, plain = seeded(TinyModel), seeded(TinyModel)
+    odd.word_embeddings.weight = nn.Parameter(odd.word_embeddings.weight.detach().t().contiguous().t())
+    assert_gradients(step(odd, scope=scope), step(plain, scope=scope), 1e-12)
 
 
 class Twice(nn.Module):

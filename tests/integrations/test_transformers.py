@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import fastadv
+from fastadv.engine import table_gradients
 from fastadv.integrations.transformers import AdversarialMixin, AdversarialTrainer
+from fastadv.ops import gather_perturb_backward
 from tests.integrations.by_hand import (
     EPSILON,
     arguments,
@@ -179,6 +181,21 @@ def test_attach_gets_the_optimizer(tmp_path: Path) -> None:
 
     trainer = train(bert(), tmp_path, samples(4), adversary=(Attached, {"epsilon": 0.1}))
     assert seen == [trainer.optimizer]
+
+
+@pytest.mark.parametrize("scope", ["table", "sample"])
+def test_the_tables_gradient_goes_to_touched_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scope: str) -> None:
+    """The Trainer's own backward looks at no gradient, so that autograd need not bring the table's."""
+    added: list[tuple[int, ...]] = []
+
+    def counted(into: Tensor, grads: list[Tensor], *rest: Any, **options: Any) -> None:
+        added.append((len(into), len(grads)))
+        gather_perturb_backward(into, grads, *rest, **options)
+
+    monkeypatch.setattr(table_gradients, "gather_perturb_backward", counted)
+    adversary = (fastadv.PGD, {"epsilon": EPSILON, "scope": scope, "steps": 2})
+    train(bert(), tmp_path, samples(8), gradient_accumulation_steps=2, adversary=adversary)
+    assert added == [(40, 2)] * 4  # four micro-batches, each with the gradients of two full passes at once
 
 
 def test_training_twice_starts_a_method_each_time(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv import reference
+from fastadv.ops import rows
 from tests.methods.test_goldens import (
     ENGINES,
     FGM_ZHIHU,
@@ -290,6 +291,39 @@ def test_an_error_between_attack_and_restore_can_be_repaired() -> None:
     assert before.unchanged()
 
 
+def test_an_error_while_more_rows_are_copied_can_be_repaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, back_up = seeded(TinyModel), rows.back_up
+    before, pgd, table = Whole(model), method(fastadv.PGD, model), model.word_embeddings
+
+    def attack(words: list[int], **first: bool) -> None:
+        clear(model)
+        table(torch.tensor(words)).pow(3).sum().backward()
+        pgd.attack(**first)
+
+    def fail(*_: Any, **__: Any) -> Tensor:
+        raise MemoryError
+
+    attack([1, 2], is_first_attack=True)
+    monkeypatch.setattr(rows, "back_up", fail)
+    with pytest.raises(MemoryError):
+        attack([3, 4])
+    monkeypatch.setattr(rows, "back_up", back_up)
+    pgd.restore()
+    assert before.unchanged()
+
+
+def test_a_layer_that_the_model_gets_later_is_backed_up_too() -> None:
+    model, data = seeded(TinyModel), batch()
+    pgd = method(fastadv.PGD, model)
+    pgd_step(pgd, model, lambda: model(**data).loss, 1)
+    model.adapter = nn.Linear(2, 2)
+    model.adapter.weight.grad = torch.ones(2, 2)
+    pgd.backup_grad()
+    model.zero_grad()
+    pgd.restore_grad()
+    assert (model.adapter.weight.grad == 1).all()
+
+
 def test_both_ways_in_one_step() -> None:
     """`backward` sees the table as it is: around it the calls do what they do without it."""
     model, data = seeded(TinyModel), batch()
@@ -389,6 +423,9 @@ def test_errors_say_what_to_do() -> None:
     refused(model, fgm.attack, TypeError, names[0], "sharded", "backward()")
     del model.word_embeddings.weight.to_local
     model.word_embeddings.requires_grad_(False)
+    model.bert.embeddings.more = nn.Parameter(torch.zeros(3, 2).T, requires_grad=False)  # stays where it is
+    fgm.attack(emb_name="embeddings")
+    fgm.restore()
     refused(model, fgm.attack, ValueError, "frozen", names[0], "backward()")
     with pytest.raises(RuntimeError):
         fgm.restore()

@@ -231,6 +231,19 @@ def test_without_atomic_parameters_hooks_and_generator_are_still_restored() -> N
         assert same_bits(after[key], want) if isinstance(want, Tensor) else after[key] == want, key
 
 
+def test_the_memory_for_copies_serves_while_gradients_accumulate() -> None:
+    model, data = prepare("none")
+    adv = fastadv.FGM(model, embedding=model.embed)
+    kept = []
+    for micro in range(5):
+        if micro == 4:
+            model.zero_grad()
+        adv.backward(lambda: model(data["input_ids"], data["labels"]).loss)
+        kept.append(adv.engine.guard._backup)
+    assert kept[0] is None and kept[4] is None
+    assert kept[1] is not None and kept[1] is kept[2] is kept[3]
+
+
 class Shares(Stateful):
     """A buffer of twelve elements in one place of memory, as `expand` makes them."""
 

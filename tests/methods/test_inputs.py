@@ -74,6 +74,20 @@ def test_an_empty_batch(start: bool, shape: tuple[int, int], scope: str) -> None
 
 
 @pytest.mark.parametrize("scope", oracles.SCOPES)
+def test_the_default_device_is_not_the_models(scope: str) -> None:
+    """What a step makes for itself is where the model is: C++ was given addresses on other devices."""
+    results = []
+    for device in ("cpu", "meta"):
+        model, data = seeded(TinyModel), batch()
+        with torch.device(device):
+            torch.manual_seed(0)
+            adv = fastadv.PGD(model, embedding="word_embeddings", scope=scope, random_start=0.1, clean_weight=0)
+            adv.backward(lambda model=model, data=data: model.classifier(model.bert(data["input_ids"], None)).sum())
+        results.append(gradients(model))
+    assert_gradients(*results, 0)
+
+
+@pytest.mark.parametrize("scope", oracles.SCOPES)
 def test_ids_that_change_in_place_between_steps(scope: str) -> None:
     """A loader may reuse its buffer: what was derived from the ids of the last step must not be."""
     model, data, adv = ready(scope)

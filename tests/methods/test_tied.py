@@ -168,8 +168,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
 
 
 def test_a_compiled_model() -> None:
-    model, _ = lm()
-    want, other = lm()
+    (model, _), (want, other) = lm(), lm()
     compiled = torch.compile(model, backend="aot_eager")
     ids = batch()["input_ids"]
     fastadv.PGD(compiled, tied="both").backward(lambda: compiled(ids).loss)
