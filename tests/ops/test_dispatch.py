@@ -24,7 +24,7 @@ def test_eager_on_request_and_a_reason_for_every_missing_backend(op: dispatch.Op
 def test_report_has_every_op_and_says_why() -> None:
     rows = dispatch.report()
     named = {"ascend", "gather_perturb", "gather_perturb_backward", "segment_sum", "segments"}
-    named |= {"rows_touched", "rows_back_up", "rows_restore", "rows_step"}
+    named |= {"table_step", "rows_touched", "rows_back_up", "rows_restore", "rows_step"}
     named |= {"grads_copy", "grads_accumulate", "grads_average"}
     assert {row.op for row in rows} == {op.name for op in OPS}
     assert named <= {op.name for op in OPS}
