@@ -19,6 +19,7 @@ from tests.support import assert_close, assert_gradients, batch, gradients, reco
 PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
 @pytest.mark.parametrize("scope", oracles.SCOPES)
 def test_lora(scope: str) -> None:
     """PEFT: the embedding is frozen and still perturbed; the adapters get their gradients and nobody else."""
