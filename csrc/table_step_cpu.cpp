@@ -6,23 +6,21 @@
 namespace fastadv {
 namespace {
 
-constexpr std::int64_t kColumns = 16;  // a line of the cache in float32: no two threads write to one
-
-// Columns begin .. end - 1 of the sums, in the order of positions.
+// The sums of words begin .. end - 1, in the order of positions.
 template <class G>
 FASTADV_HD void add_positions(const SegmentSum<G>& op, const std::int64_t* slot, std::int64_t begin, std::int64_t end) {
-  const int width = int(end - begin);
-  for (std::int64_t s = 0; s < op.rows; ++s) {
-    if (op.starts[s] == op.stops[s]) std::fill_n(op.out + s * op.dim + begin, width, 0);
+  const int width = int(op.dim);
+  for (std::int64_t s = begin; s < end; ++s) {
+    if (op.starts[s] == op.stops[s]) std::fill_n(op.out + s * op.dim, width, 0);
   }
   for (std::int64_t n = 0; n < op.count; ++n) {
-    if (slot[n] < 0) continue;
-    auto* sum = op.out + slot[n] * op.dim + begin;
-    const G* row = op.values + n * op.row_stride + begin;
-    if (op.order[op.starts[slot[n]]] == n) {
-      set_row(sum, row, width);
+    const std::int64_t s = slot[n];
+    if (s < begin || s >= end) continue;
+    const G* row = op.values + n * op.row_stride;
+    if (op.order[op.starts[s]] == n) {
+      set_row(op.out + s * op.dim, row, width);
     } else {
-      add_row(sum, row, width);
+      add_row(op.out + s * op.dim, row, width);
     }
   }
 }
@@ -61,11 +59,16 @@ CLONES_FOR(BFloat16)
 CLONES_FOR(Float16)
 #undef CLONES_FOR
 
+// The first word of a thread, if words are shared out so that all threads have about as many positions.
+std::int64_t first_word(const std::int64_t* starts, std::int64_t rows, std::int64_t position) {
+  return std::lower_bound(starts, starts + rows, position) - starts;
+}
+
 void sum(const SegmentSumCall& call, const std::int64_t* slot, int threads) {
   call.visit([&](const auto& op) {
-    const std::int64_t pieces = (op.dim + kColumns - 1) / kColumns;
-    parallel(pieces, kColumns * op.count, threads, [&](std::int64_t begin, std::int64_t end) {
-      add(op, slot, begin * kColumns, std::min(end * kColumns, op.dim));
+    parallel(op.count, op.dim, threads, [&](std::int64_t begin, std::int64_t end) {
+      const std::int64_t last = end == op.count ? op.rows : first_word(op.starts, op.rows, end);
+      add(op, slot, first_word(op.starts, op.rows, begin), last);
     });
   });
 }
@@ -81,10 +84,11 @@ void spread(const GatherPerturb<T>& op, std::uintptr_t room, int threads) {
   });
 }
 
-// The first word whose positions are not the ones that have its slot, or have another id than its first.
+// The first word that overlaps the next, or whose first position is not its own, or that has positions of other ids.
 std::int64_t first_mixed(const Words& words, std::int64_t rows, const std::int64_t* ids, const std::int64_t* slot,
                          std::int64_t count) {
   for (std::int64_t s = 0; s < rows; ++s) {
+    if (words.stops[s] > words.starts[s + 1]) return s;
     if (words.starts[s] < words.stops[s] && slot[words.order[words.starts[s]]] != s) return s;
   }
   for (std::int64_t n = 0; n < count; ++n) {

@@ -213,6 +213,8 @@ BAD_INDICES = {
     "starts below": {"starts": changed(STARTS, 0, -1)},
     "stops above": {"stops": changed(STOPS, 3, 9)},
     "stops before starts": {"stops": changed(STOPS, 2, 1)},
+    "words that overlap": {"stops": changed(STOPS, 0, 3)},
+    "starts out of order": {"starts": changed(STARTS, 1, 7), "stops": changed(STOPS, 1, 7)},
     "a slot of another word": {"slot": changed(SLOT, 0, 1)},
     "a first position of another word": {"order": ORDER.flip(0)},
     "other ids": {"ids": GOOD.ids.flip(1)},
