@@ -47,7 +47,7 @@ def condense(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         for rows in heaps.values():
             _add_ratios(rows)
     commits = {(run.get("commit_info") or {}).get("id") for run in runs}
-    commit = commits.pop() if len(commits) == 1 else None
+    commit = ", ".join(sorted(commit[:10] for commit in commits if commit)) or None
     return {"machine": machines[0], "date": runs[0].get("datetime"), "commit": commit, "groups": groups}
 
 
@@ -72,7 +72,7 @@ def markdown(condensed: dict[str, Any]) -> str:
     copies = [row["copy_bandwidth"] for row in _rows(condensed) if "copy_bandwidth" in row]
     bandwidth = f"; a large copy moves {min(copies) / 1e9:.1f} to {max(copies) / 1e9:.1f} GB/s" if copies else ""
     setup = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {machine['libc']}"
-    origin = f"{condensed['date'] or 'no date'}, commit {(condensed['commit'] or 'unknown')[:10]}"
+    origin = f"{condensed['date'] or 'no date'}, commit {condensed['commit'] or 'unknown'}"
     lines = [f"{setup}{bandwidth}. Size `{machine['size']}`; {origin}."]
     for name, heaps in condensed["groups"].items():
         table = _memory_table(heaps) if name.startswith("peak memory") else _time_table(heaps)
