@@ -73,8 +73,8 @@ def ascend(
     if delta.device.type != "cpu":
         raise RuntimeError(f"{OP}: no native backend for {delta.device.type} yet")
     extension = checks.extension_for(OP, delta)
-    check_rule(delta, direction, ball, group)
-    check_step(delta, grad, mask, skipped)
+    check_rule(OP, delta, direction, ball, group)
+    check_step(OP, delta, grad, mask, skipped)
     grad, grad_stride = _rows(grad)
     mask = None if mask is None else mask.contiguous()
     dim = delta.shape[-1]
@@ -100,7 +100,7 @@ def ascend(
         return
     if weight is None or ids is None or embedded is None:
         raise ValueError(f"{OP}: weight, ids and embedded belong together: give all three, or none of them and no slot")
-    check_embedding(delta, weight, ids, slot, embedded)
+    check_embedding(OP, delta, weight, ids, slot, embedded)
     ids = checks.indices(OP, "ids", ids)
     slot = None if slot is None else slot.contiguous()
     lookup = lookup_call(extension, delta, weight, ids, slot, embedded)
@@ -147,81 +147,81 @@ def _rows(grad: Tensor) -> tuple[Tensor, int]:
     return grad, grad.shape[-1]
 
 
-def check_rule(delta: Tensor, direction: str, ball: str, group: int) -> None:
+def check_rule(op: str, delta: Tensor, direction: str, ball: str, group: int) -> None:
     """Raises ValueError for a direction, ball or group that there is not."""
     if direction not in DIRECTIONS:
-        raise ValueError(f"{OP}: direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
+        raise ValueError(f"{op}: direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
     if ball not in BALLS:
-        raise ValueError(f"{OP}: ball must be one of {', '.join(BALLS)}, not {ball!r}")
+        raise ValueError(f"{op}: ball must be one of {', '.join(BALLS)}, not {ball!r}")
     if not 0 <= group < delta.dim():
-        raise ValueError(f"{OP}: group must be from 0 to {delta.dim() - 1}, not {group}")
+        raise ValueError(f"{op}: group must be from 0 to {delta.dim() - 1}, not {group}")
 
 
-def check_step(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor) -> None:
+def check_step(op: str, delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor) -> None:
     """Raises TypeError or ValueError unless delta moves along grad."""
     if delta.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{OP}: delta must be float32 or float64, but is {delta.dtype}; fused=False takes any")
-    checks.contiguous(OP, "delta", delta)
-    checks.dtype_code(OP, "grad", grad)
+        raise TypeError(f"{op}: delta must be float32 or float64, but is {delta.dtype}; fused=False takes any")
+    checks.contiguous(op, "delta", delta)
+    checks.dtype_code(op, "grad", grad)
     if checks.compute_dtype(grad.dtype) != delta.dtype:
-        raise TypeError(f"{OP}: grad is {grad.dtype}, which does not go with a delta of {delta.dtype}")
+        raise TypeError(f"{op}: grad is {grad.dtype}, which does not go with a delta of {delta.dtype}")
     if grad.shape != delta.shape:
-        raise ValueError(f"{OP}: grad has shape {tuple(grad.shape)}, delta {tuple(delta.shape)}: they must be equal")
-    _same_device("grad", grad, delta)
+        raise ValueError(f"{op}: grad has shape {tuple(grad.shape)}, delta {tuple(delta.shape)}: they must be equal")
+    _same_device(op, "grad", grad, delta)
     if mask is not None:
-        _same_device("mask", mask, delta)
+        _same_device(op, "mask", mask, delta)
         if mask.dtype != torch.bool or mask.shape != delta.shape[:-1]:
             wanted, got = tuple(delta.shape[:-1]), tuple(mask.shape)
-            raise ValueError(f"{OP}: mask must be bool with shape {wanted}, not {mask.dtype} with shape {got}")
-    _same_device("skipped", skipped, delta)
+            raise ValueError(f"{op}: mask must be bool with shape {wanted}, not {mask.dtype} with shape {got}")
+    _same_device(op, "skipped", skipped, delta)
     if skipped.dtype != torch.int64:
-        raise TypeError(f"{OP}: skipped must be int64, but is {skipped.dtype}")
+        raise TypeError(f"{op}: skipped must be int64, but is {skipped.dtype}")
     if skipped.dim() != 0:
-        raise ValueError(f"{OP}: skipped must be 0-d, but has shape {tuple(skipped.shape)}")
+        raise ValueError(f"{op}: skipped must be 0-d, but has shape {tuple(skipped.shape)}")
 
 
-def check_embedding(delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor) -> None:
+def check_embedding(op: str, delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor) -> None:
     """Raises TypeError or ValueError unless the ids' rows, moved by delta, go into `embedded`."""
-    _check_weight(delta, weight)
+    _check_weight(op, delta, weight)
     shape = (*ids.shape, delta.shape[-1])
     if embedded.dtype != weight.dtype:
-        raise TypeError(f"{OP}: embedded must be {weight.dtype}, as weight is, but is {embedded.dtype}")
+        raise TypeError(f"{op}: embedded must be {weight.dtype}, as weight is, but is {embedded.dtype}")
     if embedded.shape != shape:
-        raise ValueError(f"{OP}: embedded must have shape {shape}, but has {tuple(embedded.shape)}")
-    checks.contiguous(OP, "embedded", embedded)
+        raise ValueError(f"{op}: embedded must have shape {shape}, but has {tuple(embedded.shape)}")
+    checks.contiguous(op, "embedded", embedded)
     if slot is not None:
-        _check_slot(delta, ids, slot)
+        _check_slot(op, delta, ids, slot)
     elif delta.shape != shape:
-        raise ValueError(f"{OP}: without slot, delta must have shape {shape}, not {tuple(delta.shape)}")
-    _same_device("ids", ids, delta)
-    _same_device("embedded", embedded, delta)
+        raise ValueError(f"{op}: without slot, delta must have shape {shape}, not {tuple(delta.shape)}")
+    _same_device(op, "ids", ids, delta)
+    _same_device(op, "embedded", embedded, delta)
 
 
-def _check_weight(delta: Tensor, weight: Tensor) -> None:
-    _same_device("weight", weight, delta)
-    checks.dtype_code(OP, "weight", weight)
+def _check_weight(op: str, delta: Tensor, weight: Tensor) -> None:
+    _same_device(op, "weight", weight, delta)
+    checks.dtype_code(op, "weight", weight)
     if checks.compute_dtype(weight.dtype) != delta.dtype:
-        raise TypeError(f"{OP}: weight is {weight.dtype}, which does not go with a delta of {delta.dtype}")
+        raise TypeError(f"{op}: weight is {weight.dtype}, which does not go with a delta of {delta.dtype}")
     dim = delta.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != dim:
-        raise ValueError(f"{OP}: weight must be a table [V, {dim}], but has shape {tuple(weight.shape)}")
+        raise ValueError(f"{op}: weight must be a table [V, {dim}], but has shape {tuple(weight.shape)}")
     if dim > 1 and weight.stride(1) != 1:
         raise ValueError(
-            f"{OP}: the elements of a row of weight must be adjacent (inner stride 1), but the strides are "
+            f"{op}: the elements of a row of weight must be adjacent (inner stride 1), but the strides are "
             f"{weight.stride()}; pass weight.contiguous()"
         )
 
 
-def _check_slot(delta: Tensor, ids: Tensor, slot: Tensor) -> None:
-    _same_device("slot", slot, delta)
+def _check_slot(op: str, delta: Tensor, ids: Tensor, slot: Tensor) -> None:
+    _same_device(op, "slot", slot, delta)
     if slot.dtype != torch.int64:
-        raise TypeError(f"{OP}: slot must be int64, but is {slot.dtype}")
+        raise TypeError(f"{op}: slot must be int64, but is {slot.dtype}")
     if slot.shape != ids.shape and slot.shape != (ids.numel(),):
-        raise ValueError(f"{OP}: slot has shape {tuple(slot.shape)}, but ids has {tuple(ids.shape)}")
+        raise ValueError(f"{op}: slot has shape {tuple(slot.shape)}, but ids has {tuple(ids.shape)}")
     if delta.dim() != 2:
-        raise ValueError(f"{OP}: with slot, delta must be [R, D], but has shape {tuple(delta.shape)}")
+        raise ValueError(f"{op}: with slot, delta must be [R, D], but has shape {tuple(delta.shape)}")
 
 
-def _same_device(name: str, tensor: Tensor, delta: Tensor) -> None:
+def _same_device(op: str, name: str, tensor: Tensor, delta: Tensor) -> None:
     if tensor.device != delta.device:
-        raise ValueError(f"{OP}: {name} is on {tensor.device}, but delta is on {delta.device}")
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but delta is on {delta.device}")

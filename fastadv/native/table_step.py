@@ -59,10 +59,10 @@ def table_step(
     if delta.device.type != "cpu":
         raise RuntimeError(f"{OP}: no native backend for {delta.device.type} yet")
     extension = checks.extension_for(OP, delta)
-    ascend.check_rule(delta, direction, ball, group)
-    ascend.check_step(delta, room, None, skipped)
-    ascend.check_embedding(delta, weight, ids, slot, embedded)
-    checks.contiguous(OP, "room", room)
+    ascend.check_rule(OP, delta, direction, ball, group)
+    _check_room(delta, room)
+    ascend.check_step(OP, delta, room, None, skipped)
+    ascend.check_embedding(OP, delta, weight, ids, slot, embedded)
     _check_positions(delta, grad, ids, order, starts, stops)
     ids, slot = checks.indices(OP, "ids", ids), slot.contiguous()
     rows, dim = delta.shape
@@ -97,6 +97,14 @@ def table_step(
     if rows:
         extension.table_step_cpu(step, sums, lookup, torch.get_num_threads())
     increment_version((delta, skipped, embedded, room))
+
+
+def _check_room(delta: Tensor, room: Tensor) -> None:
+    if room.dtype != delta.dtype:
+        raise TypeError(f"{OP}: room must be {delta.dtype}, as delta is, but is {room.dtype}")
+    if room.shape != delta.shape:
+        raise ValueError(f"{OP}: room must have delta's shape {tuple(delta.shape)}, but has {tuple(room.shape)}")
+    checks.contiguous(OP, "room", room)
 
 
 def _check_positions(delta: Tensor, grad: Tensor, ids: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> None:

@@ -131,6 +131,8 @@ def table_step(
                 [0.0000, 0.0000],
                 [0.3000, 0.4000]])
     """
+    if groups.slot.numel() != ids.numel():
+        raise ValueError(f"groups are of {groups.slot.numel()} positions, but there are {ids.numel()} ids")
     OP.choose(delta.device.type, fused)(
         delta,
         rows_of(grad),

@@ -68,6 +68,15 @@ def test_a_table_that_requires_grad() -> None:
         assert not delta.requires_grad
 
 
+@pytest.mark.parametrize("fused", FUSED)
+def test_groups_of_other_ids(fused: bool | None) -> None:
+    weight, delta, grad = inputs()
+    groups = segments(IDS.flatten(), 7, fused=False).trimmed()
+    lookup = {"weight": weight, "ids": IDS[:1], "embedded": torch.empty(1, 4, 5), "room": torch.empty_like(delta)}
+    with pytest.raises(ValueError, match="groups are of 8 positions, but there are 4 ids"):
+        table_step(delta, grad, groups, skipped=torch.tensor(0), fused=fused, **RULE, **lookup)
+
+
 def test_opcheck() -> None:
     weight, delta, grad = inputs(torch.float32)
     groups: Segments = segments(IDS.flatten(), 7, fused=False).trimmed()
