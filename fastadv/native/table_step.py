@@ -94,8 +94,7 @@ def table_step(
         dim,
     )
     lookup = ascend.lookup_call(extension, delta, weight, ids, slot, embedded)
-    if rows:
-        extension.table_step_cpu(step, sums, lookup, torch.get_num_threads())
+    extension.table_step_cpu(step, sums, lookup, torch.get_num_threads())
     increment_version((delta, skipped, embedded, room))
 
 

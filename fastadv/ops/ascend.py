@@ -189,12 +189,13 @@ def ascend(
     """
     run = OP.choose(delta.device.type, fused)
     if run is OP.eager:  # a launcher checks for itself
-        _check(delta, grad, mask, direction, ball, group)
-        _check_embedding(delta, weight, ids, slot, embedded)
+        check(delta, grad, mask, direction, ball, group)
+        check_embedding(delta, weight, ids, slot, embedded)
     run(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group, weight, ids, slot, embedded)
 
 
-def _check(delta: Tensor, grad: Tensor, mask: Tensor | None, direction: str, ball: str, group: int) -> None:
+def check(delta: Tensor, grad: Tensor, mask: Tensor | None, direction: str, ball: str, group: int) -> None:
+    """Raises ValueError unless delta may move along grad."""
     if direction not in DIRECTIONS:
         raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
     if ball not in BALLS:
@@ -208,9 +209,10 @@ def _check(delta: Tensor, grad: Tensor, mask: Tensor | None, direction: str, bal
         raise ValueError(f"mask must be bool with shape {wanted}, not {mask.dtype} with shape {got}")
 
 
-def _check_embedding(
+def check_embedding(
     delta: Tensor, weight: Tensor | None, ids: Tensor | None, slot: Tensor | None, embedded: Tensor | None
 ) -> None:
+    """Raises ValueError or TypeError unless the ids' rows, moved by delta, go into `embedded`."""
     if weight is None and ids is None and slot is None and embedded is None:
         return
     if weight is None or ids is None or embedded is None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastadv import native
 from fastadv.native.table_step import table_step as native_table_step
+from fastadv.ops.ascend import check, check_embedding
 from fastadv.ops.ascend import eager as ascend
 from fastadv.ops.dispatch import Backend, Op
 from fastadv.ops.segment_sum import Segments, rows_of
@@ -133,9 +134,14 @@ def table_step(
     """
     if groups.slot.numel() != ids.numel():
         raise ValueError(f"groups are of {groups.slot.numel()} positions, but there are {ids.numel()} ids")
-    OP.choose(delta.device.type, fused)(
+    grad, run = rows_of(grad), OP.choose(delta.device.type, fused)
+    if run is OP.eager:  # a launcher checks for itself
+        check(delta, delta, None, direction, ball, group)
+        check_embedding(delta, weight, ids, groups.slot.view(ids.shape), embedded)
+        _check(delta, grad, groups, room)
+    run(
         delta,
-        rows_of(grad),
+        grad,
         skipped,
         step_size,
         epsilon,
@@ -151,3 +157,15 @@ def table_step(
         embedded,
         room,
     )
+
+
+def _check(delta: Tensor, grad: Tensor, groups: Segments, room: Tensor) -> None:
+    if room.dtype != delta.dtype:
+        raise TypeError(f"room must be {delta.dtype}, as delta is, but is {room.dtype}")
+    if room.shape != delta.shape:
+        raise ValueError(f"room must have delta's shape {tuple(delta.shape)}, but has {tuple(room.shape)}")
+    if len(groups.stops) != len(delta):
+        raise ValueError(f"groups has {len(groups.stops)} segments, but delta {len(delta)} rows")
+    wanted = (len(groups.order), delta.shape[1])
+    if grad.shape != wanted:
+        raise ValueError(f"grad must be {wanted}, but has shape {tuple(grad.shape)}")

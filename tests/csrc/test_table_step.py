@@ -186,6 +186,26 @@ def test_strided_and_expanded_rows() -> None:
         assert torch.equal(out, want[1])
 
 
+@pytest.mark.parametrize("rows", [0, 3])
+def test_rows_without_positions_and_positions_without_rows(rows: int) -> None:
+    """Room for words is projected without any; positions that are masked are looked up without a row."""
+    delta, skipped, starts = torch.ones(rows, 5), torch.tensor(0), torch.zeros(rows + 1, dtype=torch.int64)
+    none = torch.empty(0, dtype=torch.int64)
+    plan = dict(zip(("slot", "order", "starts", "stops"), (none, none, starts, starts[1:].clone()), strict=True))
+    room, rule = torch.empty(rows, 5), GOOD.rule
+    lookup = {"weight": GOOD.weight, "ids": none, "embedded": torch.empty(0, 5), "room": room}
+    table_step(delta, torch.empty(0, 5), skipped, **rule, **plan, **lookup)
+    assert rows == 0 or abs(float(delta.norm()) - 0.5) < 1e-6
+    if rows == 0:
+        ids, out = torch.tensor([4, 2]), torch.empty(2, 5)
+        plan |= {"slot": torch.full((2,), -1), "order": torch.arange(2)}
+        lookup |= {"ids": ids, "embedded": out}
+        table_step(delta, torch.ones(2, 5), skipped, **rule, **plan, **lookup)
+        assert torch.equal(out, GOOD.weight[ids])
+        with pytest.raises(IndexError, match="slot"):
+            table_step(delta, torch.ones(2, 5), skipped, **rule, **(plan | {"slot": torch.tensor([-1, 0])}), **lookup)
+
+
 def test_versions_of_what_is_mutated() -> None:
     one = case(IDS["repeats"], 5, (F32, F32))
     delta, skipped, out, room = one.delta.clone(), torch.tensor(0), torch.empty(2, 4, 5), torch.empty_like(one.delta)

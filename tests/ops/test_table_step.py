@@ -68,13 +68,40 @@ def test_a_table_that_requires_grad() -> None:
         assert not delta.requires_grad
 
 
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "direction": ({"direction": "up"}, "direction must be one of"),
+    "ball": ({"ball": "cube"}, "ball must be one of"),
+    "group": ({"group": 2}, "group must be from 0 to 1"),
+    "a narrow gradient": ({"grad": torch.zeros(2, 4, 4).double()}, r"grad must be \(8, 5\)"),
+    "a short gradient": ({"grad": torch.zeros(7, 5).double()}, r"grad must be \(8, 5\)"),
+    "small room": ({"room": torch.zeros(3, 5).double()}, "room must have delta's shape"),
+    "coarse room": ({"room": torch.zeros(4, 5).half()}, "room must be torch.float64"),
+    "groups of other ids": ({"groups": segments(IDS[0], 7, fused=False)}, "groups are of 4 positions, but there are 8"),
+    "room for more words": (
+        {"groups": segments(IDS.flatten(), 7, fused=False)},
+        r"starts must be \[5\]|groups has 7 segm",
+    ),
+    "a flat result": ({"embedded": torch.zeros(8, 5).double()}, "embedded must"),
+    "a coarse result": ({"embedded": torch.zeros(2, 4, 5)}, "embedded must be torch.float64"),
+}
+
+
 @pytest.mark.parametrize("fused", FUSED)
-def test_groups_of_other_ids(fused: bool | None) -> None:
+@pytest.mark.parametrize("name", REFUSED)
+def test_refuses(name: str, fused: bool | None) -> None:
+    change, phrase = REFUSED[name]
     weight, delta, grad = inputs()
-    groups = segments(IDS.flatten(), 7, fused=False).trimmed()
-    lookup = {"weight": weight, "ids": IDS[:1], "embedded": torch.empty(1, 4, 5), "room": torch.empty_like(delta)}
-    with pytest.raises(ValueError, match="groups are of 8 positions, but there are 4 ids"):
-        table_step(delta, grad, groups, skipped=torch.tensor(0), fused=fused, **RULE, **lookup)
+    arguments: dict[str, Any] = {
+        "groups": segments(IDS.flatten(), 7, fused=False).trimmed(),
+        "skipped": torch.tensor(0),
+    }
+    arguments |= {"delta": delta, "grad": grad, "weight": weight, "ids": IDS}
+    arguments |= {"embedded": torch.zeros(2, 4, 5).double(), "room": torch.zeros_like(delta)}
+    before = delta.clone()
+    with pytest.raises((TypeError, ValueError), match=phrase):
+        table_step(**{**arguments, **RULE, **change}, fused=fused)
+    assert torch.equal(delta, before)
+    assert not arguments["embedded"].any()
 
 
 def test_opcheck() -> None:
