@@ -75,9 +75,6 @@ INLINE inline void apply_rows(const Ascend<G>& op, const Move<typename Ascend<G>
   FASTADV_CLONES void apply(const Ascend<G>& op, const Move<typename Ascend<G>::Real>& move, std::int64_t begin, \
                             std::int64_t end) {                                                                  \
     apply_rows(op, move, begin, end);                                                                            \
-  }                                                                                                              \
-  FASTADV_CLONES void gather(const GatherPerturb<G>& op, std::int64_t begin, std::int64_t end) {                 \
-    write_rows(op, begin, end);                                                                                  \
   }
 CLONES_FOR(float)
 CLONES_FOR(double)
@@ -140,7 +137,7 @@ OutOfRange ascend_cpu(const AscendCall& call, const GatherPerturbCall* embedding
   const OutOfRange bad = first_out_of_range(*embedding);
   if (bad.any()) return bad;
   embedding->visit([&](const auto& op) {
-    const auto write = [&](std::int64_t begin, std::int64_t end) { gather(op, begin, end); };
+    const auto write = [&](std::int64_t begin, std::int64_t end) { write_rows(op, begin, end); };
     move_rows(call, threads, op.slot ? AfterRows() : write);
     if (op.slot) parallel(op.count, op.dim, threads, write);
   });

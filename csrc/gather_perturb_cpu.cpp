@@ -1,26 +1,42 @@
 // gather_perturb on the CPU: OpenMP over rows, the inner loop left to the vectoriser.
 #include "gather_perturb_cpu.h"
 
+#include <memory>
+
 #include "parallel.h"
 
 namespace fastadv {
 namespace {
 
-// Clones cannot be templates, and a parallel region's body is cut out before clones are made: one function each.
-FASTADV_CLONES void run(const GatherPerturb<float>& op, std::int64_t begin, std::int64_t end) {
-  write_rows(op, begin, end);
-}
-FASTADV_CLONES void run(const GatherPerturb<double>& op, std::int64_t begin, std::int64_t end) {
-  write_rows(op, begin, end);
-}
-FASTADV_CLONES void run(const GatherPerturb<BFloat16>& op, std::int64_t begin, std::int64_t end) {
-  write_rows(op, begin, end);
-}
-FASTADV_CLONES void run(const GatherPerturb<Float16>& op, std::int64_t begin, std::int64_t end) {
-  write_rows(op, begin, end);
+template <class T>
+FASTADV_HD void write_all(const GatherPerturb<T>& op, std::int64_t begin, std::int64_t end) {
+  const std::size_t size = std::size_t(op.dim) * sizeof(T);
+  if (size == 0) return;
+  const std::unique_ptr<T[]> room(new T[std::size_t(op.dim)]);
+  for (std::int64_t n = begin; n < end; ++n) {
+    if (op.adds(n)) op.row(n, 0, 1, room.get());
+    memcpy(op.to(n), op.adds(n) ? room.get() : op.from(n), size);
+  }
 }
 
+// Clones cannot be templates, a parallel region's body is cut out before clones are made, and clones that other files
+// see would be seen outside of the library too: two functions each.
+#define CLONE_FOR(T)                                                                          \
+  FASTADV_CLONES void run(const GatherPerturb<T>& op, std::int64_t begin, std::int64_t end) { \
+    write_all(op, begin, end);                                                                \
+  }
+CLONE_FOR(float)
+CLONE_FOR(double)
+CLONE_FOR(BFloat16)
+CLONE_FOR(Float16)
+#undef CLONE_FOR
+
 }  // namespace
+
+void write_rows(const GatherPerturb<float>& op, std::int64_t begin, std::int64_t end) { run(op, begin, end); }
+void write_rows(const GatherPerturb<double>& op, std::int64_t begin, std::int64_t end) { run(op, begin, end); }
+void write_rows(const GatherPerturb<BFloat16>& op, std::int64_t begin, std::int64_t end) { run(op, begin, end); }
+void write_rows(const GatherPerturb<Float16>& op, std::int64_t begin, std::int64_t end) { run(op, begin, end); }
 
 OutOfRange first_out_of_range(const GatherPerturbCall& call) {
   OutOfRange bad{-1, -1};
@@ -36,7 +52,7 @@ OutOfRange gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
   const OutOfRange bad = first_out_of_range(call);
   if (bad.any()) return bad;
   call.visit([&](const auto& op) {
-    parallel(op.count, op.dim, threads, [&](std::int64_t begin, std::int64_t end) { run(op, begin, end); });
+    parallel(op.count, op.dim, threads, [&](std::int64_t begin, std::int64_t end) { write_rows(op, begin, end); });
   });
   return bad;
 }

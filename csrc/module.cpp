@@ -46,14 +46,19 @@ void refuse_index(const std::string& op, const char* what, std::uintptr_t indice
                         " is out of range for " + where + " of " + at(rows) + " rows");
 }
 
+void refuse_lookup(const std::string& op, const fastadv::OutOfRange& bad, const GatherPerturbCall& call,
+                   const char* slots = "delta") {
+  if (bad.id_at >= 0) refuse_index(op, "id", call.ids, bad.id_at, "a table", call.rows);
+  if (bad.slot_at >= 0) refuse_index(op, "slot", call.slot, bad.slot_at, slots, call.slots);
+}
+
 void gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
   fastadv::OutOfRange bad;
   {
     py::gil_scoped_release unlocked;
     bad = fastadv::gather_perturb_cpu(call, threads);
   }
-  if (bad.id_at >= 0) refuse_index("gather_perturb", "id", call.ids, bad.id_at, "a table", call.rows);
-  if (bad.slot_at >= 0) refuse_index("gather_perturb", "slot", call.slot, bad.slot_at, "a perturbation", call.slots);
+  refuse_lookup("gather_perturb", bad, call, "a perturbation");
 }
 
 void ascend_cpu(const fastadv::AscendCall& call, const GatherPerturbCall* embedding, int threads) {
@@ -62,8 +67,7 @@ void ascend_cpu(const fastadv::AscendCall& call, const GatherPerturbCall* embedd
     py::gil_scoped_release unlocked;
     bad = fastadv::ascend_cpu(call, embedding, threads);
   }
-  if (bad.id_at >= 0) refuse_index("ascend", "id", embedding->ids, bad.id_at, "a table", embedding->rows);
-  if (bad.slot_at >= 0) refuse_index("ascend", "slot", embedding->slot, bad.slot_at, "delta", embedding->slots);
+  if (bad.any()) refuse_lookup("ascend", bad, *embedding);
 }
 
 void segments_cpu(const fastadv::SegmentsCall& call) {
@@ -84,14 +88,18 @@ void refuse_segment(const std::string& op, std::int64_t bad, std::int64_t count)
   throw py::index_error(op + ": segment " + at(bad) + " is out of range for " + at(count) + " positions");
 }
 
+void refuse_plan(const std::string& op, const fastadv::BadPlan& bad, const fastadv::SegmentSumCall& call) {
+  if (bad.position_at >= 0) refuse_position(op, call.order, bad.position_at, call.count);
+  if (bad.segment_at >= 0) refuse_segment(op, bad.segment_at, call.count);
+}
+
 void segment_sum_cpu(const fastadv::SegmentSumCall& call, int threads) {
   fastadv::BadPlan bad;
   {
     py::gil_scoped_release unlocked;
     bad = fastadv::segment_sum_cpu(call, threads);
   }
-  if (bad.position_at >= 0) refuse_position("segment_sum", call.order, bad.position_at, call.count);
-  if (bad.segment_at >= 0) refuse_segment("segment_sum", bad.segment_at, call.count);
+  refuse_plan("segment_sum", bad, call);
 }
 
 void table_step_cpu(const fastadv::AscendCall& call, const fastadv::SegmentSumCall& sums,
@@ -102,10 +110,8 @@ void table_step_cpu(const fastadv::AscendCall& call, const fastadv::SegmentSumCa
     fault = fastadv::table_step_cpu(call, sums, embedding, threads);
   }
   const auto& [plan, index, mixed_at] = fault;
-  if (plan.position_at >= 0) refuse_position("table_step", sums.order, plan.position_at, sums.count);
-  if (plan.segment_at >= 0) refuse_segment("table_step", plan.segment_at, sums.count);
-  if (index.id_at >= 0) refuse_index("table_step", "id", embedding.ids, index.id_at, "a table", embedding.rows);
-  if (index.slot_at >= 0) refuse_index("table_step", "slot", embedding.slot, index.slot_at, "delta", embedding.slots);
+  refuse_plan("table_step", plan, sums);
+  refuse_lookup("table_step", index, embedding);
   if (mixed_at >= 0) throw py::index_error("table_step: segment " + at(mixed_at) + " was not made from these ids");
 }
 

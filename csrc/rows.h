@@ -1,7 +1,7 @@
 // Rows of a table in place: which of them hold anything, copies of them, and a step within a ball around the copies.
 //
-//   table[n] <- saved[n] + ball(table[n] - saved[n] + step * d(grad[n])),   or without a ball  table[n] + step *
-//   d(grad[n])
+//   table[n] <- saved[n] + ball(table[n] - saved[n] + step * d(grad[n]))
+//   table[n] <- table[n] + step * d(grad[n])                                without a ball
 //
 // ascend.h has the directions d, the balls and their algebra; here delta is table - saved, which nothing stores.
 #pragma once
