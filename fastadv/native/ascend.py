@@ -15,6 +15,7 @@ OP = "ascend"
 # csrc/ascend.h has the same codes.
 DIRECTIONS = {"l2": 0, "sign": 1, "max": 2}
 BALLS = {"l2": 0, "linf": 1, "unit": 2, "none": 3}
+Rule = tuple[float, float | None, str, str, int]  # step_size, epsilon, direction, ball, group
 
 
 def ascend(
@@ -77,23 +78,8 @@ def ascend(
     check_step(OP, delta, grad, mask, skipped)
     grad, grad_stride = _rows(grad)
     mask = None if mask is None else mask.contiguous()
-    dim = delta.shape[-1]
-    groups, rows = math.prod(delta.shape[:group]), math.prod(delta.shape[group:-1])
-    call = extension.AscendCall(
-        checks.DTYPES[grad.dtype],
-        checks.address(OP, "delta", delta),
-        checks.address(OP, "grad", grad),
-        grad_stride,
-        0 if mask is None else checks.address(OP, "mask", mask),
-        groups,
-        rows,
-        dim,
-        step_size,
-        0.0 if epsilon is None else epsilon,
-        DIRECTIONS[direction],
-        BALLS["none" if epsilon is None else ball],
-        checks.address(OP, "skipped", skipped),
-    )
+    rule = (step_size, epsilon, direction, ball, group)
+    call = step_call(OP, extension, delta, grad, grad_stride, mask, skipped, rule)
     if weight is None and ids is None and slot is None and embedded is None:
         extension.ascend_cpu(call, None, torch.get_num_threads())
         increment_version((delta, skipped))
@@ -103,25 +89,54 @@ def ascend(
     check_embedding(OP, delta, weight, ids, slot, embedded)
     ids = checks.indices(OP, "ids", ids)
     slot = None if slot is None else slot.contiguous()
-    lookup = lookup_call(extension, delta, weight, ids, slot, embedded)
+    lookup = lookup_call(OP, extension, delta, weight, ids, slot, embedded)
     extension.ascend_cpu(call, lookup, torch.get_num_threads())
     increment_version((delta, skipped, embedded))
 
 
+def step_call(
+    op: str,
+    extension: Any,
+    delta: Tensor,
+    grad: Tensor,
+    grad_stride: int,
+    mask: Tensor | None,
+    skipped: Tensor,
+    rule: Rule,
+) -> Any:
+    """The call of a step whose arguments were checked; it keeps no tensor alive."""
+    step_size, epsilon, direction, ball, group = rule
+    return extension.AscendCall(
+        checks.DTYPES[grad.dtype],
+        checks.address(op, "delta", delta),
+        checks.address(op, "grad", grad),
+        grad_stride,
+        0 if mask is None else checks.address(op, "mask", mask),
+        math.prod(delta.shape[:group]),
+        math.prod(delta.shape[group:-1]),
+        delta.shape[-1],
+        step_size,
+        0.0 if epsilon is None else epsilon,
+        DIRECTIONS[direction],
+        BALLS["none" if epsilon is None else ball],
+        checks.address(op, "skipped", skipped),
+    )
+
+
 def lookup_call(
-    extension: Any, delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor
+    op: str, extension: Any, delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor
 ) -> Any:
     """gather_perturb's call for the moved delta; it keeps no tensor alive."""
     return extension.GatherPerturbCall(
         checks.DTYPES[weight.dtype],
-        checks.address(OP, "weight", weight),
+        checks.address(op, "weight", weight),
         weight.stride(0),
         weight.shape[0],
-        checks.address(OP, "ids", ids),
-        checks.address(OP, "delta", delta),
-        0 if slot is None else checks.address(OP, "slot", slot),
+        checks.address(op, "ids", ids),
+        checks.address(op, "delta", delta),
+        0 if slot is None else checks.address(op, "slot", slot),
         0 if slot is None else delta.shape[0],
-        checks.address(OP, "embedded", embedded),
+        checks.address(op, "embedded", embedded),
         ids.numel(),
         weight.shape[1],
     )
@@ -162,9 +177,7 @@ def check_step(op: str, delta: Tensor, grad: Tensor, mask: Tensor | None, skippe
     if delta.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: delta must be float32 or float64, but is {delta.dtype}; fused=False takes any")
     checks.contiguous(op, "delta", delta)
-    checks.dtype_code(op, "grad", grad)
-    if checks.compute_dtype(grad.dtype) != delta.dtype:
-        raise TypeError(f"{op}: grad is {grad.dtype}, which does not go with a delta of {delta.dtype}")
+    checks.goes_with(op, "grad", grad, delta)
     if grad.shape != delta.shape:
         raise ValueError(f"{op}: grad has shape {tuple(grad.shape)}, delta {tuple(delta.shape)}: they must be equal")
     _same_device(op, "grad", grad, delta)
@@ -199,17 +212,11 @@ def check_embedding(op: str, delta: Tensor, weight: Tensor, ids: Tensor, slot: T
 
 def _check_weight(op: str, delta: Tensor, weight: Tensor) -> None:
     _same_device(op, "weight", weight, delta)
-    checks.dtype_code(op, "weight", weight)
-    if checks.compute_dtype(weight.dtype) != delta.dtype:
-        raise TypeError(f"{op}: weight is {weight.dtype}, which does not go with a delta of {delta.dtype}")
+    checks.goes_with(op, "weight", weight, delta)
     dim = delta.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != dim:
         raise ValueError(f"{op}: weight must be a table [V, {dim}], but has shape {tuple(weight.shape)}")
-    if dim > 1 and weight.stride(1) != 1:
-        raise ValueError(
-            f"{op}: the elements of a row of weight must be adjacent (inner stride 1), but the strides are "
-            f"{weight.stride()}; pass weight.contiguous()"
-        )
+    checks.adjacent(op, "weight", weight)
 
 
 def _check_slot(op: str, delta: Tensor, ids: Tensor, slot: Tensor) -> None:
@@ -223,5 +230,4 @@ def _check_slot(op: str, delta: Tensor, ids: Tensor, slot: Tensor) -> None:
 
 
 def _same_device(op: str, name: str, tensor: Tensor, delta: Tensor) -> None:
-    if tensor.device != delta.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, but delta is on {delta.device}")
+    checks.same_device(op, name, tensor, delta.device, "delta")

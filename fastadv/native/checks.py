@@ -46,10 +46,17 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def same_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
-    """Raises ValueError if `tensor` is elsewhere."""
+def goes_with(op: str, name: str, tensor: Tensor, delta: Tensor) -> None:
+    """Raises TypeError unless the extension computes with `tensor` in the dtype of `delta`."""
+    dtype_code(op, name, tensor)
+    if compute_dtype(tensor.dtype) != delta.dtype:
+        raise TypeError(f"{op}: {name} is {tensor.dtype}, which does not go with a delta of {delta.dtype}")
+
+
+def same_device(op: str, name: str, tensor: Tensor, device: torch.device, other: str = "the table") -> None:
+    """Raises ValueError if `tensor` is elsewhere than `other`, which is on `device`."""
     if tensor.device != device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, but the table is on {device}")
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but {other} is on {device}")
 
 
 def contiguous(op: str, name: str, tensor: Tensor) -> None:
@@ -65,6 +72,11 @@ def rows(op: str, name: str, tensor: Tensor) -> None:
     """Raises ValueError unless `tensor` is [N, D] with each row in one piece; rows may be apart, or all the same."""
     if tensor.dim() != 2:
         raise ValueError(f"{op}: {name} must be [N, D], but has shape {tuple(tensor.shape)}")
+    adjacent(op, name, tensor)
+
+
+def adjacent(op: str, name: str, tensor: Tensor) -> None:
+    """Raises ValueError unless the elements of each row of `tensor`, which has two dimensions, lie side by side."""
     if tensor.shape[1] > 1 and tensor.stride(1) != 1:
         raise ValueError(
             f"{op}: the elements of a row of {name} must be adjacent (inner stride 1), but the strides are "

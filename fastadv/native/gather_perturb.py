@@ -166,11 +166,7 @@ def _check_weight(weight: Tensor) -> None:
     checks.dtype_code(OP, "weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"{OP}: weight must be a table [V, D], but has shape {tuple(weight.shape)}")
-    if weight.shape[1] > 1 and weight.stride(1) != 1:
-        raise ValueError(
-            f"{OP}: the elements of a row of weight must be adjacent (inner stride 1), but the strides are "
-            f"{weight.stride()}; pass weight.contiguous()"
-        )
+    checks.adjacent(OP, "weight", weight)
 
 
 def _check_indices(name: str, indices: Tensor, device: torch.device, op: str = OP) -> Tensor:

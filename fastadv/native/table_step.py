@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
@@ -66,21 +64,8 @@ def table_step(
     _check_positions(delta, grad, ids, order, starts, stops)
     ids, slot = checks.indices(OP, "ids", ids), slot.contiguous()
     rows, dim = delta.shape
-    step = extension.AscendCall(
-        checks.DTYPES[delta.dtype],
-        checks.address(OP, "delta", delta),
-        checks.address(OP, "room", room),
-        dim,
-        0,
-        math.prod(delta.shape[:group]),
-        math.prod(delta.shape[group:-1]),
-        dim,
-        step_size,
-        0.0 if epsilon is None else epsilon,
-        ascend.DIRECTIONS[direction],
-        ascend.BALLS["none" if epsilon is None else ball],
-        checks.address(OP, "skipped", skipped),
-    )
+    rule = (step_size, epsilon, direction, ball, group)
+    step = ascend.step_call(OP, extension, delta, room, dim, None, skipped, rule)
     sums = extension.SegmentSumCall(
         checks.DTYPES[grad.dtype],
         checks.address(OP, "grad", grad),
@@ -93,7 +78,7 @@ def table_step(
         rows,
         dim,
     )
-    lookup = ascend.lookup_call(extension, delta, weight, ids, slot, embedded)
+    lookup = ascend.lookup_call(OP, extension, delta, weight, ids, slot, embedded)
     extension.table_step_cpu(step, sums, lookup, torch.get_num_threads())
     increment_version((delta, skipped, embedded, room))
 
@@ -108,9 +93,7 @@ def _check_room(delta: Tensor, room: Tensor) -> None:
 
 def _check_positions(delta: Tensor, grad: Tensor, ids: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> None:
     checks.same_device(OP, "grad", grad, delta.device)
-    checks.dtype_code(OP, "grad", grad)
-    if checks.compute_dtype(grad.dtype) != delta.dtype:
-        raise TypeError(f"{OP}: grad is {grad.dtype}, which does not go with a delta of {delta.dtype}")
+    checks.goes_with(OP, "grad", grad, delta)
     checks.rows(OP, "grad", grad)
     count, rows = ids.numel(), delta.shape[0]
     if grad.shape != (count, delta.shape[1]):

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastadv import native
 from fastadv.native.ascend import ascend as native_ascend
-from fastadv.ops.dispatch import Backend, Op
+from fastadv.ops.dispatch import Backend, Op, in_place
 from fastadv.ops.gather_perturb import eager as gather
 
 DIRECTIONS = ("l2", "sign", "max")
@@ -124,24 +124,6 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(dim=1, keepdim=True)
 
 
-def fake(
-    delta: Tensor,
-    grad: Tensor,
-    mask: Tensor | None,
-    skipped: Tensor,
-    step_size: float,
-    epsilon: float | None,
-    direction: str,
-    ball: str,
-    group: int,
-    weight: Tensor | None = None,
-    ids: Tensor | None = None,
-    slot: Tensor | None = None,
-    embedded: Tensor | None = None,
-) -> None:
-    """In place: nothing to say about shapes."""
-
-
 _reason = native.reason()
 OP = Op(
     "ascend",
@@ -149,7 +131,7 @@ OP = Op(
     "str direction, str ball, int group, "
     "Tensor? weight=None, Tensor? ids=None, Tensor? slot=None, Tensor(c!)? embedded=None) -> ()",
     eager=eager,
-    fake=fake,
+    fake=in_place,
     backends=[Backend("C++", "cpu", None if _reason else native_ascend, _reason)],
 )
 

@@ -25,7 +25,7 @@ class Backend(NamedTuple):
 
 
 class Status(NamedTuple):
-    """One line of `python -m fastadv`."""
+    """What is there for one op on one kind of device."""
 
     op: str
     device: str
@@ -91,6 +91,10 @@ class Op:
 OPS: list[Op] = []
 
 
+def in_place(*arguments: Any) -> None:
+    """The fake version of an op that returns nothing: there is nothing to say about shapes."""
+
+
 def report() -> list[Status]:
     """What is there for every op."""
     return [row for op in OPS for row in op.status()]
@@ -104,7 +108,7 @@ def require(fused: bool | None, device: str) -> None:
     """
     if not fused:
         return
-    lacking = [row for op in OPS for row in op.status() if row.device == device and not row.available]
+    lacking = [row for row in report() if row.device == device and not row.available]
     if lacking or device not in {name for op in OPS for name in op.device_types}:
         reasons = "; ".join(f"{row.op}: {row.reason}" for row in lacking)
         raise RuntimeError(

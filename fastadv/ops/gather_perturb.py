@@ -23,7 +23,7 @@ from torch import Tensor
 from fastadv import native
 from fastadv.native.gather_perturb import gather_perturb as native_gather_perturb
 from fastadv.native.gather_perturb import gather_perturb_backward as native_backward
-from fastadv.ops.dispatch import Backend, Op
+from fastadv.ops.dispatch import Backend, Op, in_place
 from fastadv.ops.segment_sum import Segments, rows_of
 
 
@@ -70,12 +70,6 @@ def eager_backward(
     table_grad.index_copy_(0, words, torch.where((words == padding_idx).unsqueeze(1), before, after))
 
 
-def fake_backward(
-    table_grad: Tensor, grads: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
-) -> None:
-    """In place: nothing to say about shapes."""
-
-
 _reason = native.reason()
 _unchecked = "compiled, but not yet checked on a GPU" if native.cuda_compiled() else "not compiled"
 OP = Op(
@@ -92,7 +86,7 @@ BACKWARD_OP = Op(
     "gather_perturb_backward",
     "(Tensor(a!) table_grad, Tensor[] grads, Tensor ids, Tensor order, Tensor starts, int padding_idx) -> ()",
     eager=eager_backward,
-    fake=fake_backward,
+    fake=in_place,
     backends=[
         Backend("C++", "cpu", None if _reason else native_backward, _reason),
         Backend("CUDA C++", "cuda", None, _unchecked),

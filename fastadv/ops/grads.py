@@ -20,7 +20,7 @@ from torch.autograd.graph import increment_version
 
 from fastadv import native
 from fastadv.native import grads as native_grads
-from fastadv.ops.dispatch import Backend, Op
+from fastadv.ops.dispatch import Backend, Op, in_place
 
 
 def eager_copy(into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -60,14 +60,10 @@ def _narrow(into: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
     eager_copy([one for one, _ in narrower], [other for _, other in narrower])
 
 
-def _fake(*arguments: Any) -> None:
-    """In place: nothing to say about shapes."""
-
-
 def _op(name: str, schema: str, eager: Callable[..., Any]) -> Op:
     why = native.reason()
     backend = Backend("C++", "cpu", None if why else getattr(native_grads, name), why)
-    return Op(name, schema, eager=eager, fake=_fake, backends=[backend])
+    return Op(name, schema, eager=eager, fake=in_place, backends=[backend])
 
 
 COPY = _op("grads_copy", "(Tensor(a!)[] into, Tensor[] sources) -> ()", eager_copy)

@@ -21,7 +21,7 @@ from torch import Tensor
 from fastadv import native
 from fastadv.native import rows as native_rows
 from fastadv.ops.ascend import BALLS, DIRECTIONS, _project, with_norm
-from fastadv.ops.dispatch import Backend, Op
+from fastadv.ops.dispatch import Backend, Op, in_place
 
 
 def eager_touched(table: Tensor) -> Tensor:
@@ -84,10 +84,6 @@ def _fake_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
     return table.new_empty((table.shape[0] if rows is None else rows.shape[0], table.shape[1]))
 
 
-def _fake_in_place(*arguments: Any) -> None:
-    """In place: nothing to say about shapes."""
-
-
 def _op(name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Op:
     why = native.reason()
     backend = Backend("C++", "cpu", None if why else getattr(native_rows, name), why)
@@ -96,13 +92,13 @@ def _op(name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., A
 
 TOUCHED = _op("rows_touched", "(Tensor table) -> Tensor", eager_touched, _fake_touched)
 BACK_UP = _op("rows_back_up", "(Tensor table, Tensor? rows) -> Tensor", eager_back_up, _fake_back_up)
-RESTORE = _op("rows_restore", "(Tensor(a!) table, Tensor saved, Tensor? rows) -> ()", eager_restore, _fake_in_place)
+RESTORE = _op("rows_restore", "(Tensor(a!) table, Tensor saved, Tensor? rows) -> ()", eager_restore, in_place)
 STEP = _op(
     "rows_step",
     "(Tensor(a!) table, Tensor grad, Tensor? saved, Tensor? rows, Tensor(b!) skipped, float step_size, "
     "float? epsilon, str direction, str ball, int group) -> ()",
     eager_step,
-    _fake_in_place,
+    in_place,
 )
 
 

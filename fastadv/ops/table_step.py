@@ -18,7 +18,7 @@ from fastadv import native
 from fastadv.native.table_step import table_step as native_table_step
 from fastadv.ops.ascend import check, check_embedding
 from fastadv.ops.ascend import eager as ascend
-from fastadv.ops.dispatch import Backend, Op
+from fastadv.ops.dispatch import Backend, Op, in_place
 from fastadv.ops.segment_sum import Segments, rows_of
 from fastadv.ops.segment_sum import eager as segment_sum
 
@@ -48,27 +48,6 @@ def eager(
     ascend(delta, room, None, skipped, *rule, weight, ids, slot.view(ids.shape), embedded)
 
 
-def fake(
-    delta: Tensor,
-    grad: Tensor,
-    skipped: Tensor,
-    step_size: float,
-    epsilon: float | None,
-    direction: str,
-    ball: str,
-    group: int,
-    slot: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    stops: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    embedded: Tensor,
-    room: Tensor,
-) -> None:
-    """In place: nothing to say about shapes."""
-
-
 _reason = native.reason()
 OP = Op(
     "table_step",
@@ -76,7 +55,7 @@ OP = Op(
     "int group, Tensor slot, Tensor order, Tensor starts, Tensor stops, Tensor weight, Tensor ids, "
     "Tensor(c!) embedded, Tensor(d!) room) -> ()",
     eager=eager,
-    fake=fake,
+    fake=in_place,
     backends=[Backend("C++", "cpu", None if _reason else native_table_step, _reason)],
 )
 
