@@ -7,11 +7,11 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastadv.methods import FGM, PGD, Method, StepResult
+from fastadv.methods import FGM, FGSM, PGD, YOPO, FreeAT, FreeLB, Method, StepResult, repeat
 
 try:
     __version__ = version("fastadv")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["FGM", "PGD", "Method", "StepResult", "__version__"]
+__all__ = ["FGM", "FGSM", "PGD", "YOPO", "FreeAT", "FreeLB", "Method", "StepResult", "__version__", "repeat"]

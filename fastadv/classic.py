@@ -13,6 +13,8 @@ copied, moved and put back. What `restore` puts back is bit for bit what was the
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,6 @@ from fastadv.engine.passes import Engine
 from fastadv.engine.rule import Rule
 from fastadv.ops.grads import Backup
 
-DIRECTION_AND_BALL = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}
 EMB_NAME = "word_embeddings"
 
 
@@ -33,6 +34,7 @@ class _Calls:
     epsilon: float | None
     step_size: float
     norm: str
+    norms: ClassVar[dict[str, tuple[str, str]]]
     scope: str
     _moved: dict[nn.Parameter, MovedTable] | None = None  # None: nothing is attacked
 
@@ -58,7 +60,7 @@ class _Calls:
         moving = _named(self.model, emb_name)
         if self._moved is None:
             self._moved = {}
-        rule = Rule(step_size, epsilon, DIRECTION_AND_BALL[self.norm][0], ball)
+        rule = Rule(step_size, epsilon, self.norms[self.norm][0], ball)
         for parameter in moving:
             if parameter.grad is not None:
                 table = self._moved.setdefault(parameter, MovedTable(parameter, self._fused))
@@ -150,7 +152,7 @@ class ClassicPGD(_Calls):
         if self._moved is None and not is_first_attack:
             raise RuntimeError("the first attack of a step must say is_first_attack=True")
         radius = self.epsilon if epsilon is None else epsilon
-        self._move(emb_name, self.step_size if alpha is None else alpha, radius, DIRECTION_AND_BALL[self.norm][1])
+        self._move(emb_name, self.step_size if alpha is None else alpha, radius, self.norms[self.norm][1])
 
     def backup_grad(self) -> None:
         """Copy every gradient there is (the script fails where one is None)."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +40,15 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether FSDP2 shards `model` or a part of it."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
 def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
     """The modules whose outputs carry the perturbation.
 
@@ -51,9 +61,9 @@ def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
     if choice is None:
         return [_default(model)]
     if isinstance(choice, (str, nn.Module)):
-        return [_chosen(model, choice)]
+        return [chosen(model, choice)]
     if isinstance(choice, Sequence) and choice:
-        return list(dict.fromkeys(_chosen(model, one) for one in choice))  # named twice, it is perturbed once
+        return list(dict.fromkeys(chosen(model, one) for one in choice))  # named twice, it is perturbed once
     raise TypeError(f"embedding= takes a module's name, a module, or a sequence of these, not {choice!r}")
 
 
@@ -83,11 +93,17 @@ def _ask(model: nn.Module) -> nn.Module | None:
     return answer if isinstance(answer, nn.Module) else None
 
 
-def _chosen(model: nn.Module, choice: str | nn.Module) -> nn.Module:
+def chosen(model: nn.Module, choice: object) -> nn.Module:
+    """The module that `choice` is, or the only one that it names.
+
+    Raises:
+        ValueError: none or several have that name; the message lists the candidates.
+        TypeError: it is neither a module nor a name.
+    """
     if isinstance(choice, nn.Module):
         return choice
     if not isinstance(choice, str):
-        raise TypeError(f"embedding= takes names and modules, not {choice!r}")
+        raise TypeError(f"a module or its name is needed, not {choice!r}")
     inner = unwrap(model)
     named: dict[str, nn.Module] = dict(inner.named_modules(remove_duplicate=False))  # a shared module has several names
     found = {choice: named[choice]} if choice in named else {}

@@ -48,7 +48,23 @@ class Interception:
         return (hidden.to(call.delta.dtype) + call.delta).to(hidden.dtype)
 
 
-class OutputHook(Interception):
+class NotCopied:
+    """A hook that copies and pickles of its model do not carry."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _pass_on
+
+    def __reduce__(self) -> Any:
+        # What unpickles in the hook's place: the standard library's own callable that takes anything and returns
+        # None, so that a saved model needs no fastadv to load.
+        return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+def _pass_on(*_: Any) -> None:
+    """The hook that a deep copy carries: it changes nothing."""
+
+
+class OutputHook(NotCopied, Interception):
     """The general case, a forward hook: output + delta. A tuple's first tensor is the one perturbed."""
 
     def __init__(self, module: nn.Module, index: int, site: Site) -> None:
@@ -66,18 +82,6 @@ class OutputHook(Interception):
         ids = first if isinstance(module, nn.Embedding) else None
         hidden = self.add(first_tensor(output), ids)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _pass_on
-
-    def __reduce__(self) -> Any:
-        # What unpickles in the hook's place: the standard library's own callable that takes anything and returns
-        # None, so that a saved model needs no fastadv to load.
-        return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-def _pass_on(*_: Any) -> None:
-    """The hook that a deep copy carries: it changes nothing."""
 
 
 class Lookup(Interception):

@@ -18,7 +18,7 @@ from fastadv.engine.moved_table import MovedTable
 from fastadv.engine.perturbation import Perturbation, mean_norm
 from fastadv.engine.rule import Rule
 from fastadv.engine.site import Site
-from fastadv.engine.start import Start
+from fastadv.engine.start import Draw
 
 
 class MovedTables(Perturbation):
@@ -46,7 +46,7 @@ class MovedTables(Perturbation):
         self.gradients = []
         self.tables = [MovedTable(weight, self.site.fused) for weight in self.weights]
 
-    def start(self, draw: Start, seed: int, call: Call) -> None:
+    def start(self, draw: Draw, seed: int, call: Call) -> None:
         """Never asked for: `Method` refuses it."""
         raise NotImplementedError
 

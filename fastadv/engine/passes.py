@@ -1,7 +1,7 @@
 """The three verbs of a step. A method is a schedule of them.
 
 descend  a full pass: accumulates the parameters' gradients, and leaves the perturbation's
-probe    computes the perturbation's gradient and nothing else
+probe    computes the perturbation's gradient and nothing else; `partial` does so through the first layers alone
 ascend   moves the perturbation up that gradient
 """
 
@@ -27,7 +27,8 @@ from fastadv.engine.perturbation import TABLE_SCOPES, Perturbation, PositionPert
 from fastadv.engine.rng import new_seed
 from fastadv.engine.rule import Rule
 from fastadv.engine.site import Masks, Site
-from fastadv.engine.start import Start
+from fastadv.engine.split import NOT_ON_THE_WAY, TOO_EARLY, Reached, Split, SplitChoice
+from fastadv.engine.start import Draw
 from fastadv.engine.table_gradients import TableGradients
 
 Closure = Callable[[], Any]
@@ -78,15 +79,17 @@ class Engine:
         self._watched = backward is not None  # what the user wrote may look at gradients as soon as it has run
         self.scaler = scaler
         self.tables = TableGradients(self.site)
+        self.sharded = embeddings.is_sharded(model)
         self.parallel = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), None)
         if self.parallel is not None and self.parallel.static_graph:
             raise ValueError(
                 "DistributedDataParallel(static_graph=True) expects the same backward in every pass, and the passes of "
                 "a step differ: wrap the model without static_graph"
             )
+        self.split: Split | None = None
         self.first: Pass | None = None
         self._busy = False
-        self._draw: Start | None = None
+        self._draw: Draw | None = None
         self._seed = 0
         entered = [] if self.perturbation.in_place else self.modules
         self._interceptions = [install(module, i, self.site) for i, module in enumerate(entered)]
@@ -98,11 +101,23 @@ class Engine:
             raise ValueError(f"scope={scope!r} needs an nn.Embedding; for another module's output use scope='sample'")
         return MovedTables(self.site, scope) if tied == "both" else TablePerturbation(self.site, scope)
 
+    def split_at(self, choice: SplitChoice) -> None:
+        """From now on partial passes can be run, which end at the output of that module."""
+        try:
+            if self.perturbation.in_place:
+                raise ValueError("tied='both' moves the output layer too, which a partial pass never reaches")
+            self.split = Split(self.model, choice, self.site)
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         """Take the interceptions out of the model."""
         for interception in self._interceptions:
             interception.remove()
         self._interceptions = []
+        if self.split is not None:
+            self.split.remove()
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +127,7 @@ class Engine:
     # The frame of a step
 
     @contextlib.contextmanager
-    def step(self, masks: Masks, start: Start | None = None) -> Iterator[None]:
+    def step(self, masks: Masks, start: Draw | None = None) -> Iterator[None]:
         """Everything inside is one step: it begins with no perturbation and, if it fails, leaves no trace.
 
         `start` is where `self.start()` will put the perturbation. Its seed is drawn now, before the state that
@@ -160,6 +175,7 @@ class Engine:
         with self.perturbation.watch(), self._synchronised(not more):
             output, loss = self._forward(closure)
             self._hand_over(loss if weight == 1 else loss * weight)
+        self._check_split()
         self.tables.collect(last=not more)
         return self._finish(output, loss)
 
@@ -184,8 +200,23 @@ class Engine:
                 if "Checkpointing is not compatible" in str(error):
                     raise RuntimeError(REENTRANT) from error
                 raise
+        self._check_split()
         self.perturbation.take(grads)
         return self._finish(output, loss)
+
+    def partial(self, closure: Closure) -> None:
+        """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""
+        split = self.split
+        assert split is not None and split.gradient is not None
+        self.site.probing = True
+        with self._synchronised(False), self._frozen():
+            hidden = self._up_to(split, closure)
+            leaves = self.perturbation.leaves()
+            grads = torch.autograd.grad(hidden, leaves, split.gradient, allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise RuntimeError(NOT_ON_THE_WAY.format(name=split.name))
+        self.perturbation.take(grads)
+        self.site.idle()
 
     def ascend(self, rule: Rule) -> None:
         """One step of the perturbation up the gradient that the last pass left."""
@@ -203,6 +234,19 @@ class Engine:
 
     # A pass
 
+    def _up_to(self, split: Split, closure: Closure) -> Tensor:
+        """The split's output. Under FSDP2 the whole forward runs: its modules must see the end of what they began."""
+        self.dropout.before_pass(self.device)
+        self.site.begin_pass()
+        split.begin_pass(partial=True, ends=not self.sharded)
+        with contextlib.suppress(Reached):
+            closure()
+        hidden = split.output()
+        if self.site.live and self.site.cursor < len(self.site.calls):
+            raise RuntimeError(TOO_EARLY.format(name=split.name, call=self.site.cursor + 1))
+        self.site.recomputing = True  # what runs the embedding from here on is a checkpoint
+        return hidden
+
     def _forward(self, closure: Closure) -> tuple[Any, Tensor]:
         site = self.site
         self.dropout.before_pass(self.device)
@@ -218,6 +262,12 @@ class Engine:
     def _enter_pass(self) -> None:
         if not self.perturbation.in_place:
             self.site.begin_pass()
+        if self.split is not None:
+            self.split.begin_pass()
+
+    def _check_split(self) -> None:
+        if self.split is not None:
+            self.split.check()
 
     def _check_calls(self) -> None:
         site = self.site

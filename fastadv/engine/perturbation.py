@@ -18,7 +18,7 @@ from fastadv.engine.groups import together
 from fastadv.engine.rng import apart
 from fastadv.engine.rule import Rule
 from fastadv.engine.site import Site
-from fastadv.engine.start import Start
+from fastadv.engine.start import Draw
 from fastadv.ops import ascend, segment_sum, table_step
 from fastadv.ops.ascend import l2_norm
 
@@ -43,7 +43,7 @@ class Perturbation:
     def reset(self) -> None:
         """Forget what an earlier ascent found."""
 
-    def start(self, draw: Start, seed: int, call: Call) -> None:
+    def start(self, draw: Draw, seed: int, call: Call) -> None:
         """Fill `call` with its start, drawn apart from the model's own random numbers."""
         raise NotImplementedError
 
@@ -87,10 +87,10 @@ class Perturbation:
 class PositionPerturbation(Perturbation):
     """Scopes "batch", "sample" and "token": each call of the embedding has a perturbation and a ball of its own."""
 
-    def start(self, draw: Start, seed: int, call: Call) -> None:
+    def start(self, draw: Draw, seed: int, call: Call) -> None:
         """Draw delta for every position."""
         index = next(i for i, other in enumerate(self.site.calls) if other is call)
-        fill(call.delta, draw, seed + index, call.mask)
+        fill(call.delta, draw, seed + index, call.mask, index)
 
     def ascend(self, rule: Rule) -> None:
         """Each call by itself."""
@@ -137,7 +137,7 @@ class TablePerturbation(Perturbation):
         """The next batch has other ids."""
         self.rows = None
 
-    def start(self, draw: Start, seed: int, call: Call) -> None:
+    def start(self, draw: Draw, seed: int, call: Call) -> None:
         """Draw r for every distinct id, as soon as the ids are known."""
         if call is not self.site.calls[0]:
             if len(self.site.grouped().slot) != sum(other.delta[..., 0].numel() for other in self.site.calls):
@@ -233,11 +233,11 @@ class Room:
 
 
 @torch.no_grad()
-def fill(delta: Tensor, draw: Start, seed: int, mask: Tensor | None) -> None:
-    """Put the start that `draw` gives into `delta`, zero where `mask` says that nothing is."""
+def fill(delta: Tensor, draw: Draw, seed: int, mask: Tensor | None, call: int = 0) -> None:
+    """Put the start that `draw` gives `call` into `delta`, zero where `mask` says that nothing is."""
     mask = torch.ones(delta.shape[:-1], dtype=torch.bool, device=delta.device) if mask is None else mask
     with apart(seed, delta.device):
-        drawn = draw(tuple(delta.shape), mask)
+        drawn = draw(tuple(delta.shape), mask, call)
     if not isinstance(drawn, Tensor) or drawn.shape != delta.shape:
         what = tuple(drawn.shape) if isinstance(drawn, Tensor) else drawn
         raise ValueError(f"random_start(shape, mask) must return a tensor of shape {tuple(delta.shape)}, not {what!r}")

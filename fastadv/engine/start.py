@@ -8,19 +8,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-Start = Callable[[tuple[int, ...], Tensor], Tensor]
+Start = Callable[[tuple[int, ...], Tensor], Tensor]  # the user's: shape and mask of one call of the embedding
 RandomStart = bool | float | Start
+Draw = Callable[[tuple[int, ...], Tensor, int], Tensor]  # the engine's: also which call it is
 
 
-def resolve(random_start: RandomStart, norm: str, epsilon: float | None) -> Start | None:
-    """The start as a function `(shape, mask) -> tensor`; None for zero.
+def resolve(random_start: RandomStart, norm: str, epsilon: float | None) -> Draw | None:
+    """The start as a function of shape, mask and call; None for zero.
 
     Raises:
         ValueError: `True` with no epsilon to take the magnitude from, or a magnitude that is negative or not finite.
         TypeError: anything else than a bool, a number or a callable.
     """
     if callable(random_start):
-        return random_start
+        return _of_any_call(random_start)
     if not isinstance(random_start, (bool, int, float)):
         raise TypeError(f"random_start takes True, False, a magnitude or a callable, not {random_start!r}")
     if random_start is True:
@@ -31,7 +32,11 @@ def resolve(random_start: RandomStart, norm: str, epsilon: float | None) -> Star
         raise ValueError(f"random_start must be a finite magnitude of at least 0, not {random_start}")
     if random_start == 0:
         return None
-    return _uniform_l2(random_start) if norm == "l2" else _uniform_linf(random_start)
+    return _of_any_call(_uniform_l2(random_start) if norm == "l2" else _uniform_linf(random_start))
+
+
+def _of_any_call(start: Start) -> Draw:
+    return lambda shape, mask, _: start(shape, mask)
 
 
 def _uniform_l2(magnitude: float) -> Start:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
@@ -16,11 +17,8 @@ from fastadv.engine.passes import Backward, Closure, Engine, Pass
 from fastadv.engine.perturbation import SCOPES, TABLE_SCOPES
 from fastadv.engine.rule import Rule
 from fastadv.engine.site import Masks
-from fastadv.engine.start import RandomStart, resolve
+from fastadv.engine.start import Draw, RandomStart, resolve
 from fastadv.ops import dispatch
-
-DIRECTION_AND_BALL = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}
-
 
 class StepResult(NamedTuple):
     """What `backward` saw, detached and still on the device: reading a number is what waits for it.
@@ -43,6 +41,9 @@ class Method:
     The arguments are described at `fastadv.PGD`.
     """
 
+    norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}  # direction, ball
+    replays: int = 1  # how many steps in a row see the same batch
+
     def __init__(
         self,
         model: nn.Module,
@@ -54,7 +55,6 @@ class Method:
         scope: str,
         random_start: RandomStart = False,
         embedding: EmbeddingChoice = None,
-        clean_weight: float = 1.0,
         adv_weight: float = 1.0,
         start_step: int = 0,
         every: int = 1,
@@ -67,7 +67,7 @@ class Method:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        one_of("norm", norm, DIRECTION_AND_BALL)
+        one_of("norm", norm, self.norms)
         one_of("scope", scope, SCOPES)
         one_of("dropout", dropout, MODES)
         one_of("tied", tied, ("lookup", "both"))
@@ -82,11 +82,11 @@ class Method:
         self.norm = norm
         self.scope = scope
         self.random_start = resolve(random_start, norm, self.epsilon)
-        self.clean_weight = number("clean_weight", clean_weight)
         self.adv_weight = number("adv_weight", adv_weight)
         self.start_step = whole("start_step", start_step, 0)
         self.every = whole("every", every, 1)
         self.attacked = 0
+        self.now = 0  # the step that is running, or ran last
         self._calls = 0
         self.model = model
         self._check_trainable()
@@ -125,9 +125,9 @@ class Method:
             Whatever the closure raises. In every case the model is left as it was.
         """
         self._check_trainable()
-        now = self._calls if step is None else step
-        attacking = now >= self.start_step and (now - self.start_step) % self.every == 0
-        with self.engine.step(mask, self.random_start):
+        self.now = self._calls if step is None else step
+        attacking = self.now >= self.start_step and (self.now - self.start_step) % self.every == 0
+        with self.engine.step(mask, self.draw()):
             result = self.run(closure, attack) if attacking else self._plain(closure)
         self._calls += 1
         self.attacked += attacking
@@ -149,6 +149,18 @@ class Method:
             self.climb(closure)
             self.engine.apply()
             yield
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the next step needs to know of the earlier ones; `load_state_dict` takes it back."""
+        return {"calls": torch.tensor(self._calls), "attacked": torch.tensor(self.attacked)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another run was when `state_dict` was called.
+
+        Raises:
+            KeyError: `state` is not of such a method.
+        """
+        self._calls, self.attacked = int(state["calls"]), int(state["attacked"])
 
     def close(self) -> None:
         """Take the method out of the model."""
@@ -190,19 +202,12 @@ class Method:
 
     def ascend(self) -> None:
         """One step up the last gradient, then onto the ball."""
-        direction, ball = DIRECTION_AND_BALL[self.norm]
+        direction, ball = self.norms[self.norm]
         self.engine.ascend(Rule(self.step_size, self.epsilon, direction, ball))
 
-    def clean(self, closure: Closure, attack: Closure | None) -> Pass | None:
-        """The clean pass, if it counts, and the gradient that the first ascent follows.
-
-        A clean pass gives that gradient too, unless the ascent begins elsewhere or follows another loss.
-        """
-        done = self.descend(closure, self.clean_weight, more=True) if self.clean_weight else None
-        if done is None or attack is not None or self.random_start is not None:
-            self.start()
-            self.probe(attack or closure)
-        return done
+    def draw(self) -> Draw | None:
+        """Where a training step's perturbation starts; None: at zero."""
+        return self.random_start
 
     def result(self, clean: Pass | None, adversarial: Pass) -> StepResult:
         """The step's result, from its clean pass (if there was one) and its last."""

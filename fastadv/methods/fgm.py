@@ -9,10 +9,10 @@ from torch import nn
 from fastadv.classic import ClassicFGM
 from fastadv.engine.passes import Closure
 from fastadv.engine.start import RandomStart
-from fastadv.methods.base import Method, StepResult
+from fastadv.methods.two_pass import TwoPass
 
 
-class FGM(ClassicFGM, Method):
+class FGM(ClassicFGM, TwoPass):
     r"""One step of length `epsilon` up the gradient, and training on what is found there.
 
     .. math:: r = \epsilon \, g / \lVert g \rVert, \qquad
@@ -68,13 +68,6 @@ class FGM(ClassicFGM, Method):
             random_start=random_start,
             **common,
         )
-
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
-        """Clean pass, one ascent, adversarial pass."""
-        clean = self.clean(closure, attack)  # the gradient at x
-        self.climb(attack or closure)
-        adversarial = self.descend(closure, self.adv_weight)  # accumulates onto the clean gradient
-        return self.result(clean, adversarial)
 
     def climb(self, target: Closure) -> None:  # noqa: ARG002
         """The one ascent: r = epsilon g / |g|."""

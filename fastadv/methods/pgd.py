@@ -9,10 +9,10 @@ from torch import nn
 from fastadv.classic import ClassicPGD
 from fastadv.engine.passes import Closure
 from fastadv.engine.start import RandomStart
-from fastadv.methods.base import Method, StepResult
+from fastadv.methods.two_pass import TwoPass
 
 
-class PGD(ClassicPGD, Method):
+class PGD(ClassicPGD, TwoPass):
     r"""K small steps up the gradient, each followed by a projection onto the epsilon ball.
 
     .. math:: r_{t+1} = \Pi_{\lVert r \rVert \le \epsilon}\big(r_t + \alpha \, g_t / \lVert g_t \rVert\big), \qquad
@@ -84,13 +84,6 @@ class PGD(ClassicPGD, Method):
             random_start=random_start,
             **common,
         )
-
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
-        """Clean pass, the climb, adversarial pass."""
-        clean = self.clean(closure, attack)  # the gradient at x
-        self.climb(attack or closure)
-        adversarial = self.descend(closure, self.adv_weight)  # accumulates onto the clean gradient
-        return self.result(clean, adversarial)
 
     def climb(self, target: Closure) -> None:
         """K ascents, with a probe between each two."""

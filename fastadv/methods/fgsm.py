@@ -1,0 +1,81 @@
+"""FGSM, the fast gradient sign method (Goodfellow et al. 2015, https://arxiv.org/abs/1412.6572)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fastadv.engine.passes import Closure
+from fastadv.engine.start import RandomStart
+from fastadv.methods.two_pass import TwoPass
+
+
+class FGSM(TwoPass):
+    r"""One step up the sign of the gradient, and training on what is found there.
+
+    .. math:: \delta = \Pi_{|\delta_i| \le \epsilon}\big(\delta_0 + \alpha \, \mathrm{sign}(g)\big), \qquad
+        \nabla = w_{clean} \nabla L(x) + w_{adv} \nabla L(x + \delta)
+
+    Two full passes a step. Every element of the perturbation moves alike, whatever its gradient's size: an l2 ball that
+    holds it has the radius epsilon * sqrt(length * D). With `random_start=True, clean_weight=0` it is FGSM-RS (Wong et
+    al. 2020, https://arxiv.org/abs/2001.03994): a start in U(-epsilon, epsilon), a step of 1.25 epsilon, and training on
+    the adversarial loss alone (1 probe, 1 full pass).
+
+    Perturbations are float32 (float64 for a float64 model), [B, T, D], in the embedding's own units.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        epsilon: the largest element of the perturbation. The default is the one that the sweep in docs/methods/fgsm.md
+            found to help.
+        step_size: length of the step, alpha; None: epsilon, or 1.25 epsilon with a random start.
+        scope: where the perturbation is: "sample", "token" or "batch" (one vector per position), "table" or "row" (one
+            per distinct token id). A step along the sign has no norm, so nothing else depends on it.
+        random_start: begin elsewhere than at zero. See `fastadv.PGD`.
+        clean_weight, adv_weight: weights of the clean and the adversarial gradient.
+        **common: the arguments that all methods take; see `fastadv.PGD`.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
+        RuntimeError: `fused=True` where not every op has a native backend.
+
+    Example:
+        >>> import fastadv, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+        >>> adv = fastadv.FGSM(model, epsilon=0.01)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
+        >>> round(float(adv.perturbation_norm), 4)
+        0.01
+    """
+
+    norms: ClassVar[dict[str, tuple[str, str]]] = {"linf": ("sign", "linf")}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epsilon: float = 0.002,
+        step_size: float | None = None,
+        scope: str = "sample",
+        random_start: RandomStart = False,
+        **common: Any,
+    ) -> None:
+        if epsilon is None:
+            raise ValueError("FGSM's step has length epsilon: it cannot be None")
+        if step_size is None:
+            step_size = epsilon if random_start is False else 1.25 * epsilon
+        super().__init__(
+            model,
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=1,
+            norm="linf",
+            scope=scope,
+            random_start=random_start,
+            **common,
+        )
+
+    def climb(self, target: Closure) -> None:  # noqa: ARG002
+        """The one ascent: delta = start + alpha sign(g), then clipped."""
+        self.ascend()

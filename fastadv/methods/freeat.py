@@ -1,0 +1,174 @@
+"""FreeAT, adversarial training for free (Shafahi et al. 2019, https://arxiv.org/abs/1904.12843)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastadv.engine.passes import Closure
+from fastadv.engine.slots import Slots
+from fastadv.engine.start import Draw, RandomStart
+from fastadv.methods.base import Method, StepResult, whole
+
+NO_STEP = (
+    "FreeAT: no parameter has changed since the last replay. One backward is one replay, and optimizer.step() belongs "
+    "after each (fastadv.repeat(loader, adv.replays) yields every batch that often). Where several micro-batches make one "
+    "optimizer step, say which: backward(closure, step=NUMBER_OF_THE_OPTIMIZER_STEP)"
+)
+
+
+class FreeAT(Method):
+    r"""One pass a step, whose gradient trains the model and moves the perturbation for the next step on the same batch.
+
+    .. math:: \nabla = w_{adv} \nabla L(x + \delta), \qquad \delta \leftarrow \Pi\big(\delta + \alpha \, d(g)\big)
+
+    Every batch is trained on `replays` times in a row, each replay with one `backward` and one optimizer step, so that an
+    epoch is as long as `replays` plain ones: train for that many fewer. `fastadv.repeat` replays batches;
+    `fastadv.integrations.transformers` does so by itself and divides the epochs.
+
+    The perturbation lives on across batches, by batch slot and position (`carry=True`, the paper's way: a batch begins
+    with what another one left), or begins anew with every batch (`carry=False`). A smaller batch uses the first slots; a
+    longer one finds zeros at its new positions; what is masked leaves its slot alone.
+
+    Perturbations are float32 (float64 for a float64 model), [B, T, D], in the embedding's own units.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        epsilon: radius of the ball that holds the perturbation after each step; None: no ball. The default is the one
+            that the sweep in docs/methods/freeat.md found to help.
+        step_size: length of one step, alpha; None: epsilon.
+        replays: how often each batch is trained on, m.
+        norm: "linf" (steps by alpha * sign(g)) or "l2".
+        scope: what the norm is over: "sample", "token" or "batch".
+        carry: whether a batch begins with the perturbation that the last one left.
+        random_start: with `carry=False`, where a batch begins. See `fastadv.PGD`.
+        dropout: the "same" masks in all passes of a step (it has one, or two with `attack=`), "fresh" ones, or "off".
+            Every replay draws its own.
+        **common: the arguments that all methods take; see `fastadv.PGD`.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
+        RuntimeError: `fused=True` where not every op has a native backend. In a step: a batch larger than any before
+            while a CUDA graph is captured.
+
+    Example:
+        >>> import fastadv, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> adv = fastadv.FreeAT(model, epsilon=0.01, replays=4)
+        >>> for ids in fastadv.repeat([torch.tensor([[1, 2, 3]])], adv.replays):
+        ...     result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> round(float(adv.perturbation_norm), 4)
+        0.01
+    """
+
+    replays: int = 4
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epsilon: float | None = 0.002,
+        step_size: float | None = None,
+        replays: int = 4,
+        norm: str = "linf",
+        scope: str = "sample",
+        carry: bool = True,
+        random_start: RandomStart = False,
+        dropout: str = "same",
+        **common: Any,
+    ) -> None:
+        if carry and random_start is not False:
+            raise ValueError("carry=True begins where the last batch ended: random_start needs carry=False")
+        if scope in ("table", "row"):
+            raise ValueError(
+                f"FreeAT keeps a perturbation per batch slot and position, and scope={scope!r} has one per token id: "
+                "use scope='sample', 'batch' or 'token'"
+            )
+        if step_size is None:
+            if epsilon is None:
+                raise ValueError("FreeAT's step_size is epsilon, which is None: give a step_size")
+            step_size = epsilon
+        self.replays = whole("replays", replays, 1)
+        self.carry = carry
+        super().__init__(
+            model,
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=1,
+            norm=norm,
+            scope=scope,
+            random_start=random_start,
+            dropout=dropout,
+            **common,
+        )
+        self.slots = Slots()
+        self._micro = 0  # which micro-batch of the optimizer step
+        self._last: int | None = None  # the last attacked step
+        self._trained = -1  # how far the parameters had changed by then
+
+    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+        """One replay: a pass at the perturbation as it is, and the perturbation's next step."""
+        self.start()
+        done = self.descend(closure, self.adv_weight)
+        if attack is not None:
+            self.probe(attack)
+        self.climb(attack or closure)
+        self._keep()
+        return self.result(None, done)
+
+    def climb(self, target: Closure) -> None:  # noqa: ARG002
+        """The one ascent of a replay."""
+        self.ascend()
+
+    def draw(self) -> Draw | None:
+        """The perturbation as the last replay left it; where the batch is new and `carry` is not set, a new start."""
+        if self.now != self._last:
+            self._check_trained()
+        if self._is_new():
+            return self.random_start
+        micro = self._next_micro()
+        return lambda shape, mask, call: self.slots.at((micro, call), shape, mask.device)
+
+    def _keep(self) -> None:
+        self._micro = self._next_micro()
+        if self._is_new():
+            self.slots.forget(self._micro)
+        for index, call in enumerate(self.engine.site.calls):
+            self.slots.keep((self._micro, index), call)
+        self._last, self._trained = self.now, self._changes()
+
+    def _is_new(self) -> bool:
+        """Whether the batch is one that no replay has seen, and that nothing is carried to."""
+        return not self.carry and self.now % self.replays == 0
+
+    def _next_micro(self) -> int:
+        return self._micro + 1 if self.now == self._last else 0
+
+    # Wrong use
+
+    def _check_trained(self) -> None:
+        """A scaler skips optimizer steps, so with one there is no telling."""
+        if self.engine.scaler is None and self._trained == self._changes():
+            warnings.warn(NO_STEP, stacklevel=4)
+
+    def _changes(self) -> int:
+        """How often parameters were written to, as autograd counts it."""
+        return sum(parameter._version for parameter in self.model.parameters())
+
+    # What a checkpoint needs
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What every method has, and the perturbation at every slot."""
+        return {**super().state_dict(), **self.slots.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another run was when `state_dict` was called."""
+        super().load_state_dict(state)
+        self.slots.load_state_dict(state, self.engine.device)
+        self._last = None

@@ -1,0 +1,106 @@
+"""FreeLB, free large-batch adversarial training (Zhu et al. 2020, https://arxiv.org/abs/1909.11764)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from fastadv.engine.passes import Closure, Pass
+from fastadv.engine.start import RandomStart
+from fastadv.methods.base import Method, StepResult
+
+
+class FreeLB(Method):
+    r"""K passes up the loss, and the mean of all their gradients: a batch K times as large, for one of its size.
+
+    .. math:: \delta_{t+1} = \Pi\big(\delta_t + \alpha \, g_t / \lVert g_t \rVert\big), \qquad
+        \nabla = \frac{w_{adv}}{K} \sum_{t=0}^{K-1} \nabla L(x + \delta_t)
+
+    K full passes and K - 1 ascents a step: the gradient that trains is also the one that the perturbation follows. There
+    is no clean pass, unless the start is zero, which makes the first pass one. `norm="linf"` steps by
+    alpha * g / max|g| (not the sign) and clips, each per sample.
+
+    Perturbations are float32 (float64 for a float64 model), [B, T, D], in the embedding's own units.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        epsilon: radius of the ball that holds the perturbation after each step; None: no ball.
+        step_size: length of one ascent step, alpha (the public code's `adv_lr`).
+        steps: number of passes, K (`adv_steps` of the code for transformers; one more than that of the code for fairseq).
+        norm: "l2" or "linf".
+        scope: what the norm is over: "sample", "token", "batch", "table", "row".
+        random_start: the start (`adv_init_mag`): a magnitude, of which l2 draws U(-1, 1) * magnitude / sqrt(length * D)
+            with each sample's true length, and linf U(-magnitude, magnitude); masked, not projected. False or 0: zero.
+        dropout: the "same" masks in all passes of a step (the paper's choice), "fresh" ones in each, or "off".
+        **common: the arguments that all methods take; see `fastadv.PGD`. `adv_weight` weighs the mean.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
+        RuntimeError: `fused=True` where not every op has a native backend.
+
+    Example:
+        >>> import fastadv, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+        >>> adv = fastadv.FreeLB(model, step_size=0.1, steps=3)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
+        >>> bool(result.adv_loss > result.loss)  # the last pass's loss, the mean over the three
+        True
+    """
+
+    norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("max", "linf")}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epsilon: float | None = None,
+        step_size: float = 0.1,
+        steps: int = 3,
+        norm: str = "l2",
+        scope: str = "sample",
+        random_start: RandomStart = 0.1,
+        dropout: str = "same",
+        **common: Any,
+    ) -> None:
+        super().__init__(
+            model,
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=steps,
+            norm=norm,
+            scope=scope,
+            random_start=random_start,
+            dropout=dropout,
+            **common,
+        )
+
+    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+        """K passes, with an ascent between each two; every gradient is kept."""
+        self.start()
+        passes: list[Pass] = []
+        for left in reversed(range(self.steps)):
+            passes.append(self.descend(closure, self.adv_weight / self.steps, more=left > 0))
+            if left and attack is not None:
+                self.probe(attack)
+            if left:
+                self.ascents(attack or closure)
+        return self._mean(passes)
+
+    def ascents(self, target: Closure) -> None:  # noqa: ARG002
+        """What happens between two passes: one ascent up the last gradient."""
+        self.ascend()
+
+    def climb(self, target: Closure) -> None:
+        """The ascents of a step, with a probe between each two."""
+        for left in reversed(range(self.steps - 1)):
+            self.ascents(target)
+            if left:
+                self.probe(target)
+
+    def _mean(self, passes: list[Pass]) -> StepResult:
+        """The first loss where it is the clean one, else the mean."""
+        clean = passes[0].loss if self.random_start is None else torch.stack([one.loss for one in passes]).mean()
+        return StepResult(clean, passes[-1].loss, passes[0].output)

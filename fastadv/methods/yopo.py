@@ -1,0 +1,94 @@
+"""YOPO, you only propagate once (Zhang et al. 2019, https://arxiv.org/abs/1905.00877)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+from fastadv.engine.passes import Closure
+from fastadv.engine.split import SplitChoice
+from fastadv.engine.start import RandomStart
+from fastadv.methods.base import whole
+from fastadv.methods.freelb import FreeLB
+
+
+class YOPO(FreeLB):
+    r"""FreeLB with n ascents between two passes, of which all but the first run the first layers alone.
+
+    .. math:: p = \frac{\partial L}{\partial h}\Big|_{h = f_0(x + \delta)}, \qquad
+        \delta \leftarrow \Pi\Big(\delta + \alpha \, d\big(\nabla_\delta \langle p, f_0(x + \delta) \rangle\big)\Big)
+        \ \text{n times}, \qquad \nabla = \frac{w_{adv}}{m} \sum_{j=1}^{m} \nabla L(x + \delta_j)
+
+    f_0 is the model up to `split`, p the gradient of its output in the last full pass, held while n ascents follow it. m
+    full passes a step and (m - 1)(n - 1) partial ones: the first of n ascents needs none, since there the full pass has
+    the same gradient already. A partial pass runs the closure and stops it at the split. With `inner_steps=1` this is
+    FreeLB. `norm="linf"` steps by alpha * sign(g) and clips.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        epsilon: radius of the ball that holds the perturbation after each step; None: no ball.
+        step_size: length of one ascent step, alpha.
+        steps: number of full passes, m.
+        inner_steps: number of ascents after each but the last, n.
+        split: the module whose output ends the partial passes, or its name; None: the first block of the model's
+            longest stack of layers.
+        norm: "l2" or "linf".
+        scope: what the norm is over: "sample", "token", "batch", "table", "row".
+        random_start: the start, as FreeLB has it. False or 0: zero.
+        dropout: the "same" masks in all passes of a step, "fresh" ones in each, or "off".
+        **common: the arguments that all methods take; see `fastadv.PGD`. `adv_weight` weighs the mean.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, an embedding or a split that cannot be found.
+        RuntimeError: `fused=True` where not every op has a native backend. In a step: the split never ran, the loss does
+            not depend on its output, or its output does not depend on the embedding.
+
+    Example:
+        >>> import fastadv, torch
+        >>> first, rest = torch.nn.Linear(4, 4), torch.nn.Linear(12, 1)
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), first, torch.nn.Tanh(), torch.nn.Flatten(), rest)
+        >>> adv = fastadv.YOPO(model, steps=3, inner_steps=3, split=first)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
+        >>> bool(result.adv_loss > result.loss)
+        True
+    """
+
+    norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epsilon: float | None = None,
+        step_size: float = 0.1,
+        steps: int = 3,
+        inner_steps: int = 3,
+        split: SplitChoice = None,
+        norm: str = "l2",
+        scope: str = "sample",
+        random_start: RandomStart = 0.1,
+        dropout: str = "same",
+        **common: Any,
+    ) -> None:
+        self.inner_steps = whole("inner_steps", inner_steps, 1)
+        super().__init__(
+            model,
+            epsilon=epsilon,
+            step_size=step_size,
+            steps=steps,
+            norm=norm,
+            scope=scope,
+            random_start=random_start,
+            dropout=dropout,
+            **common,
+        )
+        self.engine.split_at(split)
+
+    def ascents(self, target: Closure) -> None:
+        """n ascents; the first follows the gradient of the full pass, the others those of partial passes."""
+        self.ascend()
+        for _ in range(self.inner_steps - 1):
+            self.engine.partial(target)
+            self.ascend()
