@@ -71,18 +71,21 @@ def assert_close(got: Tensor, want: Tensor, tolerance: float, what: str) -> None
     assert error <= tolerance, f"{what}: relative error {error:.3g} > {tolerance:.3g}"
 
 
-def assert_gradients(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, floor: float = 1e-6) -> None:
+def assert_gradients(
+    got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float, floor: float = 1e-6, absolute: float = 0.0
+) -> None:
     """Every parameter by itself, so that a large one hides no small one.
 
     A gradient below `floor` of the whole is compared with that size instead of its own: the bias of an attention key
-    has the gradient zero, since softmax does not see it, and what computes to it is rounding.
+    has the gradient zero, since softmax does not see it, and what computes to it is rounding. `absolute` is an error
+    that any parameter may have besides.
     """
     assert got.keys() == want.keys()
     least = floor * total_norm(want)
     for name, target in want.items():
         error = float((got[name] - target).double().norm())
         size = max(float(target.double().norm()), least)
-        assert error <= tolerance * size, f"gradient of {name}: relative error {error / size:.3g} > {tolerance:.3g}"
+        assert error <= tolerance * size + absolute, f"gradient of {name}: relative error {error / size:.3g} > {tolerance:.3g}"
 
 
 def total_norm(tensors: dict[str, Tensor]) -> float:

@@ -12,17 +12,24 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate.utils import DistributedType  # type: ignore[import-untyped, unused-ignore]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped, unused-ignore]
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from fastadv.methods import Method, StepResult
+from fastadv.methods import Method, StepResult, repeat
 
 Adversary = Callable[[nn.Module], Method] | tuple[Callable[..., Method], Mapping[str, Any]]
 Masks = Tensor | list[Tensor | None] | None
@@ -40,6 +47,12 @@ class AdversarialMixin(_Trainer):
     count optimizer steps (`state.global_step`). The method is made when training begins, around the wrapped model (DDP,
     torch.compile, PEFT), and taken out of the model when training ends, with an error or without.
 
+    A method that trains on each batch several times in a row (`fastadv.FreeAT`) gets its replays: whole groups of
+    micro-batches, loaded once, come again for so many optimizer steps, and `num_train_epochs` counts replays, so that
+    the number of optimizer steps stays what it is without a method. Give such a method as a class with its arguments.
+    What a method knows of earlier steps is saved with every checkpoint (adversary.safetensors) and read when training
+    resumes from it.
+
     The Trainer's log gets `adv_loss` (scaled as `loss` is), `adv_norm` (mean norm of the perturbations) and
     `adv_skipped` (groups that took no step, since the start), read from the device once per logging interval.
 
@@ -54,25 +67,31 @@ class AdversarialMixin(_Trainer):
     Raises:
         TypeError: `adversary` is neither.
         ValueError: at the beginning of `train()`, where the backward cannot be run twice in a step (DeepSpeed, LOMO),
-            or the model is replicated in threads (`nn.DataParallel`).
+            the model is replicated in threads (`nn.DataParallel`), batches are to be replayed by a method that was
+            given as a callable, or there are fewer of them than one optimizer step accumulates.
     """
 
     adversary: Method | None = None
 
     def __init__(self, *args: Any, adversary: Adversary, **kwargs: Any) -> None:
-        self._make_adversary = _factory(adversary)
+        self._make_adversary, self._replays = _factory(adversary)
         self._tally = _Tally()
         self._adversarial_steps = 0
         self._attacking = False
+        self._resumed: Path | None = None
         super().__init__(*args, **kwargs)
-        self.add_callback(_Begin(self))
+        self.add_callback(_Events(self))
 
     # The method's life
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """`Trainer.train`; the model is left without an interception whatever happens."""
+        folder = resume_from_checkpoint
+        if folder is True:
+            folder = get_last_checkpoint(str(self.args.output_dir))
+        self._resumed = Path(folder) if folder else None
         try:
-            output = super().train(*args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
             self._warn_if_idle()
             return output
         finally:
@@ -93,9 +112,30 @@ class AdversarialMixin(_Trainer):
         if hasattr(method, "attach"):
             method.attach(self.optimizer)
         self.adversary = method
+        if method.replays != self._replays:
+            raise ValueError(
+                f"{type(method).__name__} trains on each batch {method.replays} times in a row, which the Trainer must know "
+                f"before it counts its steps: give adversary=(fastadv.{type(method).__name__}, {{...}}), not a callable"
+            )
+        state = self._state_file(self._resumed)
+        if state is not None and state.exists():
+            method.load_state_dict(load_file(state))
         self._tally = _Tally()
         self._adversarial_steps = 0
         self._attacking = True
+
+    def save_adversary(self) -> None:
+        """Put what the method knows of earlier steps beside the checkpoint that was just saved."""
+        checkpoint = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        state = self._state_file(checkpoint)
+        if self.adversary is not None and state is not None:
+            state.parent.mkdir(parents=True, exist_ok=True)
+            save_file(self.adversary.state_dict(), state)
+
+    def _state_file(self, checkpoint: Path | None) -> Path | None:
+        """Each process has its own part of every batch, and so its own state."""
+        process = f"-{self.args.process_index}" if self.args.world_size > 1 else ""
+        return None if checkpoint is None else checkpoint / f"adversary{process}.safetensors"
 
     def _warn_if_idle(self) -> None:
         if self._adversarial_steps and self.adversary is not None and not self.adversary.attacked:
@@ -104,6 +144,32 @@ class AdversarialMixin(_Trainer):
                 f"start_step={self.adversary.start_step} is not reached. This was plain training.",
                 stacklevel=3,
             )
+
+    # Replays
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """`Trainer.get_train_dataloader`, whose batches come as often as the method trains on each."""
+        loader = super().get_train_dataloader()
+        return loader if self._replays == 1 else ReplayLoader(loader, self._replays, self.args.gradient_accumulation_steps)
+
+    def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
+        """`Trainer.set_initial_training_values`, of as many epochs as the replays leave."""
+        if self._replays > 1:
+            args = copy.copy(args)
+            args.num_train_epochs /= self._replays
+        return super().set_initial_training_values(args, dataloader)
+
+    def num_examples(self, dataloader: Any) -> int:
+        """`Trainer.num_examples`; a replayed batch counts each time."""
+        if isinstance(dataloader, ReplayLoader):
+            return self._replays * super().num_examples(dataloader.dataset.loader)
+        return super().num_examples(dataloader)
+
+    def begin_epoch(self) -> None:
+        """Tell the loader inside, which draws its order by the epoch."""
+        loader = self.callback_handler.train_dataloader
+        if isinstance(loader, ReplayLoader):
+            loader.dataset.set_epoch(math.floor(self.state.epoch or 0))
 
     # The step
 
@@ -177,14 +243,71 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
     """`transformers.Trainer` that trains adversarially; see `AdversarialMixin` for `adversary=`."""
 
 
-class _Begin(TrainerCallback):
-    """The one event between the wrapping of the model and its first call."""
+class _Events(TrainerCallback):
+    """What the mixin has to know of the training's course."""
 
     def __init__(self, trainer: AdversarialMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The one event between the wrapping of the model and its first call."""
         self.trainer.begin_adversary()
+
+    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.begin_epoch()
+
+    def on_save(self, *_: Any, **__: Any) -> None:
+        self.trainer.save_adversary()
+
+
+class _Replayed(IterableDataset[Any]):
+    """A loader's batches, each group of them several times in a row, as a data set: what skips batches of a loader when
+    training resumes looks at its data set.
+    """
+
+    def __init__(self, loader: Any, replays: int, group: int) -> None:
+        self.loader = loader
+        self.replays = replays
+        self.group = group
+        try:
+            self._groups: int | None = len(loader) // group
+        except TypeError:  # an iterable data set
+            self._groups = None
+        if self._groups == 0:
+            raise ValueError(
+                f"gradient_accumulation_steps={group}, but an epoch has {len(loader)} batches: lower it, or batches cannot "
+                "be replayed in groups"
+            )
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(repeat(self.loader, self.replays, self.group)), self._batches())
+
+    def __len__(self) -> int:
+        batches = self._batches()
+        if batches is None:
+            raise TypeError("the loader has no length")
+        return batches
+
+    def _batches(self) -> int | None:
+        """Batches that do not fill a group are left out: their replays would share an optimizer step."""
+        return None if self._groups is None else self._groups * self.group * self.replays
+
+    def set_epoch(self, epoch: int) -> None:
+        if hasattr(self.loader, "set_epoch"):
+            self.loader.set_epoch(epoch)
+
+
+class ReplayLoader(DataLoader[Any]):
+    """A loader of batches that another has loaded and placed."""
+
+    def __init__(self, loader: Any, replays: int, group: int) -> None:
+        super().__init__(_Replayed(loader, replays, group), batch_size=None, collate_fn=_as_it_is)
+
+    dataset: _Replayed
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 class _Tally:
@@ -215,12 +338,13 @@ class _Tally:
         }
 
 
-def _factory(adversary: Adversary) -> Callable[[nn.Module], Method]:
+def _factory(adversary: Adversary) -> tuple[Callable[[nn.Module], Method], int]:
+    """What makes the method, and how often it trains on each batch in a row."""
     if callable(adversary) and not isinstance(adversary, tuple):
-        return adversary
+        return adversary, getattr(adversary, "replays", 1)
     if isinstance(adversary, tuple) and len(adversary) == 2 and callable(adversary[0]):
         build, arguments = adversary
-        return lambda model: build(model, **arguments)
+        return lambda model: build(model, **arguments), arguments.get("replays", getattr(build, "replays", 1))
     raise TypeError(
         "adversary= takes a method class with its arguments, (fastadv.FGM, {'epsilon': 0.1}), "
         f"or a callable that takes the model and returns a method, not {adversary!r}"

@@ -1,11 +1,15 @@
 """The eager reference: the published pseudocode, line by line, in plain PyTorch, one file per method.
 
-It is what the tests and the benchmarks compare with, so it does what the classic scripts do, on the embedding table
-itself: it clones the whole table, moves the weight in place, and keeps copies of the gradients. Nothing in the package
-imports it.
+It is what the tests and the benchmarks compare with. FGM and PGD do what the classic scripts do, on the embedding table
+itself: they clone the whole table, move the weight in place, and keep copies of the gradients. The others add a
+perturbation to what was looked up, by a hook. Nothing in the package imports this.
 """
 
 from fastadv.reference.fgm import FGM, fgm
+from fastadv.reference.fgsm import fgsm
+from fastadv.reference.freeat import FreeAT
+from fastadv.reference.freelb import freelb
 from fastadv.reference.pgd import PGD, pgd
+from fastadv.reference.yopo import yopo
 
-__all__ = ["FGM", "PGD", "fgm", "pgd"]
+__all__ = ["FGM", "PGD", "FreeAT", "fgm", "fgsm", "freelb", "pgd", "yopo"]
