@@ -85,7 +85,8 @@ def assert_gradients(
     for name, target in want.items():
         error = float((got[name] - target).double().norm())
         size = max(float(target.double().norm()), least)
-        assert error <= tolerance * size + absolute, f"gradient of {name}: relative error {error / size:.3g} > {tolerance:.3g}"
+        found = f"gradient of {name}: relative error {error / size:.3g} > {tolerance:.3g}"
+        assert error <= tolerance * size + absolute, found
 
 
 def total_norm(tensors: dict[str, Tensor]) -> float:

@@ -15,15 +15,15 @@ SplitChoice = str | nn.Module | None
 
 NEVER_RAN = "the split ({name}) never ran: choose a module that the closure's forward calls, split=NAME or split=MODULE"
 NO_GRADIENT = (
-    "the loss does not depend on the output of the split ({name}): does it run after the loss, under no_grad, or beside "
-    "what the loss is computed from? Choose a module between the embedding and the loss"
+    "the loss does not depend on the output of the split ({name}): does it run after the loss, under no_grad, or "
+    "beside what the loss is computed from? Choose a module between the embedding and the loss"
 )
 NOT_ON_THE_WAY = (
     "the output of the split ({name}) does not depend on the perturbed embedding: choose a module that runs after it"
 )
 TOO_EARLY = (
-    "the split ({name}) runs before the embedding's call {call} (an encoder and a decoder share it?), and a partial pass "
-    "would never reach that: perturb one embedding, embedding=NAME, or choose a split after its last call"
+    "the split ({name}) runs before the embedding's call {call} (an encoder and a decoder share it?), and a partial "
+    "pass would never reach that: perturb one embedding, embedding=NAME, or choose a split after its last call"
 )
 
 
@@ -108,7 +108,7 @@ def _default(model: nn.Module) -> nn.Module:
     stacks = [part for part in unwrap(model).modules() if isinstance(part, nn.ModuleList) and len(part) > 0]
     if not stacks:
         raise ValueError(
-            f"{type(unwrap(model)).__name__} has no stack of layers (nn.ModuleList) whose first block could be the split: "
-            "say where partial passes end, split=NAME or split=MODULE"
+            f"{type(unwrap(model)).__name__} has no stack of layers (nn.ModuleList) whose first block could be the "
+            "split: say where partial passes end, split=NAME or split=MODULE"
         )
     return max(stacks, key=len)[0]  # the first of those

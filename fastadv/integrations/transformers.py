@@ -88,7 +88,7 @@ class AdversarialMixin(_Trainer):
         """`Trainer.train`; the model is left without an interception whatever happens."""
         folder = resume_from_checkpoint
         if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))
+            folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call, unused-ignore]
         self._resumed = Path(folder) if folder else None
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -114,8 +114,9 @@ class AdversarialMixin(_Trainer):
         self.adversary = method
         if method.replays != self._replays:
             raise ValueError(
-                f"{type(method).__name__} trains on each batch {method.replays} times in a row, which the Trainer must know "
-                f"before it counts its steps: give adversary=(fastadv.{type(method).__name__}, {{...}}), not a callable"
+                f"{type(method).__name__} trains on each batch {method.replays} times in a row, which the Trainer "
+                f"must know before it counts its steps: give adversary=(fastadv.{type(method).__name__}, {{...}}), "
+                "not a callable"
             )
         state = self._state_file(self._resumed)
         if state is not None and state.exists():
@@ -150,7 +151,9 @@ class AdversarialMixin(_Trainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """`Trainer.get_train_dataloader`, whose batches come as often as the method trains on each."""
         loader = super().get_train_dataloader()
-        return loader if self._replays == 1 else ReplayLoader(loader, self._replays, self.args.gradient_accumulation_steps)
+        if self._replays == 1:
+            return loader
+        return ReplayLoader(loader, self._replays, self.args.gradient_accumulation_steps)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
         """`Trainer.set_initial_training_values`, of as many epochs as the replays leave."""
@@ -275,8 +278,8 @@ class _Replayed(IterableDataset[Any]):
             self._groups = None
         if self._groups == 0:
             raise ValueError(
-                f"gradient_accumulation_steps={group}, but an epoch has {len(loader)} batches: lower it, or batches cannot "
-                "be replayed in groups"
+                f"gradient_accumulation_steps={group}, but an epoch has {len(loader)} batches: lower it, or batches "
+                "cannot be replayed in groups"
             )
 
     def __iter__(self) -> Iterator[Any]:

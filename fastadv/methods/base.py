@@ -20,6 +20,7 @@ from fastadv.engine.site import Masks
 from fastadv.engine.start import Draw, RandomStart, resolve
 from fastadv.ops import dispatch
 
+
 class StepResult(NamedTuple):
     """What `backward` saw, detached and still on the device: reading a number is what waits for it.
 

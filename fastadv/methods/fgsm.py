@@ -19,8 +19,8 @@ class FGSM(TwoPass):
 
     Two full passes a step. Every element of the perturbation moves alike, whatever its gradient's size: an l2 ball that
     holds it has the radius epsilon * sqrt(length * D). With `random_start=True, clean_weight=0` it is FGSM-RS (Wong et
-    al. 2020, https://arxiv.org/abs/2001.03994): a start in U(-epsilon, epsilon), a step of 1.25 epsilon, and training on
-    the adversarial loss alone (1 probe, 1 full pass).
+    al. 2020, https://arxiv.org/abs/2001.03994): a start in U(-epsilon, epsilon), a step of 1.25 epsilon, and training
+    on the adversarial loss alone (1 probe, 1 full pass).
 
     Perturbations are float32 (float64 for a float64 model), [B, T, D], in the embedding's own units.
 

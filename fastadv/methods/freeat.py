@@ -15,8 +15,8 @@ from fastadv.methods.base import Method, StepResult, whole
 
 NO_STEP = (
     "FreeAT: no parameter has changed since the last replay. One backward is one replay, and optimizer.step() belongs "
-    "after each (fastadv.repeat(loader, adv.replays) yields every batch that often). Where several micro-batches make one "
-    "optimizer step, say which: backward(closure, step=NUMBER_OF_THE_OPTIMIZER_STEP)"
+    "after each (fastadv.repeat(loader, adv.replays) yields every batch that often). Where several micro-batches make "
+    "one optimizer step, say which: backward(closure, step=NUMBER_OF_THE_OPTIMIZER_STEP)"
 )
 
 
@@ -25,13 +25,13 @@ class FreeAT(Method):
 
     .. math:: \nabla = w_{adv} \nabla L(x + \delta), \qquad \delta \leftarrow \Pi\big(\delta + \alpha \, d(g)\big)
 
-    Every batch is trained on `replays` times in a row, each replay with one `backward` and one optimizer step, so that an
-    epoch is as long as `replays` plain ones: train for that many fewer. `fastadv.repeat` replays batches;
+    Every batch is trained on `replays` times in a row, each replay with one `backward` and one optimizer step, so that
+    an epoch is as long as `replays` plain ones: train for that many fewer. `fastadv.repeat` replays batches;
     `fastadv.integrations.transformers` does so by itself and divides the epochs.
 
-    The perturbation lives on across batches, by batch slot and position (`carry=True`, the paper's way: a batch begins
-    with what another one left), or begins anew with every batch (`carry=False`). A smaller batch uses the first slots; a
-    longer one finds zeros at its new positions; what is masked leaves its slot alone.
+    The perturbation lives on across batches, by batch slot and position (`carry=True`, the paper's way: a batch
+    begins with what another one left), or begins anew with every batch (`carry=False`). A smaller batch uses the
+    first slots; a longer one finds zeros at its new positions; what is masked leaves its slot alone.
 
     Perturbations are float32 (float64 for a float64 model), [B, T, D], in the embedding's own units.
 

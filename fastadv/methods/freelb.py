@@ -18,8 +18,8 @@ class FreeLB(Method):
     .. math:: \delta_{t+1} = \Pi\big(\delta_t + \alpha \, g_t / \lVert g_t \rVert\big), \qquad
         \nabla = \frac{w_{adv}}{K} \sum_{t=0}^{K-1} \nabla L(x + \delta_t)
 
-    K full passes and K - 1 ascents a step: the gradient that trains is also the one that the perturbation follows. There
-    is no clean pass, unless the start is zero, which makes the first pass one. `norm="linf"` steps by
+    K full passes and K - 1 ascents a step: the gradient that trains is also the one that the perturbation follows.
+    There is no clean pass, unless the start is zero, which makes the first pass one. `norm="linf"` steps by
     alpha * g / max|g| (not the sign) and clips, each per sample.
 
     Perturbations are float32 (float64 for a float64 model), [B, T, D], in the embedding's own units.
@@ -28,7 +28,7 @@ class FreeLB(Method):
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
         epsilon: radius of the ball that holds the perturbation after each step; None: no ball.
         step_size: length of one ascent step, alpha (the public code's `adv_lr`).
-        steps: number of passes, K (`adv_steps` of the code for transformers; one more than that of the code for fairseq).
+        steps: number of passes, K (`adv_steps` of the code for transformers; one more than that of fairseq's).
         norm: "l2" or "linf".
         scope: what the norm is over: "sample", "token", "batch", "table", "row".
         random_start: the start (`adv_init_mag`): a magnitude, of which l2 draws U(-1, 1) * magnitude / sqrt(length * D)

@@ -12,7 +12,7 @@ Batch = TypeVar("Batch")
 
 
 class Repeated(Generic[Batch]):
-    """A loader whose batches come several times in a row. Everything else (its sampler, its data set) is the loader's."""
+    """A loader whose batches come several times in a row; all else (its sampler, its data set) is the loader's."""
 
     def __init__(self, loader: Iterable[Batch], replays: int, group: int) -> None:
         self.loader = loader

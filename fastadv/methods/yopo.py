@@ -20,10 +20,10 @@ class YOPO(FreeLB):
         \delta \leftarrow \Pi\Big(\delta + \alpha \, d\big(\nabla_\delta \langle p, f_0(x + \delta) \rangle\big)\Big)
         \ \text{n times}, \qquad \nabla = \frac{w_{adv}}{m} \sum_{j=1}^{m} \nabla L(x + \delta_j)
 
-    f_0 is the model up to `split`, p the gradient of its output in the last full pass, held while n ascents follow it. m
-    full passes a step and (m - 1)(n - 1) partial ones: the first of n ascents needs none, since there the full pass has
-    the same gradient already. A partial pass runs the closure and stops it at the split. With `inner_steps=1` this is
-    FreeLB. `norm="linf"` steps by alpha * sign(g) and clips.
+    f_0 is the model up to `split`, p the gradient of its output in the last full pass, held while n ascents follow it.
+    m full passes a step and (m - 1)(n - 1) partial ones: the first of n ascents needs none, since there the full pass
+    has the same gradient already. A partial pass runs the closure and stops it at the split. With `inner_steps=1` and
+    l2 norms this is FreeLB. `norm="linf"` steps by alpha * sign(g) and clips.
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
@@ -41,8 +41,8 @@ class YOPO(FreeLB):
 
     Raises:
         TypeError, ValueError: an argument that cannot be, an embedding or a split that cannot be found.
-        RuntimeError: `fused=True` where not every op has a native backend. In a step: the split never ran, the loss does
-            not depend on its output, or its output does not depend on the embedding.
+        RuntimeError: `fused=True` where not every op has a native backend. In a step: the split never ran, the loss
+            does not depend on its output, or its output does not depend on the embedding.
 
     Example:
         >>> import fastadv, torch
@@ -87,7 +87,7 @@ class YOPO(FreeLB):
         self.engine.split_at(split)
 
     def ascents(self, target: Closure) -> None:
-        """n ascents; the first follows the gradient of the full pass, the others those of partial passes."""
+        """The first of n ascents follows the gradient of the full pass, the others those of partial passes."""
         self.ascend()
         for _ in range(self.inner_steps - 1):
             self.engine.partial(target)

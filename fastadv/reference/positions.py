@@ -12,7 +12,7 @@ from torch import Tensor, nn
 @contextlib.contextmanager
 def perturbed(embedding: nn.Module, delta: Tensor) -> Iterator[None]:
     """Inside, the embedding returns what it looked up, plus `delta`."""
-    handle = embedding.register_forward_hook(lambda module, args, output: output + delta)
+    handle = embedding.register_forward_hook(lambda *call: call[-1] + delta)
     try:
         yield
     finally:
@@ -21,7 +21,8 @@ def perturbed(embedding: nn.Module, delta: Tensor) -> Iterator[None]:
 
 def l2_per_sample(x: Tensor) -> Tensor:
     """[B, 1, 1]: the norm of each sample's tokens and dimensions together."""
-    return torch.norm(x.flatten(1), dim=1).view(-1, 1, 1)
+    norms: Tensor = torch.norm(x.flatten(1), dim=1)
+    return norms.view(-1, 1, 1)
 
 
 def l2_step(delta: Tensor, grad: Tensor, step_size: float, epsilon: float | None) -> Tensor:

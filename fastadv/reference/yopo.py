@@ -1,8 +1,9 @@
 r"""YOPO on looked-up embeddings, split behind the first layer.
 
 .. math:: p = \nabla_h L(h), \ h = f_0(x + \delta), \qquad
-          \delta \leftarrow \Pi\big(\delta + \alpha \, g / \|g\|\big), \ g = \nabla_\delta \langle p, f_0(x + \delta) \rangle
-          \ \text{(n times)}, \qquad \text{gradient} = \frac{1}{m} \sum_j \nabla L(x + \delta_j)
+          \delta \leftarrow \Pi\big(\delta + \alpha \, g / \|g\|\big), \
+          g = \nabla_\delta \langle p, f_0(x + \delta) \rangle \ \text{(n times)}, \qquad
+          \text{gradient} = \frac{1}{m} \sum_j \nabla L(x + \delta_j)
 
 1. delta is the start
 2. for j in 0 .. m-1:
@@ -38,7 +39,7 @@ def yopo(
     """One training step's gradients, accumulated in `.grad`; returns the losses of the full passes."""
     step = l2_step if norm == "l2" else sign_step
     outputs: list[Tensor] = []
-    handle = first_layer.register_forward_hook(lambda module, args, output: outputs.append(_first(output)))
+    handle = first_layer.register_forward_hook(lambda *call: outputs.append(_first(call[-1])))
     delta, losses = start, []
     for j in range(steps):
         delta = delta.detach().requires_grad_()
@@ -49,6 +50,7 @@ def yopo(
             (loss / steps).backward()  # type: ignore[no-untyped-call]
         losses.append(loss.detach())
         p = outputs[0].grad
+        assert p is not None
         for _ in range(inner_steps if j < steps - 1 else 0):
             outputs.clear()
             delta = delta.detach().requires_grad_()

@@ -70,14 +70,19 @@ class Job:
         set_seed(seed)
         return model.build(self.model_path, self.samples.labels, self.settings.head_dropout)
 
-    def adversary(self, network: Any) -> Method:
-        """The method around a model.
+    @property
+    def adversary(self) -> tuple[type[Method], dict[str, Any]]:
+        """The method and its arguments, as `AdversarialTrainer` takes them."""
+        return self.method, self.method_arguments
+
+    def check_adversary(self, seed: int) -> None:
+        """Make the method once around the model that will be trained.
 
         Raises:
             UserError: the method refuses its arguments.
         """
         try:
-            return self.method(network, **self.method_arguments)
+            self.method(self.build(seed), **self.method_arguments).close()
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{self.method.__name__}: {error}") from None
 
@@ -121,8 +126,7 @@ def prepare(settings: Settings) -> Job:
         {**options.METHOD_DEFAULTS.get(settings.method.lower(), {}), **extra.method},
         extra.training,
     )
-    args = job.arguments(Path("unused"))
-    job.adversary(job.build(args.seed)).close()
+    job.check_adversary(job.arguments(Path("unused")).seed)
     return job
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import platform
 import statistics
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,7 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from fastadv.integrations.transformers import AdversarialMixin
-from fastadv.methods import Method
+from fastadv.integrations.transformers import AdversarialMixin, Adversary
 from fastadv.train.data import LengthGrouped, Tokens
 from fastadv.train.errors import Interrupted
 from fastadv.train.evaluate import Evaluator
@@ -59,7 +57,7 @@ def train(
     title: str,
     folder: Path,
     log: Path,
-    adversary: Callable[[nn.Module], Method] | None,
+    adversary: Adversary | None,
     *,
     resume: bool = False,
     **fixed: Any,

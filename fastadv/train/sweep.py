@@ -63,14 +63,15 @@ def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], output: 
 
 def _one(job: Job, name: str, arguments: dict[str, Any], seed: int) -> dict[str, Any]:
     title = label(name, arguments) + f", seed {seed}"
-    build = None
+    adversary = None
     if name != "plain":
-        mine = replace(job, method=options.method_class(name), method_arguments=arguments)
-        mine.adversary(job.build(seed)).close()
-        build = mine.adversary
+        full = {**options.METHOD_DEFAULTS.get(name, {}), **arguments}
+        mine = replace(job, method=options.method_class(name), method_arguments=full)
+        mine.check_adversary(seed)
+        adversary = mine.adversary
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        model, cost = phase.train(job, title, Path(folder), log, build, seed=seed, save_strategy="no")
+        model, cost = phase.train(job, title, Path(folder), log, adversary, seed=seed, save_strategy="no")
         accuracy = phase.measure(job, model)
     return {
         "method": name,

@@ -22,7 +22,7 @@ def micro_batches(count: int) -> list[dict[str, Tensor]]:
 
 
 def by_hand(model: Any, count: int, accumulate: int = 1, carry: bool = True, epochs: int = 1) -> list[int]:
-    """Every group of micro-batches twice, an optimizer step each time; each micro-batch of a group has its own slots."""
+    """Every group of micro-batches twice, an optimizer step each time; each micro-batch of a group has slots."""
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
     slots = [torch.zeros(2, 9, 32) for _ in range(accumulate)]
     order = []
@@ -69,7 +69,13 @@ def trainer_of(model: Any, folder: Path, rows: int = 10, **changes: Any) -> Adve
     """Shuffled, three replays of each batch, three data epochs."""
     args = arguments(
         folder,
-        **{"num_train_epochs": 9, "save_strategy": "steps", "save_steps": 1, "train_sampling_strategy": "random", **changes},
+        **{
+            "num_train_epochs": 9,
+            "save_strategy": "steps",
+            "save_steps": 1,
+            "train_sampling_strategy": "random",
+            **changes,
+        },
     )
     adversary = (fastadv.FreeAT, {"epsilon": 0.05, "replays": 3})
     return AdversarialTrainer(model=model, args=args, train_dataset=samples(rows), adversary=adversary)
@@ -136,9 +142,7 @@ def test_a_method_knows_its_steps_after_resuming(tmp_path: Path) -> None:
     """Also one without replays: `attacked` goes on counting."""
     adversary = (fastadv.FGM, {"epsilon": 0.1, "scope": "sample"})
     train(bert(), tmp_path, samples(8), adversary=adversary, save_strategy="steps", save_steps=3)
-    trainer = AdversarialTrainer(
-        model=bert(), args=arguments(tmp_path), train_dataset=samples(8), adversary=adversary
-    )
+    trainer = AdversarialTrainer(model=bert(), args=arguments(tmp_path), train_dataset=samples(8), adversary=adversary)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
     assert trainer.adversary.attacked == 4
