@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -38,15 +37,6 @@ def is_compiled(model: nn.Module) -> bool:
         "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
         for module in model.modules()
     )
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards `model` or a part of it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
@@ -93,8 +83,8 @@ def _ask(model: nn.Module) -> nn.Module | None:
     return answer if isinstance(answer, nn.Module) else None
 
 
-def chosen(model: nn.Module, choice: object) -> nn.Module:
-    """The module that `choice` is, or the only one that it names.
+def chosen(model: nn.Module, choice: object, option: str = "embedding") -> nn.Module:
+    """The module that `choice` is, or the only one that it names; `option` is what the user gave it as.
 
     Raises:
         ValueError: none or several have that name; the message lists the candidates.
@@ -103,7 +93,7 @@ def chosen(model: nn.Module, choice: object) -> nn.Module:
     if isinstance(choice, nn.Module):
         return choice
     if not isinstance(choice, str):
-        raise TypeError(f"a module or its name is needed, not {choice!r}")
+        raise TypeError(f"{option}= takes names and modules, not {choice!r}")
     inner = unwrap(model)
     named: dict[str, nn.Module] = dict(inner.named_modules(remove_duplicate=False))  # a shared module has several names
     found = {choice: named[choice]} if choice in named else {}
@@ -113,7 +103,8 @@ def chosen(model: nn.Module, choice: object) -> nn.Module:
     problem = f"several modules are called {choice!r}: {', '.join(found)}"
     if not found:
         problem = f"no module is called {choice!r}"
-    raise ValueError(f"{problem}. Give one full name. {_listed(inner)}")
+    known = _listed(inner) if option == "embedding" else "model.named_modules() has them all."
+    raise ValueError(f"{problem}. Give one full name. {known}")
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:

@@ -12,10 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
-from torch.nn.parallel import DistributedDataParallel
 
 from fastadv.engine import embedding as embeddings
 from fastadv.engine.dropout import Dropout
@@ -30,6 +28,7 @@ from fastadv.engine.site import Masks, Site
 from fastadv.engine.split import NOT_ON_THE_WAY, TOO_EARLY, Reached, Split, SplitChoice
 from fastadv.engine.start import Draw
 from fastadv.engine.table_gradients import TableGradients
+from fastadv.engine.wrapping import Wrapping
 
 Closure = Callable[[], Any]
 Backward = Callable[[Tensor], Any]
@@ -70,8 +69,8 @@ class Engine:
     ) -> None:
         self.model = model
         self.modules = embeddings.find(model, embedding)
-        self.compiled = embeddings.is_compiled(model)
-        self.site = Site(self.modules, fused, by_row=scope in TABLE_SCOPES and not self.compiled)
+        self.wrapping = Wrapping(model)
+        self.site = Site(self.modules, fused, by_row=scope in TABLE_SCOPES and not self.wrapping.compiled)
         self.perturbation = self._scoped(scope, tied)
         self.guard = Guard(model, atomic, fused)
         self.dropout = Dropout(dropout)
@@ -79,13 +78,6 @@ class Engine:
         self._watched = backward is not None  # what the user wrote may look at gradients as soon as it has run
         self.scaler = scaler
         self.tables = TableGradients(self.site)
-        self.sharded = embeddings.is_sharded(model)
-        self.parallel = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), None)
-        if self.parallel is not None and self.parallel.static_graph:
-            raise ValueError(
-                "DistributedDataParallel(static_graph=True) expects the same backward in every pass, and the passes of "
-                "a step differ: wrap the model without static_graph"
-            )
         self.split: Split | None = None
         self.first: Pass | None = None
         self._busy = False
@@ -141,7 +133,7 @@ class Engine:
             with self.guard(device), self.dropout.step(self.model):
                 self.site.begin(masks)
                 self.perturbation.begin()
-                self.tables.begin(watched=self._watched or self._reduced())
+                self.tables.begin(watched=self._watched or self.wrapping.reduces())
                 self._draw, self._seed = start, 0 if start is None else new_seed()
                 yield
         finally:
@@ -172,7 +164,7 @@ class Engine:
     def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
         """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet."""
         self.site.own = self.tables.own
-        with self.perturbation.watch(), self._synchronised(not more):
+        with self.perturbation.watch(), self.wrapping.synchronised(not more):
             output, loss = self._forward(closure)
             self._hand_over(loss if weight == 1 else loss * weight)
         self._check_split()
@@ -190,7 +182,7 @@ class Engine:
     def probe(self, closure: Closure) -> Pass:
         """The perturbation's gradient, and nothing in any `.grad`."""
         self.site.probing = True  # autograd would compute the tables' gradients and throw them away
-        with self._synchronised(False), self._frozen():
+        with self._quiet():
             output, loss = self._forward(closure)
             leaves = self.perturbation.leaves()
             scaled = loss if self.scaler is None else self.scaler.scale(loss)
@@ -209,7 +201,7 @@ class Engine:
         split = self.split
         assert split is not None and split.gradient is not None
         self.site.probing = True
-        with self._synchronised(False), self._frozen():
+        with self._quiet():
             hidden = self._up_to(split, closure)
             leaves = self.perturbation.leaves()
             grads = torch.autograd.grad(hidden, leaves, split.gradient, allow_unused=True)
@@ -234,11 +226,17 @@ class Engine:
 
     # A pass
 
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """For a backward that is about the perturbation alone."""
+        with self.wrapping.synchronised(False), self.wrapping.frozen(self.perturbation.leaves):
+            yield
+
     def _up_to(self, split: Split, closure: Closure) -> Tensor:
         """The split's output. Under FSDP2 the whole forward runs: its modules must see the end of what they began."""
         self.dropout.before_pass(self.device)
         self.site.begin_pass()
-        split.begin_pass(partial=True, ends=not self.sharded)
+        split.begin_pass(partial=True, ends=not self.wrapping.sharded)
         with contextlib.suppress(Reached):
             closure()
         hidden = split.output()
@@ -251,7 +249,8 @@ class Engine:
         site = self.site
         self.dropout.before_pass(self.device)
         self._enter_pass()
-        with self._eagerly_if_unknown():
+        # Once, if no mask is given: this pass finds out the shape.
+        with self.wrapping.eagerly(not site.calls and not self.perturbation.in_place):
             output = closure()
         if site.live:
             self._check_calls()
@@ -294,40 +293,3 @@ class Engine:
         done = Pass(loss.detach(), detached(output))
         self.first = self.first or done
         return done
-
-    # What surrounds a pass
-
-    def _reduced(self) -> bool:
-        """Whether gradients are reduced over processes, by hooks that wait for each parameter's."""
-        grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return grouped or self.parallel is not None
-
-    def _synchronised(self, reduce: bool) -> contextlib.AbstractContextManager[Any]:
-        """Under DDP, gradients are reduced in the last full pass alone."""
-        if reduce or self.parallel is None:
-            return contextlib.nullcontext()
-        quiet: contextlib.AbstractContextManager[Any] = self.parallel.no_sync()
-        return quiet
-
-    @contextlib.contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """A compiled backward computes every gradient it was compiled for: ask for no parameter's."""
-        if not self.compiled or self.parallel is not None:
-            yield
-            return
-        wanted = {id(leaf) for leaf in self.perturbation.leaves()}
-        thawed = [p for p in self.model.parameters() if p.requires_grad and id(p) not in wanted]
-        for parameter in thawed:
-            parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in thawed:
-                parameter.requires_grad_(True)
-
-    def _eagerly_if_unknown(self) -> contextlib.AbstractContextManager[Any]:
-        """A compiled model runs eagerly in the one pass that finds out the shape (never, if a mask is given)."""
-        if self.compiled and not self.site.calls and not self.perturbation.in_place:
-            eagerly: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
-            return eagerly
-        return contextlib.nullcontext()

@@ -38,7 +38,7 @@ class Split(NotCopied):
     """
 
     def __init__(self, model: nn.Module, choice: SplitChoice, site: Site) -> None:
-        self.module = _default(model) if choice is None else chosen(model, choice)
+        self.module = _default(model) if choice is None else chosen(model, choice, "split")
         self.name = next((name for name, part in unwrap(model).named_modules() if part is self.module), "split")
         if any(self.module is embedding for embedding in site.modules):
             raise ValueError(

@@ -15,21 +15,21 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from accelerate.utils import DistributedType  # type: ignore[import-untyped, unused-ignore]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped, unused-ignore]
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from fastadv.methods import Method, StepResult, repeat
+from fastadv.integrations.replay_loader import ReplayLoader
+from fastadv.integrations.tally import Tally
+from fastadv.methods import Method
 
 Adversary = Callable[[nn.Module], Method] | tuple[Callable[..., Method], Mapping[str, Any]]
 Masks = Tensor | list[Tensor | None] | None
@@ -75,7 +75,7 @@ class AdversarialMixin(_Trainer):
 
     def __init__(self, *args: Any, adversary: Adversary, **kwargs: Any) -> None:
         self._make_adversary, self._replays = _factory(adversary)
-        self._tally = _Tally()
+        self._tally = Tally()
         self._adversarial_steps = 0
         self._attacking = False
         self._resumed: Path | None = None
@@ -121,7 +121,7 @@ class AdversarialMixin(_Trainer):
         state = self._state_file(self._resumed)
         if state is not None and state.exists():
             method.load_state_dict(load_file(state))
-        self._tally = _Tally()
+        self._tally = Tally()
         self._adversarial_steps = 0
         self._attacking = True
 
@@ -238,7 +238,7 @@ class AdversarialMixin(_Trainer):
         """`Trainer.log`, with the adversarial numbers of the interval."""
         if "loss" in logs and self.adversary is not None and self._tally.steps:
             logs.update(self._tally.read(self.accelerator, self.adversary))
-            self._tally = _Tally()
+            self._tally = Tally()
         super().log(logs, start_time)
 
 
@@ -261,84 +261,6 @@ class _Events(TrainerCallback):
 
     def on_save(self, *_: Any, **__: Any) -> None:
         self.trainer.save_adversary()
-
-
-class _Replayed(IterableDataset[Any]):
-    """A loader's batches, each group of them several times in a row, as a data set: what skips batches of a loader when
-    training resumes looks at its data set.
-    """
-
-    def __init__(self, loader: Any, replays: int, group: int) -> None:
-        self.loader = loader
-        self.replays = replays
-        self.group = group
-        try:
-            self._groups: int | None = len(loader) // group
-        except TypeError:  # an iterable data set
-            self._groups = None
-        if self._groups == 0:
-            raise ValueError(
-                f"gradient_accumulation_steps={group}, but an epoch has {len(loader)} batches: lower it, or batches "
-                "cannot be replayed in groups"
-            )
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(iter(repeat(self.loader, self.replays, self.group)), self._batches())
-
-    def __len__(self) -> int:
-        batches = self._batches()
-        if batches is None:
-            raise TypeError("the loader has no length")
-        return batches
-
-    def _batches(self) -> int | None:
-        """Batches that do not fill a group are left out: their replays would share an optimizer step."""
-        return None if self._groups is None else self._groups * self.group * self.replays
-
-    def set_epoch(self, epoch: int) -> None:
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(epoch)
-
-
-class ReplayLoader(DataLoader[Any]):
-    """A loader of batches that another has loaded and placed."""
-
-    def __init__(self, loader: Any, replays: int, group: int) -> None:
-        super().__init__(_Replayed(loader, replays, group), batch_size=None, collate_fn=_as_it_is)
-
-    dataset: _Replayed
-
-
-def _as_it_is(batch: Any) -> Any:
-    return batch
-
-
-class _Tally:
-    """Sums over a logging interval, kept on the device."""
-
-    def __init__(self) -> None:
-        self.steps: set[int] = set()
-        self.passes = 0
-        self.sums: Tensor | None = None
-
-    def add(self, result: StepResult, method: Method, step: int) -> None:
-        if result.adv_loss is None:
-            return
-        values = torch.stack((result.adv_loss.float(), method.perturbation_norm.detach().float()))
-        self.sums = values if self.sums is None else self.sums + values
-        self.steps.add(step)
-        self.passes += 1
-
-    def read(self, accelerator: Any, method: Method) -> dict[str, float]:
-        """Means over the attacked steps (the loss is a sum over a step's micro-batches), and over processes."""
-        assert self.sums is not None
-        values = torch.cat((self.sums, method.skipped.float().reshape(1)))
-        loss, norm, skipped = accelerator.reduce(values, "mean").tolist()
-        return {
-            "adv_loss": loss / len(self.steps),
-            "adv_norm": norm / self.passes,
-            "adv_skipped": round(skipped * accelerator.num_processes),
-        }
 
 
 def _factory(adversary: Adversary) -> tuple[Callable[[nn.Module], Method], int]:

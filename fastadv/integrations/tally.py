@@ -1,0 +1,38 @@
+"""What a Trainer's log shows of the attacked steps between two lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.methods import Method, StepResult
+
+
+class Tally:
+    """Sums over a logging interval, kept on the device."""
+
+    def __init__(self) -> None:
+        self.steps: set[int] = set()
+        self.passes = 0
+        self.sums: Tensor | None = None
+
+    def add(self, result: StepResult, method: Method, step: int) -> None:
+        if result.adv_loss is None:
+            return
+        values = torch.stack((result.adv_loss.float(), method.perturbation_norm.detach().float()))
+        self.sums = values if self.sums is None else self.sums + values
+        self.steps.add(step)
+        self.passes += 1
+
+    def read(self, accelerator: Any, method: Method) -> dict[str, float]:
+        """Means over the attacked steps (the loss is a sum over a step's micro-batches), and over processes."""
+        assert self.sums is not None
+        values = torch.cat((self.sums, method.skipped.float().reshape(1)))
+        loss, norm, skipped = accelerator.reduce(values, "mean").tolist()
+        return {
+            "adv_loss": loss / len(self.steps),
+            "adv_norm": norm / self.passes,
+            "adv_skipped": round(skipped * accelerator.num_processes),
+        }
