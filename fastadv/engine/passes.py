@@ -134,7 +134,7 @@ class Engine:
                 self.site.begin(masks)
                 self.perturbation.begin()
                 self.tables.begin(watched=self._watched or self.wrapping.reduces())
-                self._draw, self._seed = start, 0 if start is None else new_seed()
+                self._draw, self._seed = start, new_seed() if start is not None and start.random else 0
                 yield
         finally:
             self._busy, self.first = False, None

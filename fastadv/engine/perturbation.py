@@ -236,8 +236,8 @@ class Room:
 def fill(delta: Tensor, draw: Draw, seed: int, mask: Tensor | None, call: int = 0) -> None:
     """Put the start that `draw` gives `call` into `delta`, zero where `mask` says that nothing is."""
     mask = torch.ones(delta.shape[:-1], dtype=torch.bool, device=delta.device) if mask is None else mask
-    with apart(seed, delta.device):
-        drawn = draw(tuple(delta.shape), mask, call)
+    with apart(seed, delta.device) if draw.random else contextlib.nullcontext():
+        drawn = draw.at(tuple(delta.shape), mask, call)
     if not isinstance(drawn, Tensor) or drawn.shape != delta.shape:
         what = tuple(drawn.shape) if isinstance(drawn, Tensor) else drawn
         raise ValueError(f"random_start(shape, mask) must return a tensor of shape {tuple(delta.shape)}, not {what!r}")

@@ -23,10 +23,12 @@ class Slots:
     def __init__(self) -> None:
         self.buffers: dict[Key, Tensor] = {}
 
-    def forget(self, micro: int) -> None:
+    def __contains__(self, key: Key) -> bool:
+        return key in self.buffers
+
+    def clear(self) -> None:
         """The next batch has nothing to do with what is here."""
-        for key in [key for key in self.buffers if key[0] == micro]:
-            del self.buffers[key]
+        self.buffers.clear()
 
     def at(self, key: Key, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """What lies at the slots of a batch of that shape: zeros where nothing does yet."""
@@ -52,7 +54,7 @@ class Slots:
         kept = self.buffers.get(key)
         if kept is not None and all(have >= need for have, need in zip(kept.shape, delta.shape, strict=True)):
             return kept
-        if delta.is_cuda and torch.cuda.is_current_stream_capturing():
+        if _captured(delta.device):
             raise RuntimeError(CAPTURED)
         larger = delta.shape if kept is None else map(max, kept.shape, delta.shape)
         self.buffers[key] = self.at(key, tuple(larger), delta.device).to(delta.dtype)
@@ -69,6 +71,10 @@ class Slots:
             if name.startswith("slots."):
                 _, micro, call = name.split(".")
                 self.buffers[int(micro), int(call)] = buffer.to(device, copy=True)
+
+
+def _captured(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _overlap(kept: Tensor, shape: tuple[int, ...]) -> tuple[slice, ...]:

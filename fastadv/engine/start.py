@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 Start = Callable[[tuple[int, ...], Tensor], Tensor]  # the user's: shape and mask of one call of the embedding
 RandomStart = bool | float | Start
-Draw = Callable[[tuple[int, ...], Tensor, int], Tensor]  # the engine's: also which call it is
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The engine's: a start by shape, mask and which call it is. What is not `random` moves no generator."""
+
+    at: Callable[[tuple[int, ...], Tensor, int], Tensor]
+    random: bool = True
 
 
 def resolve(random_start: RandomStart, norm: str, epsilon: float | None) -> Draw | None:
-    """The start as a function of shape, mask and call; None for zero.
+    """The start; None for zero.
 
     Raises:
         ValueError: `True` with no epsilon to take the magnitude from, or a magnitude that is negative or not finite.
@@ -36,7 +44,7 @@ def resolve(random_start: RandomStart, norm: str, epsilon: float | None) -> Draw
 
 
 def _of_any_call(start: Start) -> Draw:
-    return lambda shape, mask, _: start(shape, mask)
+    return Draw(lambda shape, mask, _: start(shape, mask))
 
 
 def _uniform_l2(magnitude: float) -> Start:

@@ -128,7 +128,7 @@ class Method:
         self._check_trainable()
         self.now = self._calls if step is None else step
         attacking = self.now >= self.start_step and (self.now - self.start_step) % self.every == 0
-        with self.engine.step(mask, self.draw()):
+        with self.engine.step(mask, self.draw() if attacking else None):
             result = self.run(closure, attack) if attacking else self._plain(closure)
         self._calls += 1
         self.attacked += attacking

@@ -8,6 +8,7 @@ from torch import nn
 
 from fastadv.engine.passes import Closure
 from fastadv.engine.start import RandomStart
+from fastadv.methods.base import number
 from fastadv.methods.two_pass import TwoPass
 
 
@@ -29,6 +30,7 @@ class FGSM(TwoPass):
         epsilon: the largest element of the perturbation. The default is the one that the sweep in docs/methods/fgsm.md
             found to help.
         step_size: length of the step, alpha; None: epsilon, or 1.25 epsilon with a random start.
+        norm: "linf"; the l2 twin of this method is `fastadv.FGM`.
         scope: where the perturbation is: "sample", "token" or "batch" (one vector per position), "table" or "row" (one
             per distinct token id). A step along the sign has no norm, so nothing else depends on it.
         random_start: begin elsewhere than at zero. See `fastadv.PGD`.
@@ -57,6 +59,7 @@ class FGSM(TwoPass):
         *,
         epsilon: float = 0.002,
         step_size: float | None = None,
+        norm: str = "linf",
         scope: str = "sample",
         random_start: RandomStart = False,
         **common: Any,
@@ -64,13 +67,13 @@ class FGSM(TwoPass):
         if epsilon is None:
             raise ValueError("FGSM's step has length epsilon: it cannot be None")
         if step_size is None:
-            step_size = epsilon if random_start is False else 1.25 * epsilon
+            step_size = number("epsilon", epsilon) * (1.25 if random_start else 1.0)
         super().__init__(
             model,
             epsilon=epsilon,
             step_size=step_size,
             steps=1,
-            norm="linf",
+            norm=norm,
             scope=scope,
             random_start=random_start,
             **common,

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastadv.engine.passes import Closure
@@ -83,7 +84,7 @@ class FreeAT(Method):
         dropout: str = "same",
         **common: Any,
     ) -> None:
-        if carry and random_start is not False:
+        if carry and random_start:
             raise ValueError("carry=True begins where the last batch ended: random_start needs carry=False")
         if scope in ("table", "row"):
             raise ValueError(
@@ -127,25 +128,21 @@ class FreeAT(Method):
         self.ascend()
 
     def draw(self) -> Draw | None:
-        """The perturbation as the last replay left it; where the batch is new and `carry` is not set, a new start."""
+        """The perturbation as the last replay left it; where nothing is left, a new start."""
         if self.now != self._last:
             self._check_trained()
-        if self._is_new():
-            return self.random_start
+        if not self.carry and self._last is not None and self.now // self.replays != self._last // self.replays:
+            self.slots.clear()  # another batch
         micro = self._next_micro()
-        return lambda shape, mask, call: self.slots.at((micro, call), shape, mask.device)
+        if (micro, 0) not in self.slots:
+            return self.random_start
+        return Draw(lambda shape, mask, call: self.slots.at((micro, call), shape, mask.device), random=False)
 
     def _keep(self) -> None:
         self._micro = self._next_micro()
-        if self._is_new():
-            self.slots.forget(self._micro)
         for index, call in enumerate(self.engine.site.calls):
             self.slots.keep((self._micro, index), call)
         self._last, self._trained = self.now, self._changes()
-
-    def _is_new(self) -> bool:
-        """Whether the batch is one that no replay has seen, and that nothing is carried to."""
-        return not self.carry and self.now % self.replays == 0
 
     def _next_micro(self) -> int:
         return self._micro + 1 if self.now == self._last else 0
@@ -164,11 +161,13 @@ class FreeAT(Method):
     # What a checkpoint needs
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What every method has, and the perturbation at every slot."""
-        return {**super().state_dict(), **self.slots.state_dict()}
+        """What every method has, where the replays stand, and the perturbation at every slot."""
+        place = {"last": torch.tensor(-1 if self._last is None else self._last), "micro": torch.tensor(self._micro)}
+        return {**super().state_dict(), **place, **self.slots.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another run was when `state_dict` was called."""
         super().load_state_dict(state)
+        last = int(state["last"])
+        self._last, self._micro, self._trained = None if last < 0 else last, int(state["micro"]), -1
         self.slots.load_state_dict(state, self.engine.device)
-        self._last = None

@@ -1,4 +1,4 @@
-"""Bad arguments of FGM and PGD get an error that says what to do, and nothing changes."""
+"""Bad arguments get an error that says what to do, and nothing changes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ import pytest
 from torch import nn
 
 import fastadv
+from tests.every import EVERY
 from tests.models import TinyModel
 from tests.support import batch, refused, seeded, snapshot
-
-METHODS = [fastadv.FGM, fastadv.PGD]
 
 
 def tiny() -> TinyModel:
@@ -28,19 +27,23 @@ NUMBERS = [
     pytest.param({"epsilon": math.inf}, ValueError, ["epsilon", "finite"], id="epsilon-inf"),
     pytest.param({"epsilon": "1"}, TypeError, ["epsilon", "number"], id="epsilon-str"),
     pytest.param({"epsilon": True}, TypeError, ["epsilon", "number"], id="epsilon-bool"),
-    pytest.param({"norm": "l1"}, ValueError, ["norm", "'l2'", "'linf'", "'l1'"], id="norm"),
+    pytest.param({"norm": "l1"}, ValueError, ["norm", "'linf'", "'l1'"], id="norm"),
     pytest.param({"scope": "sentence"}, ValueError, ["scope", "'table'", "'token'", "'sentence'"], id="scope"),
     pytest.param({"dropout": "none"}, ValueError, ["dropout", "'fresh'", "'same'", "'off'"], id="dropout"),
     pytest.param({"tied": "head"}, ValueError, ["tied", "'lookup'", "'both'"], id="tied"),
     pytest.param({"tied": "both", "scope": "sample"}, ValueError, ["tied='lookup'"], id="tied-both"),
-    pytest.param({"clean_weight": -0.5}, ValueError, ["clean_weight", "at least 0"], id="clean-weight"),
-    pytest.param({"clean_weight": math.nan}, ValueError, ["clean_weight", "finite"], id="clean-weight-nan"),
     pytest.param({"adv_weight": math.inf}, ValueError, ["adv_weight", "finite"], id="adv-weight-inf"),
     pytest.param({"every": 0}, ValueError, ["every", "at least 1"], id="every"),
     pytest.param({"start_step": -1}, ValueError, ["start_step", "at least 0"], id="start-step"),
+]
+STARTS = [
     pytest.param({"random_start": -0.1}, ValueError, ["random_start", "at least 0"], id="start-negative"),
     pytest.param({"random_start": math.nan}, ValueError, ["random_start", "finite"], id="start-nan"),
     pytest.param({"random_start": "yes"}, TypeError, ["random_start", "callable"], id="start-str"),
+]
+CLEAN = [
+    pytest.param({"clean_weight": -0.5}, ValueError, ["clean_weight", "at least 0"], id="clean-weight"),
+    pytest.param({"clean_weight": math.nan}, ValueError, ["clean_weight", "finite"], id="clean-weight-nan"),
 ]
 PGD_NUMBERS = [
     pytest.param({"step_size": -0.3}, ValueError, ["step_size", "at least 0"], id="step-size-negative"),
@@ -60,9 +63,56 @@ PGD_NUMBERS = [
 ]
 
 
+EACH = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
+
+
 @pytest.mark.parametrize(("options", "error", "phrases"), NUMBERS)
-@pytest.mark.parametrize("method", METHODS)
+@EACH
 def test_arguments(method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
+    model = tiny()
+    refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
+
+
+@pytest.mark.parametrize(("options", "error", "phrases"), STARTS)
+@pytest.mark.parametrize("name", EVERY)
+def test_starts(name: str, options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
+    model, more = tiny(), {"carry": False} if name == "freeat" else {}
+    refused(model, lambda: EVERY[name](model, embedding=model.word_embeddings, **more, **options), error, *phrases)
+
+
+@pytest.mark.parametrize(("options", "error", "phrases"), CLEAN)
+@pytest.mark.parametrize("method", [fastadv.FGSM, fastadv.FGM, fastadv.PGD])
+def test_clean_weights(method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
+    model = tiny()
+    refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "error", "phrases"),
+    [
+        (fastadv.FGM, {"epsilon": None}, ValueError, ["FGM", "epsilon"]),
+        (fastadv.FGSM, {"epsilon": None}, ValueError, ["FGSM", "epsilon"]),
+        (fastadv.FGSM, {"norm": "l2"}, ValueError, ["norm", "'linf'"]),
+        (fastadv.FGSM, {"epsilon": "1", "random_start": True}, TypeError, ["epsilon", "number"]),
+        (fastadv.FreeLB, {"steps": 0}, ValueError, ["steps", "at least 1"]),
+        (fastadv.FreeLB, {"random_start": True}, ValueError, ["random_start", "magnitude"]),
+        (fastadv.FreeLB, {"clean_weight": 0}, TypeError, ["clean_weight"]),
+        (fastadv.YOPO, {"steps": 0, "split": "ff1"}, ValueError, ["steps", "at least 1"]),
+        (fastadv.YOPO, {"inner_steps": 0, "split": "ff1"}, ValueError, ["inner_steps", "at least 1"]),
+        (fastadv.YOPO, {"inner_steps": 1.5, "split": "ff1"}, TypeError, ["inner_steps", "whole number"]),
+        (fastadv.YOPO, {"tied": "both", "scope": "table", "random_start": False, "split": "ff1"}, ValueError, ["tied"]),
+        (fastadv.FreeAT, {"replays": 0}, ValueError, ["replays", "at least 1"]),
+        (fastadv.FreeAT, {"replays": 2.5}, TypeError, ["replays", "whole number"]),
+        (fastadv.FreeAT, {"epsilon": None}, ValueError, ["step_size", "epsilon"]),
+        (fastadv.FreeAT, {"scope": "table"}, ValueError, ["scope='table'", "scope='sample'"]),
+        (fastadv.FreeAT, {"scope": "row"}, ValueError, ["scope='row'", "scope='sample'"]),
+        (fastadv.FreeAT, {"random_start": 0.1}, ValueError, ["carry=False", "random_start"]),
+    ],
+    ids=str,
+)
+def test_arguments_of_one_method(
+    method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]
+) -> None:
     model = tiny()
     refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
 
@@ -73,18 +123,13 @@ def test_arguments_of_pgd(options: dict[str, Any], error: type[Exception], phras
     refused(model, lambda: fastadv.PGD(model, embedding=model.word_embeddings, **options), error, *phrases)
 
 
-def test_fgm_needs_an_epsilon() -> None:
-    model = tiny()
-    refused(model, lambda: fastadv.FGM(model, embedding=model.word_embeddings, epsilon=None), ValueError, "epsilon")
-
-
-@pytest.mark.parametrize("method", METHODS)
+@EACH
 def test_an_unknown_argument_is_an_error(method: Any) -> None:
     model = tiny()
     refused(model, lambda: method(model, embedding=model.word_embeddings, radius=1.0), TypeError, "radius")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@EACH
 class TestEmbedding:
     """None, several, or not the one that was named: the candidates are listed."""
 

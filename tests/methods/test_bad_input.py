@@ -13,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastadv
 from fastadv.ops.dispatch import Backend
+from tests.every import EVERY, every_but
 from tests.models import TinyModel
 from tests.support import assert_unchanged, batch, refused, seeded, snapshot
-
-METHODS = [fastadv.FGM, fastadv.PGD]
 
 
 def tiny() -> TinyModel:
@@ -26,13 +25,13 @@ def tiny() -> TinyModel:
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 def test_a_frozen_model(method: Any) -> None:
     model = tiny().requires_grad_(False)
     refused(model, lambda: method(model, embedding=model.word_embeddings), ValueError, "frozen", "nfreeze")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 def test_a_model_frozen_later(method: Any) -> None:
     model = tiny()
     adv = method(model, embedding=model.word_embeddings)
@@ -43,13 +42,13 @@ def test_a_model_frozen_later(method: Any) -> None:
     assert_unchanged(model, before)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 def test_not_a_module(method: Any) -> None:
     with pytest.raises(TypeError, match="Module"):
         method(lambda ids: ids)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 def test_fused_true_says_what_is_missing(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         sys.modules["fastadv.ops.ascend"].OP, "backends", {"cpu": Backend("C++", "cpu", None, "no compiler found")}
@@ -105,11 +104,11 @@ def closures(model: TinyModel) -> dict[str, tuple[Callable[[], Any], type[Except
 
 
 @pytest.mark.parametrize("name", list(closures(tiny())))
-@pytest.mark.parametrize("clean_weight", [1.0, 0.0])
-@pytest.mark.parametrize("method", METHODS)
-def test_closures(method: Any, clean_weight: float, name: str) -> None:
+@pytest.mark.parametrize("method", [*EVERY, "fgm-last", "pgd-last"])
+def test_closures(method: str, name: str) -> None:
     model = tiny()
-    adv = method(model, embedding=model.word_embeddings, clean_weight=clean_weight)
+    options = {"clean_weight": 0} if method.endswith("-last") else {}
+    adv = EVERY[method.removesuffix("-last")](model, embedding=model.word_embeddings, **options)
     closure, error, phrases = closures(model)[name]
     refused(model, lambda: adv.backward(closure), error, *phrases)
     assert adv.attacked == 0
@@ -184,7 +183,7 @@ def test_reentrant_checkpointing(clean_weight: float, whole: bool) -> None:
 
 @pytest.mark.parametrize("shape", [(4, 5), (2, 7)], ids=str)
 @pytest.mark.parametrize("scope", ["table", "sample"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every_but("freeat").values(), ids=every_but("freeat"))
 def test_a_closure_that_runs_another_batch_in_another_pass(method: Any, scope: str, shape: tuple[int, int]) -> None:
     """A closure that draws from the loader: the perturbation of one batch says nothing about the next."""
     model = tiny()

@@ -20,6 +20,10 @@ METHODS: dict[str, tuple[int, Callable[..., Any]]] = {
     "fgm-sample": (2, lambda model, **o: fastadv.FGM(model, scope="sample", clean_weight=0, **o)),
     "pgd-table": (4, lambda model, **o: fastadv.PGD(model, **o)),
     "pgd-token": (4, lambda model, **o: fastadv.PGD(model, scope="token", clean_weight=0, random_start=True, **o)),
+    "fgsm-row": (2, lambda model, **o: fastadv.FGSM(model, scope="row", random_start=True, clean_weight=0, **o)),
+    "freeat-sample": (1, lambda model, **o: fastadv.FreeAT(model, **o)),
+    "freelb-sample": (3, lambda model, **o: fastadv.FreeLB(model, **o)),
+    "freelb-table": (3, lambda model, **o: fastadv.FreeLB(model, scope="table", norm="linf", **o)),
 }
 PASSES = [(name, index) for name, (count, _) in METHODS.items() for index in range(count)]
 PLACES = ["before", "after", "forward", "backward"]

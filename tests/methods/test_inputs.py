@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import fastadv
 from tests import oracles
+from tests.every import EVERY
 from tests.models import Stateful, TinyModel
 from tests.support import assert_close, assert_gradients, batch, clear, gradients, record, seeded
 
@@ -154,7 +155,7 @@ def test_a_random_start_is_about_as_long_as_it_says(scope: str) -> None:
     assert_close(oracles.norm2(first, scope).mean(), torch.tensor(2.0 / 3**0.5).double(), 0.1, "norm of the start")
 
 
-@pytest.mark.parametrize("method", [fastadv.FGM, fastadv.PGD])
+@pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 def test_nothing_of_the_graph_is_kept(method: Any) -> None:
     """Neither the method nor the result holds on to activations."""
     model, data, first = ready("sample")

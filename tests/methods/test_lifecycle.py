@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import fastadv
 from tests import oracles
+from tests.every import EVERY
 from tests.models import TinyModel
 from tests.support import (
     assert_close,
@@ -26,7 +27,7 @@ from tests.support import (
     snapshot,
 )
 
-METHODS = [fastadv.FGM, fastadv.PGD]
+PAIR = [fastadv.FGM, fastadv.PGD]
 PLAIN = "bert.embeddings.word_embeddings"
 GENERAL = "bert.embeddings"  # not an nn.Embedding: intercepted by a hook
 
@@ -42,7 +43,7 @@ def traces(model: nn.Module) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", [PLAIN, GENERAL])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 class TestInterception:
     def test_idle_it_changes_nothing(self, method: type[fastadv.Method], name: str) -> None:
         model, _, closure = ready()
@@ -150,14 +151,14 @@ def test_two_methods_on_one_model(order: tuple[int, int]) -> None:
     """They take turns, each as if alone, and may be closed in any order."""
     model, _, closure = ready()
     alone = []
-    for method in METHODS:
+    for method in PAIR:
         adv = method(model, embedding=PLAIN)
         adv.backward(closure)
         alone.append(gradients(model))
         clear(model)
         adv.close()
     before = traces(model)
-    both = [method(model, embedding=PLAIN) for method in METHODS]
+    both = [method(model, embedding=PLAIN) for method in PAIR]
     for _ in range(2):
         for adv, want in zip(both, alone, strict=True):
             adv.backward(closure)

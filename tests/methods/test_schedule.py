@@ -12,10 +12,9 @@ from torch import Tensor
 import fastadv
 from fastadv import reference
 from tests import oracles
+from tests.every import every_but
 from tests.models import TinyModel
 from tests.support import assert_close, assert_gradients, batch, clear, gradients, record, relative, same_bits, seeded
-
-METHODS = [fastadv.FGM, fastadv.PGD]
 
 
 def ready(dtype: torch.dtype = torch.float64) -> tuple[TinyModel, dict[str, Tensor], Callable[[], Tensor]]:
@@ -23,7 +22,7 @@ def ready(dtype: torch.dtype = torch.float64) -> tuple[TinyModel, dict[str, Tens
     return model, data, lambda: model(**data).loss
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every_but("freeat").values(), ids=every_but("freeat"))
 @pytest.mark.parametrize(
     ("options", "attacked"),
     [
@@ -98,7 +97,7 @@ def test_backward_takes_every_full_pass_and_no_probe(method: Any, passes: int, c
 
 
 @pytest.mark.parametrize("scope", ["table", "sample"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every_but("freeat").values(), ids=every_but("freeat"))
 def test_scaler(method: Any, scope: str) -> None:
     """Gradients come out scaled, as after `scaler.scale(loss).backward()`; the perturbation is the same."""
     model, _, closure = ready(torch.float32)
@@ -137,7 +136,7 @@ def test_a_scaler_reaches_the_probes() -> None:
 
 
 @pytest.mark.parametrize("scope", ["table", "sample"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", every_but("freeat").values(), ids=every_but("freeat"))
 def test_accumulation_follows_the_direction_of_the_micro_batch_alone(method: Any, scope: str) -> None:
     model, _, first = ready()
     second_batch = batch(seed=9)

@@ -19,7 +19,7 @@ from tests.train.conftest import write_csv
         (["--data", "TABLE", "--test-data", "nowhere.csv"], "the data file nowhere.csv does not exist"),
         (["--data", "ONE"], "a classifier needs two classes"),
         (["--data", "EMPTY"], "has no rows"),
-        (["--data", "TABLE", "--method", "magic"], "there is no method 'magic': choose one of fgm, fgsm, pgd, yopo, freeat, freelb"),
+        (["--data", "TABLE", "--method", "magic"], "there is no method 'magic': choose one of fgm, fgsm, pgd"),
         (["--data", "TABLE", "--epsilom", "1"], "did you mean --epsilon?"),
         (["--data", "TABLE", "--epsilon", "-1"], "FGM: epsilon must be finite and at least 0, not -1"),
         (["--data", "TABLE", "--scope", "page"], "FGM: scope must be one of"),
