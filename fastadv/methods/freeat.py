@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadv.engine.changes import Changes
 from fastadv.engine.passes import Closure
 from fastadv.engine.slots import Slots
 from fastadv.engine.start import Draw, RandomStart
@@ -109,6 +110,7 @@ class FreeAT(Method):
             **common,
         )
         self.slots = Slots()
+        self._changes = Changes(model)
         self._micro = 0  # which micro-batch of the optimizer step
         self._last: int | None = None  # the last attacked step
         self._trained = -1  # how far the parameters had changed by then
@@ -142,21 +144,22 @@ class FreeAT(Method):
         self._micro = self._next_micro()
         for index, call in enumerate(self.engine.site.calls):
             self.slots.keep((self._micro, index), call)
-        self._last, self._trained = self.now, self._changes()
+        self._last, self._trained = self.now, self._changes.count()
 
     def _next_micro(self) -> int:
         return self._micro + 1 if self.now == self._last else 0
+
+    def close(self) -> None:
+        """Take the method out of the model."""
+        super().close()
+        self._changes.close()
 
     # Wrong use
 
     def _check_trained(self) -> None:
         """A scaler skips optimizer steps, so with one there is no telling."""
-        if self.engine.scaler is None and self._trained == self._changes():
+        if self.engine.scaler is None and self._trained == self._changes.count():
             warnings.warn(NO_STEP, stacklevel=4)
-
-    def _changes(self) -> int:
-        """How often parameters were written to, as autograd counts it."""
-        return sum(parameter._version for parameter in self.model.parameters())
 
     # What a checkpoint needs
 

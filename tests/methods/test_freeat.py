@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import io
 import warnings
 from collections.abc import Iterator
@@ -195,16 +197,33 @@ class TestNoOptimizerStep:
             run.adv.backward(lambda: run.model(**data).loss)
         assert caught[0].filename == __file__
 
-    @pytest.mark.parametrize("silent", ["stepped", "accumulates", "scaled"])
+    @pytest.mark.parametrize("silent", ["fused", "foreach", "by-hand", "accumulates", "scaled"])
     def test_is_not_told(self, silent: str) -> None:
-        """A step was taken; the caller says that the micro-batches are one; a scaler may have skipped it."""
+        """A step was taken, whoever takes it; the micro-batches are one step; a scaler may have skipped it."""
         run, data = Run(scaler=torch.amp.GradScaler("cpu") if silent == "scaled" else None), batch()
+        optimizer = None
+        if silent in ("fused", "foreach"):
+            optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.0, **{silent: True})
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             for _ in range(3):
                 run.adv.backward(lambda: run.model(**data).loss, step=0 if silent == "accumulates" else None)
-                if silent == "stepped":
-                    run.optimizer.step()
+                if optimizer is not None:
+                    optimizer.step()
+                if silent == "by-hand":
+                    with torch.no_grad():
+                        run.model.classifier.weight -= run.model.classifier.weight.grad
+
+    def test_optimizers_forget_a_closed_method(self) -> None:
+        hooks = importlib.import_module("torch.optim.optimizer")._global_optimizer_post_hooks
+        before = len(hooks)
+        closed, dropped = Run(), Run()
+        assert len(hooks) == before + 2
+        closed.adv.close()
+        assert len(hooks) == before + 1
+        del dropped
+        gc.collect()
+        assert len(hooks) == before
 
 
 def test_with_no_radius_one_replay_is_plain_training_with_dropout_too() -> None:

@@ -138,3 +138,14 @@ def test_sweep(encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -
     assert len(again["runs"]) == 8
     message = refused(capsys, *command[:-1], "fgm steps=2")
     assert "fgm has no parameter 'steps'" in message
+
+
+def test_a_sweep_without_parameters_takes_those_of_the_job(encoder: Path, table: Path) -> None:
+    """`--try fgm` is what `fastadv train --method fgm` trains."""
+    run = train(encoder, table, "run", "--method", "fgm", "--max-steps", "3", "--seed", "7")
+    command = ["sweep", "--model", str(encoder), "--data", str(table), "--output", "sweep.json", "--try", "fgm"]
+    main_ok(*command, "--seeds", "7", "--max-steps", "3", "--num-train-epochs", "3", "--learning-rate", "1e-3")
+    mine = json.loads((run / "result.json").read_text())["models"]["adversarial"]["accuracy"][0]
+    (swept,) = [one for one in json.loads(Path("sweep.json").read_text())["runs"] if one["method"] == "fgm"]
+    assert swept["arguments"] == {}
+    assert swept["accuracy"][0] == mine

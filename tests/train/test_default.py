@@ -9,6 +9,7 @@ import pytest
 
 from fastadv.train import model
 from fastadv.train.errors import UserError
+from fastadv.train.options import methods
 from fastadv.train.sources import default_rows
 from tests.train.command import main_ok
 
@@ -16,13 +17,14 @@ SHORT = ["--max-steps", "4", "--attack-samples", "16", "--attack-steps", "2"]
 
 
 @pytest.mark.slow
-def test_the_default_job() -> None:
+@pytest.mark.parametrize("method", methods())
+def test_the_default_job(method: str) -> None:
     try:
         model.resolve(model.DEFAULT)
         default_rows()
     except UserError as error:
         pytest.skip(str(error))
-    main_ok("train", "--output-dir", "run", *SHORT)
+    main_ok("train", "--method", method, "--output-dir", "run", *SHORT)
     result = json.loads(Path("run/result.json").read_text())
     data = result["settings"]["data"]
     assert (data["train_samples"], data["labels"]) == (3200, ["fresh", "rotten"])

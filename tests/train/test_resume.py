@@ -13,15 +13,24 @@ from safetensors.torch import load_file
 from fastadv.train import phase
 from fastadv.train.cli import main
 from fastadv.train.log import Stop, read_log
+from fastadv.train.options import methods
 from tests.train.command import FAST, main_ok, refused, train
 
+MORE = {"freeat": ["--replays", "3"]}  # step 4 is in the middle of a batch's replays
 
-@pytest.mark.parametrize("stopped_in", ["plain", "adversarial"])
+
+@pytest.mark.parametrize(("method", "stopped_in"), [("fgm", "plain"), *((name, "adversarial") for name in methods())])
 def test_an_interrupted_run_goes_on_where_it_was(
-    encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], stopped_in: str
+    encoder: Path,
+    table: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    method: str,
+    stopped_in: str,
 ) -> None:
-    """With dropout and two epochs: the models are bit for bit those of a run that nobody stopped."""
-    whole = train(encoder, table, "whole")
+    """With dropout and several epochs: the models are bit for bit those of a run that nobody stopped."""
+    chosen = ["--method", method, *MORE.get(method, [])]
+    whole = train(encoder, table, "whole", *chosen)
 
     at_step = Stop.on_step_end
 
@@ -30,7 +39,7 @@ def test_an_interrupted_run_goes_on_where_it_was(
             self._stop(2, None)  # what Ctrl-C calls
         at_step(self, args, state, control, **rest)
 
-    command = ["train", "--model", str(encoder), "--data", str(table), "--output-dir", "broken", *FAST]
+    command = ["train", "--model", str(encoder), "--data", str(table), "--output-dir", "broken", *FAST, *chosen]
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "on_step_end", interrupt)
         with pytest.raises(SystemExit) as left:
