@@ -216,6 +216,7 @@ class TestNoOptimizerStep:
 
     def test_optimizers_forget_a_closed_method(self) -> None:
         hooks = importlib.import_module("torch.optim.optimizer")._global_optimizer_post_hooks
+        gc.collect()
         before = len(hooks)
         closed, dropped = Run(), Run()
         assert len(hooks) == before + 2
