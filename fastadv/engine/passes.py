@@ -139,6 +139,8 @@ class Engine:
         finally:
             self._busy, self.first = False, None
             self.site.idle()
+            if self.split is not None:
+                self.split.begin_pass()  # holds nothing between steps
             if self.perturbation.in_place:
                 self.perturbation.reset()
 

@@ -173,6 +173,19 @@ def test_nothing_of_the_graph_is_kept(method: Any) -> None:
     assert [ref() for ref in refs] == [None] * len(refs)
 
 
+def test_yopo_keeps_nothing_of_the_split() -> None:
+    """Neither what the seven passes brought to it nor the gradient of its output outlives the step."""
+    model, data, first = ready("sample")
+    first.close()
+    adv, refs = EVERY["yopo"](model, embedding="word_embeddings"), []
+    watched = model.bert.ff1.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
+    adv.backward(lambda: model(**data), mask=data["attention_mask"])
+    watched.remove()
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 7
+    assert adv.engine.split.gradient is None
+
+
 def test_buffers_that_a_model_replaces_are_not_kept() -> None:
     """The copies for faults are of the buffers that there are, not of all that there were."""
 
