@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastadv import reference
-from tests import oracles
+from tests import oracles, papers
 from tests.models import Stateful, TinyModel
 from tests.support import assert_gradients, batch, gradients, seeded
 
@@ -58,3 +58,65 @@ def test_a_table_without_a_gradient_stays(attacker: str) -> None:
     assert torch.equal(embedding.weight, before)
     with pytest.raises(RuntimeError, match="attack"):
         attack.restore()
+
+
+def near() -> tuple[TinyModel, dict[str, torch.Tensor], papers.Site, torch.Tensor]:
+    """A model with attention, a batch, where it is perturbed, and a start."""
+    model, data = seeded(lambda: TinyModel("tfm")), batch()
+    site = papers.Site(model.word_embeddings.weight, data["input_ids"], "sample")
+    start = 0.05 * torch.randn(site.zero().shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return model, data, site, start
+
+
+@pytest.mark.parametrize("clean_weight", [1.0, 0.5, 0.0])
+def test_fgsm_equals_the_oracle(clean_weight: float) -> None:
+    model, data, site, start = near()
+    numbers = {"epsilon": 0.05, "step_size": 0.06, "clean_weight": clean_weight}
+    reference.fgsm(lambda: model(**data).loss, model.word_embeddings, start, **numbers)
+    want = oracles.attack(
+        model,
+        lambda e: model(None, data["attention_mask"], data["labels"], e).loss,
+        site.weight,
+        site.ids,
+        scope="sample",
+        norm="linf",
+        steps=1,
+        start=start,
+        **numbers,
+    )
+    assert_gradients(gradients(model), want.gradients, 1e-9)
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.2])
+@pytest.mark.parametrize("norm", oracles.NORMS)
+@pytest.mark.parametrize("method", ["freelb", "yopo"])
+def test_freelb_and_yopo_equal_the_oracle(method: str, norm: str, epsilon: float | None) -> None:
+    model, data, site, start = near()
+    numbers = {"epsilon": epsilon, "step_size": 0.1, "steps": 3, "norm": norm}
+    split = () if method == "freelb" else (model.bert.embeddings,)
+    more = {} if method == "freelb" else {"inner_steps": 2}
+    losses = getattr(reference, method)(
+        lambda: model(**data).loss, model.word_embeddings, *split, start, **numbers, **more
+    )
+    loss_at = lambda e: model(None, data["attention_mask"], data["labels"], e).loss  # noqa: E731
+    want = getattr(papers, method)(model, site, loss_at, *split, start=start, **numbers, **more)
+    assert_gradients(gradients(model), want.gradients, 1e-9)
+    assert torch.allclose(torch.stack(losses), torch.stack(want.losses), rtol=1e-12)
+
+
+def test_freeat_equals_the_oracle() -> None:
+    mine, its = (seeded(lambda: TinyModel("tfm")) for _ in range(2))
+    optimizer = torch.optim.SGD(mine.parameters(), lr=0.1)
+    buffer = reference.FreeAT(mine.word_embeddings, 4, 9)
+    oracle = papers.FreeAT(its, its.word_embeddings.weight, 4, 9, rate=0.1)
+    numbers = {"epsilon": 0.05, "step_size": 0.03}
+    for size in [(4, 7), (4, 7), (2, 9), (2, 9)]:
+        data = batch(*size)
+        ids, mask, labels = data["input_ids"], data["attention_mask"], data["labels"]
+        optimizer.zero_grad()
+        buffer.replay(lambda: mine(ids, mask, labels).loss, *size, **numbers)  # noqa: B023
+        optimizer.step()
+        loss_at = lambda e: its(None, mask, labels, e).loss  # noqa: B023, E731
+        oracle.replay(ids, torch.ones_like(mask), loss_at, scope="sample", norm="linf", **numbers)
+    parameters = ({name: p.detach() for name, p in model.named_parameters()} for model in (mine, its))
+    assert_gradients(*parameters, 1e-9)
