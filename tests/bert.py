@@ -14,8 +14,10 @@ from tests.support import seeded
 VOCABULARY = 120
 
 
-def tiny_bert(dropout: float = 0.0, dtype: torch.dtype = torch.float64, seed: int = 0) -> nn.Module:
-    """`BertForSequenceClassification`, three classes, in training mode."""
+def tiny_bert(
+    dropout: float = 0.0, dtype: torch.dtype = torch.float64, seed: int = 0, attention: str | None = None
+) -> nn.Module:
+    """`BertForSequenceClassification`, three classes, in training mode; `attention`: "eager", "sdpa"."""
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
@@ -28,6 +30,7 @@ def tiny_bert(dropout: float = 0.0, dtype: torch.dtype = torch.float64, seed: in
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
         num_labels=3,
+        **({} if attention is None else {"attn_implementation": attention}),
     )
     return seeded(lambda: BertForSequenceClassification(config), seed, dtype).train()
 
