@@ -204,9 +204,9 @@ class Engine:
         assert split is not None and split.gradient is not None
         self.site.probing = True
         with self._quiet():
-            hidden = self._up_to(split, closure)
+            ends, weights = self._up_to(split, split.gradient, closure)
             leaves = self.perturbation.leaves()
-            grads = torch.autograd.grad(hidden, leaves, split.gradient, allow_unused=True)
+            grads = torch.autograd.grad(ends, leaves, weights, allow_unused=True)
         if all(grad is None for grad in grads):
             raise RuntimeError(NOT_ON_THE_WAY.format(name=split.name))
         self.perturbation.take(grads)
@@ -234,18 +234,24 @@ class Engine:
         with self.wrapping.synchronised(False), self.wrapping.frozen(self.perturbation.leaves):
             yield
 
-    def _up_to(self, split: Split, closure: Closure) -> Tensor:
-        """The split's output. Under FSDP2 the whole forward runs: its modules must see the end of what they began."""
+    def _up_to(self, split: Split, p: Tensor, closure: Closure) -> tuple[list[Tensor], list[Tensor]]:
+        """Where a partial pass's backward begins, and with which gradients: at the split's output with `p`.
+
+        Under FSDP2 the whole forward runs, whose modules must see the end of what they began; and the loss takes part
+        with a zero, since a module's weights are gathered when the gradient of its output comes.
+        """
         self.dropout.before_pass(self.device)
         self.site.begin_pass()
         split.begin_pass(partial=True, ends=not self.wrapping.sharded)
+        ends, weights = [], []
         with contextlib.suppress(Reached):
-            closure()
+            loss = loss_of(closure())
+            ends, weights = [loss], [torch.zeros_like(loss)]
         hidden = split.output()
         if self.site.live and self.site.cursor < len(self.site.calls):
             raise RuntimeError(TOO_EARLY.format(name=split.name, call=self.site.cursor + 1))
         self.site.recomputing = True  # what runs the embedding from here on is a checkpoint
-        return hidden
+        return [*ends, hidden], [*weights, p]
 
     def _forward(self, closure: Closure) -> tuple[Any, Tensor]:
         site = self.site

@@ -114,3 +114,18 @@ def test_fsdp2_accumulates(fsdp: Path) -> None:
     parts = [halves("pgd-sample", seed) for seed in range(2)]
     want = {key: parts[0][key] + parts[1][key] for key in parts[0]}
     assert_gradients(outcome(fsdp, "sharded-accumulation"), want, TOLERANCE)
+
+
+@pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
+def test_replays(wrapped: str, request: pytest.FixtureRequest) -> None:
+    """FreeAT on both halves: one process with the whole batch, since a sample's slot is its own."""
+    model = workers.build()
+    adv = fastadv.FreeAT(model, embedding="word_embeddings", **workers.FREEAT)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for data in fastadv.repeat([batch(seed=seed) for seed in range(2)], adv.replays):
+        workers.step(adv, model, data)
+        optimizer.step()
+        optimizer.zero_grad()
+    want = {name: p.detach() for name, p in model.named_parameters()}
+    case = "replays" if wrapped == "ddp" else "sharded-replays"
+    assert_gradients(outcome(request.getfixturevalue(wrapped), case), want, TOLERANCE)

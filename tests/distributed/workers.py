@@ -20,6 +20,8 @@ from tests.support import assert_unchanged, batch, gradients, seeded, snapshot
 
 WORLD = 2
 PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}
+LB: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3, "random_start": False}
+FREEAT: dict[str, Any] = {"epsilon": 0.1, "step_size": 0.06, "replays": 3}
 DDP_FORMS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bucket-views": {"gradient_as_bucket_view": True},
@@ -31,6 +33,10 @@ METHODS: dict[str, tuple[Callable[..., fastadv.Method], dict[str, Any]]] = {
     "pgd-table": (fastadv.PGD, PGD),
     "pgd-sample": (fastadv.PGD, {**PGD, "scope": "sample"}),
     "pgd-last": (fastadv.PGD, {**PGD, "scope": "sample", "clean_weight": 0}),
+    "freelb-sample": (fastadv.FreeLB, LB),
+    "freelb-table": (fastadv.FreeLB, {**LB, "scope": "table", "norm": "linf"}),
+    "yopo-sample": (fastadv.YOPO, {**LB, "split": "bert.embeddings"}),
+    "yopo-table": (fastadv.YOPO, {**LB, "split": "bert.embeddings", "scope": "table"}),
 }
 
 
@@ -78,6 +84,28 @@ def training(rank: int, form: str) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters()}
 
 
+def replays(rank: int, wrapped: str) -> dict[str, Tensor]:
+    """FreeAT: two batches, three replays each, an optimizer step after every one; each process has its own slots."""
+    model = build()
+    if wrapped == "ddp":
+        run: nn.Module = DistributedDataParallel(model)
+    else:
+        run = shard(model)
+    adv = fastadv.FreeAT(run, embedding="word_embeddings", **FREEAT)
+    optimizer = torch.optim.SGD(run.parameters(), lr=0.5)
+    for data in fastadv.repeat([half(rank, seed) for seed in range(2)], adv.replays):
+        step(adv, run, data)
+        optimizer.step()
+        optimizer.zero_grad()
+    return {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Of a sharded one, all parts."""
+    found: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return found
+
+
 def accumulation(rank: int, name: str) -> dict[str, Tensor]:
     """Two micro-batches, the first in no_sync as gradient accumulation has it."""
     model = build()
@@ -112,15 +140,21 @@ def fault(rank: int, index: int) -> dict[str, Tensor]:
     return gradients(model)
 
 
-def sharded(rank: int, name: str, micro_batches: int) -> dict[str, Tensor]:
+def shard(model: TinyModel) -> nn.Module:
     """FSDP2: every layer with parameters by itself, then the rest."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = build()
     mesh = init_device_mesh("cpu", (WORLD,))
     fully_shard(model.bert, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    return model
+
+
+def sharded(rank: int, name: str, micro_batches: int) -> dict[str, Tensor]:
+    """One step, or several micro-batches, of a sharded model, whose weights stay."""
+    model = build()
+    shard(model)
     make, options = METHODS[name]
     adv = make(model, embedding="word_embeddings", **options)
     before = {key: p.full_tensor().clone() for key, p in model.named_parameters()}
@@ -137,10 +171,12 @@ DDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] =
     **{f"training-{form}": (training, (form,)) for form in DDP_FORMS},
     **{f"accumulation-{name}": (accumulation, (name,)) for name in METHODS},
     **{f"fault-{index}": (fault, (index,)) for index in range(4)},
+    "replays": (replays, ("ddp",)),
 }
 FSDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{f"sharded-{name}": (sharded, (name, 1)) for name in METHODS},
     "sharded-accumulation": (sharded, ("pgd-sample", 2)),
+    "sharded-replays": (replays, ("fsdp",)),
 }
 SUITES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES}
 
