@@ -25,7 +25,7 @@ from fastadv.engine.perturbation import TABLE_SCOPES, Perturbation, PositionPert
 from fastadv.engine.rng import new_seed
 from fastadv.engine.rule import Rule
 from fastadv.engine.site import Masks, Site
-from fastadv.engine.split import NOT_ON_THE_WAY, TOO_EARLY, Reached, Split, SplitChoice
+from fastadv.engine.split import NOT_ON_THE_WAY, Split, SplitChoice
 from fastadv.engine.start import Draw
 from fastadv.engine.table_gradients import TableGradients
 from fastadv.engine.wrapping import Wrapping
@@ -201,10 +201,13 @@ class Engine:
     def partial(self, closure: Closure) -> None:
         """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""
         split = self.split
-        assert split is not None and split.gradient is not None
+        assert split is not None
         self.site.probing = True
         with self._quiet():
-            ends, weights = self._up_to(split, split.gradient, closure)
+            self.dropout.before_pass(self.device)
+            self.site.begin_pass()
+            ends, weights = split.run(closure, whole=self.wrapping.sharded)
+            self.site.recomputing = True  # what runs the embedding from here on is a checkpoint
             leaves = self.perturbation.leaves()
             grads = torch.autograd.grad(ends, leaves, weights, allow_unused=True)
         if all(grad is None for grad in grads):
@@ -233,25 +236,6 @@ class Engine:
         """For a backward that is about the perturbation alone."""
         with self.wrapping.synchronised(False), self.wrapping.frozen(self.perturbation.leaves):
             yield
-
-    def _up_to(self, split: Split, p: Tensor, closure: Closure) -> tuple[list[Tensor], list[Tensor]]:
-        """Where a partial pass's backward begins, and with which gradients: at the split's output with `p`.
-
-        Under FSDP2 the whole forward runs, whose modules must see the end of what they began; and the loss takes part
-        with a zero, since a module's weights are gathered when the gradient of its output comes.
-        """
-        self.dropout.before_pass(self.device)
-        self.site.begin_pass()
-        split.begin_pass(partial=True, ends=not self.wrapping.sharded)
-        ends, weights = [], []
-        with contextlib.suppress(Reached):
-            loss = loss_of(closure())
-            ends, weights = [loss], [torch.zeros_like(loss)]
-        hidden = split.output()
-        if self.site.live and self.site.cursor < len(self.site.calls):
-            raise RuntimeError(TOO_EARLY.format(name=split.name, call=self.site.cursor + 1))
-        self.site.recomputing = True  # what runs the embedding from here on is a checkpoint
-        return [*ends, hidden], [*weights, p]
 
     def _forward(self, closure: Closure) -> tuple[Any, Tensor]:
         site = self.site

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -9,14 +11,20 @@ from torch import Tensor, nn
 
 from fastadv.engine.embedding import chosen, first_tensor, unwrap
 from fastadv.engine.interception import NotCopied
+from fastadv.engine.loss import loss_of
 from fastadv.engine.site import Site
 
 SplitChoice = str | nn.Module | None
 
 NEVER_RAN = "the split ({name}) never ran: choose a module that the closure's forward calls, split=NAME or split=MODULE"
+NO_TENSOR = (
+    "the split ({name}) returned {kind}, and a partial pass ends at a tensor, or a tuple that begins with one: choose "
+    "a module inside it, such as its first layer"
+)
 NO_GRADIENT = (
-    "the loss does not depend on the output of the split ({name}): does it run after the loss, under no_grad, or "
-    "beside what the loss is computed from? Choose a module between the embedding and the loss"
+    "the loss does not depend on the output of the split ({name}): does it run after the loss, under no_grad (in "
+    "checkpoint(..., use_reentrant=True) as well: use_reentrant=False), or beside what the loss is computed from? "
+    "Choose a module between the embedding and the loss"
 )
 NOT_ON_THE_WAY = (
     "the output of the split ({name}) does not depend on the perturbed embedding: choose a module that runs after it"
@@ -55,22 +63,31 @@ class Split(NotCopied):
         """Take the hook off."""
         self._handle.remove()
 
-    def begin_pass(self, *, partial: bool = False, ends: bool = True) -> None:
-        """The module's next call is the one that counts; `ends`: it is the last thing that a partial pass runs."""
-        self._seen, self._partial, self._ends, self._hidden = False, partial, ends, None
-        if not partial:
-            self.gradient = None
+    def begin_pass(self) -> None:
+        """A full pass begins; the module's first call in it counts."""
+        self._seen, self._partial, self._hidden, self.gradient = False, False, None, None
 
-    def output(self) -> Tensor:
-        """What the module returned in a partial pass, and nothing is held any more.
+    def run(self, closure: Callable[[], Any], *, whole: bool) -> tuple[list[Tensor], list[Tensor]]:
+        """A partial pass: where its backward begins, and with which gradients: at the split's output, with p.
+
+        `whole` is for FSDP2: the forward runs to its end, since its modules must see the end of what they began; and
+        the loss takes part with a zero, since a module's weights are gathered when the gradient of its output comes.
 
         Raises:
-            RuntimeError: it did not run.
+            RuntimeError: the split did not run, or the embedding will be called again behind it.
         """
+        assert self.gradient is not None
+        self._seen, self._partial, self._ends = False, True, not whole
+        ends, weights = [], []
+        with contextlib.suppress(Reached):
+            loss = loss_of(closure())
+            ends, weights = [loss], [torch.zeros_like(loss)]
         hidden, self._hidden = self._hidden, None
         if hidden is None:
             raise RuntimeError(NEVER_RAN.format(name=self.name))
-        return hidden
+        if self.site.live and self.site.cursor < len(self.site.calls):
+            raise RuntimeError(TOO_EARLY.format(name=self.name, call=self.site.cursor + 1))
+        return [*ends, hidden], [*weights, self.gradient]
 
     def check(self) -> None:
         """After a full pass and its backward.
@@ -88,9 +105,11 @@ class Split(NotCopied):
             self._reached(first_tensor(output))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
-    def _reached(self, hidden: Tensor) -> None:
+    def _reached(self, hidden: Any) -> None:
         if self._seen:
             return
+        if not isinstance(hidden, Tensor):
+            raise TypeError(NO_TENSOR.format(name=self.name, kind=type(hidden).__name__))
         self._seen = True
         if self._partial:
             self._hidden = hidden
@@ -104,11 +123,19 @@ class Split(NotCopied):
 
 
 def _default(model: nn.Module) -> nn.Module:
-    """The first block of the longest stack of layers."""
-    stacks = [part for part in unwrap(model).modules() if isinstance(part, nn.ModuleList) and len(part) > 0]
+    """The first block of the longest stack of layers. Stacks inside of blocks (a block's parts, experts) are none."""
+    stacks = list(_stacks(unwrap(model)))
     if not stacks:
         raise ValueError(
             f"{type(unwrap(model)).__name__} has no stack of layers (nn.ModuleList) whose first block could be the "
             "split: say where partial passes end, split=NAME or split=MODULE"
         )
     return max(stacks, key=len)[0]  # the first of those
+
+
+def _stacks(module: nn.Module) -> Iterator[nn.ModuleList]:
+    for part in module.children():
+        if isinstance(part, nn.ModuleList) and len(part) > 0:
+            yield part
+        else:
+            yield from _stacks(part)
