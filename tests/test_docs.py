@@ -80,6 +80,21 @@ def test_batch_coupling_repeats_what_the_docs_show(tmp_path: Path, monkeypatch: 
         assert f'`scope="{scope}"` | ' + " | ".join(f"{value:.3f}" for value in row.values()) in page
 
 
+def test_the_goldens_readme_lists_every_golden() -> None:
+    text = (ROOT / "tests/goldens/README.md").read_text()
+    listed = {name for pattern in re.findall(r"`([\w{},.-]+)`", text) for name in expanded(pattern)}
+    assert {path.stem for path in (ROOT / "tests/goldens").glob("*.npz")} <= listed
+
+
+def expanded(pattern: str) -> list[str]:
+    """As a shell has it: a{b,c} is ab and ac."""
+    before, brace, rest = pattern.partition("{")
+    if not brace:
+        return [pattern]
+    choices, _, after = rest.partition("}")
+    return [name for choice in choices.split(",") for name in expanded(before + choice + after)]
+
+
 def test_files_stay_short() -> None:
     sources = [*(ROOT / "fastadv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "csrc").glob("*.*")]
     long = {source.name: count for source in sources if (count := len(source.read_text().splitlines())) > 300}

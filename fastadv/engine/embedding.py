@@ -96,7 +96,8 @@ def chosen(model: nn.Module, choice: object, option: str = "embedding") -> nn.Mo
         raise TypeError(f"{option}= takes names and modules, not {choice!r}")
     inner = unwrap(model)
     named: dict[str, nn.Module] = dict(inner.named_modules(remove_duplicate=False))  # a shared module has several names
-    found = {choice: named[choice]} if choice in named else {}
+    outer: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))  # as a wrapper's user lists them
+    found = {choice: names[choice] for names in (outer, named) if choice in names}
     found = found or {name: part for name, part in named.items() if name.endswith("." + choice)}
     if len(set(found.values())) == 1:
         return next(iter(found.values()))

@@ -75,7 +75,7 @@ class FreeAT(Method):
         self,
         model: nn.Module,
         *,
-        epsilon: float | None = 0.002,
+        epsilon: float | None = 0.001,
         step_size: float | None = None,
         replays: int = 4,
         norm: str = "linf",
