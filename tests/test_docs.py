@@ -95,6 +95,16 @@ def expanded(pattern: str) -> list[str]:
     return [name for choice in choices.split(",") for name in expanded(before + choice + after)]
 
 
+def test_the_page_of_freeat_shows_what_was_measured() -> None:
+    page = (ROOT / "docs/methods/freeat.md").read_text()
+    means = json.loads((ROOT / "docs/results/freeat_carry.json").read_text())["means"]
+    for replay, row in means.items():
+        rises = [abs(round(row[name], 4)) for name in ("what lies there", "in random order", "one step of its own")]
+        cells = [*(f"{value:.4f}" for value in rises), f"{100 * row['signs that agree']:.1f} %"]
+        line = next(line for line in page.splitlines() if line.startswith(f"| replay {replay}"))
+        assert line.endswith(f"| {' | '.join(cells)} |")
+
+
 def test_files_stay_short() -> None:
     sources = [*(ROOT / "fastadv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "csrc").glob("*.*")]
     long = {source.name: count for source in sources if (count := len(source.read_text().splitlines())) > 300}

@@ -56,6 +56,7 @@ class Split(NotCopied):
         self.site = site
         self.gradient: Tensor | None = None  # of the output, in the last backward
         self._hidden: Tensor | None = None  # the output, in a partial pass
+        self._lookups = 0  # how often the embedding had been called by then
         self._seen = self._partial = self._ends = False
         self._handle = self.module.register_forward_hook(self)
 
@@ -85,8 +86,8 @@ class Split(NotCopied):
         hidden, self._hidden = self._hidden, None
         if hidden is None:
             raise RuntimeError(NEVER_RAN.format(name=self.name))
-        if self.site.live and self.site.cursor < len(self.site.calls):
-            raise RuntimeError(TOO_EARLY.format(name=self.name, call=self.site.cursor + 1))
+        if self.site.live and self._lookups < len(self.site.calls):
+            raise RuntimeError(TOO_EARLY.format(name=self.name, call=self._lookups + 1))
         return [*ends, hidden], [*weights, self.gradient]
 
     def check(self) -> None:
@@ -112,7 +113,7 @@ class Split(NotCopied):
             raise TypeError(NO_TENSOR.format(name=self.name, kind=type(hidden).__name__))
         self._seen = True
         if self._partial:
-            self._hidden = hidden
+            self._hidden, self._lookups = hidden, self.site.cursor
             if self._ends:
                 raise Reached
         elif hidden.requires_grad:

@@ -24,10 +24,12 @@ TAKEN = {
 }  # fmt: skip
 
 # Parameters of a method where this job wants others than the method's own: a ball around each sample, so that the
-# strength does not depend on the batch, and the radius that the sweep in docs/training.md chose.
+# strength does not depend on the batch, and the radius and steps that the sweep in docs/training.md chose.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "fgm": {"epsilon": 0.1, "scope": "sample"},
     "pgd": {"epsilon": 0.1, "step_size": 0.05, "steps": 3, "scope": "sample"},
+    "freelb": {"epsilon": 0.1, "step_size": 0.05, "random_start": 0.05},
+    "yopo": {"epsilon": 0.1, "step_size": 0.02, "random_start": 0.03},
 }
 
 # TrainingArguments of this job where it wants other defaults than transformers.
