@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bench import contestants as who
-from bench.race import Copy, Entry, Result, race, relative_error, replay_clock, report
+from bench.check import same_gradients
+from bench.race import Copy, Entry, Result, race, replay_clock, report
 from bench.workloads import Size, classifier, loss_closure
 
 CONTESTANTS = ("plain", "classic script", "plain, index_add", "plain PyTorch", "fastadv")
@@ -38,7 +39,7 @@ def training_race(work: str, model: nn.Module, closure: Callable[[], Tensor], ro
     """Check that all find the same gradients, then time them; the optimizer, where there is one, is the same."""
     method, _, optimized = work.partition(" and ")
     steps = {name: who.training(name, method, model, closure) for name in CONTESTANTS}
-    check_gradients(model, steps)
+    same_gradients(model, steps["classic script"], {name: steps[name] for name in CONTESTANTS[2:]}, 1e-4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True) if optimized else None
 
     def entry(step: Callable[[], object]) -> Entry:
@@ -50,24 +51,6 @@ def training_race(work: str, model: nn.Module, closure: Callable[[], Tensor], ro
     model.zero_grad()
     gc.collect()
     return result
-
-
-def check_gradients(model: nn.Module, steps: dict[str, Callable[[], object]]) -> None:
-    want = gradients(model, steps["classic script"])
-    for name in CONTESTANTS[2:]:
-        got = gradients(model, steps[name])
-        for (parameter, wanted), found in zip(want.items(), got.values(), strict=True):
-            floor = 1e-7 * wanted.numel() ** 0.5  # the gradient of a key's bias is zero but for rounding
-            close = relative_error(found, wanted) <= 1e-4 or (found - wanted).norm() <= floor
-            assert close, f"{name}: {parameter}"
-
-
-def gradients(model: nn.Module, step: Callable[[], object]) -> dict[str, Tensor]:
-    model.zero_grad()
-    step()
-    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
 
 
 @pytest.mark.benchmark(timer=replay_clock)

@@ -97,7 +97,8 @@ def chosen(model: nn.Module, choice: object, option: str = "embedding") -> nn.Mo
     inner = unwrap(model)
     named: dict[str, nn.Module] = dict(inner.named_modules(remove_duplicate=False))  # a shared module has several names
     outer: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))  # as a wrapper's user lists them
-    found = {choice: names[choice] for names in (outer, named) if choice in names}
+    exact = named.get(choice, outer.get(choice))
+    found = {} if exact is None else {choice: exact}
     found = found or {name: part for name, part in named.items() if name.endswith("." + choice)}
     if len(set(found.values())) == 1:
         return next(iter(found.values()))

@@ -28,6 +28,7 @@ TAKEN = {
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "fgm": {"epsilon": 0.1, "scope": "sample"},
     "pgd": {"epsilon": 0.1, "step_size": 0.05, "steps": 3, "scope": "sample"},
+    "freeat": {"replays": 2},
     "freelb": {"epsilon": 0.1, "step_size": 0.05, "random_start": 0.05},
     "yopo": {"epsilon": 0.1, "step_size": 0.02, "random_start": 0.03},
 }

@@ -11,6 +11,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import fastadv
+from tests.bert import text, tiny_bert
 from tests.distributed import workers
 from tests.support import assert_gradients, batch, clear, gradients, same_bits
 
@@ -74,22 +75,25 @@ def test_ddp(ddp: Path, name: str, on: str) -> None:
 
 
 @pytest.mark.parametrize("form", [form for form in workers.DDP_FORMS if form != "plain"])
-def test_forms_of_ddp(ddp: Path, form: str) -> None:
-    found = outcome(ddp, f"pgd-sample-{form}")
-    assert_gradients(found, one(workers.build(form), "pgd-sample", batch()), TOLERANCE)
+@pytest.mark.parametrize("name", workers.SAMPLE)
+def test_forms_of_ddp(ddp: Path, name: str, form: str) -> None:
+    found = outcome(ddp, f"{name}-{form}")
+    assert_gradients(found, one(workers.build(form), name, batch()), TOLERANCE)
 
 
 @pytest.mark.parametrize("form", workers.DDP_FORMS)
-def test_several_steps(ddp: Path, form: str) -> None:
+@pytest.mark.parametrize("name", workers.SAMPLE)
+def test_several_steps(ddp: Path, name: str, form: str) -> None:
     model = workers.build(form)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    adv = fastadv.PGD(model, embedding="word_embeddings", scope="sample", **workers.PGD)
+    make, options = workers.METHODS[name]
+    adv = make(model, embedding="word_embeddings", **options)
     for seed in range(3):
         workers.step(adv, model, batch(seed=seed))
         optimizer.step()
         optimizer.zero_grad()
     want = {name: p.detach() for name, p in model.named_parameters()}
-    assert_gradients(outcome(ddp, f"training-{form}"), want, TOLERANCE)
+    assert_gradients(outcome(ddp, f"training-{name}-{form}"), want, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", workers.METHODS)
@@ -100,9 +104,16 @@ def test_gradient_accumulation(ddp: Path, name: str) -> None:
     assert_gradients(outcome(ddp, f"accumulation-{name}"), want, TOLERANCE)
 
 
-@pytest.mark.parametrize("index", range(4))
-def test_a_fault_on_every_process(ddp: Path, index: int) -> None:
-    assert_gradients(outcome(ddp, f"fault-{index}"), one(workers.build(), "pgd-sample", batch()), TOLERANCE)
+@pytest.mark.parametrize(("name", "index"), workers.FAULTS)
+def test_a_fault_on_every_process(ddp: Path, name: str, index: int) -> None:
+    assert_gradients(outcome(ddp, f"fault-{name}-{index}"), one(workers.build(), name, batch()), TOLERANCE)
+
+
+@pytest.mark.parametrize("name", workers.SAMPLE)
+def test_gradients_are_reduced_where_they_are_needed(ddp: Path, name: str) -> None:
+    """In the passes whose sum is not complete they are not; PGD's clean pass, alike."""
+    found = outcome(ddp, f"reductions-{name}")
+    assert int(found["step"]) == int(found["plain"]) > 0
 
 
 @pytest.mark.parametrize("name", workers.METHODS)
@@ -110,10 +121,24 @@ def test_fsdp2(fsdp: Path, name: str) -> None:
     assert_gradients(outcome(fsdp, f"sharded-{name}"), halves(name), TOLERANCE)
 
 
-def test_fsdp2_accumulates(fsdp: Path) -> None:
-    parts = [halves("pgd-sample", seed) for seed in range(2)]
+@pytest.mark.parametrize("name", workers.SAMPLE)
+def test_fsdp2_accumulates(fsdp: Path, name: str) -> None:
+    parts = [halves(name, seed) for seed in range(2)]
     want = {key: parts[0][key] + parts[1][key] for key in parts[0]}
-    assert_gradients(outcome(fsdp, "sharded-accumulation"), want, TOLERANCE)
+    assert_gradients(outcome(fsdp, f"sharded-accumulation-{name}"), want, TOLERANCE)
+
+
+@pytest.mark.parametrize("split", workers.SPLITS)
+@pytest.mark.parametrize("unit", workers.UNITS)
+def test_partial_passes_of_a_sharded_bert(fsdp: Path, unit: str, split: str) -> None:
+    """Whichever module's weights are gathered when, and where in it the split is."""
+    model, data = tiny_bert(), text()
+    workers.step(fastadv.YOPO(model, split=workers.SPLITS[split], **workers.LB), model, data)
+    assert_gradients(outcome(fsdp, f"layers-{unit}-{split}"), gradients(model), TOLERANCE)
+
+
+def test_a_split_too_early_is_told_under_fsdp2(fsdp: Path) -> None:
+    assert outcome(fsdp, "told")["told"]
 
 
 @pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])

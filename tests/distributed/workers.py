@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastadv
-from tests.models import TinyModel
+from tests.bert import text, tiny_bert
+from tests.models import TinyModel, TwoCalls
 from tests.support import assert_unchanged, batch, gradients, seeded, snapshot
 
 WORLD = 2
@@ -38,6 +39,17 @@ METHODS: dict[str, tuple[Callable[..., fastadv.Method], dict[str, Any]]] = {
     "yopo-sample": (fastadv.YOPO, {**LB, "split": "bert.embeddings"}),
     "yopo-table": (fastadv.YOPO, {**LB, "split": "bert.embeddings", "scope": "table"}),
 }
+
+
+SAMPLE = ["pgd-sample", "freelb-sample", "yopo-sample"]
+FAULTS = [("pgd-sample", index) for index in range(4)] + [("yopo-sample", index) for index in range(7)]
+
+
+UNITS: dict[str, Callable[[Any], list[nn.Module]]] = {
+    "layers": lambda model: list(model.bert.encoder.layer),
+    "encoder": lambda model: [model.bert],
+}
+SPLITS = {"first": None, "embeddings": "bert.embeddings"}
 
 
 class Unused(TinyModel):
@@ -71,11 +83,12 @@ def gradient(rank: int, form: str, name: str, on: str) -> dict[str, Tensor]:
     return gradients(model)
 
 
-def training(rank: int, form: str) -> dict[str, Tensor]:
+def training(rank: int, form: str, name: str) -> dict[str, Tensor]:
     """Three optimizer steps, so that what a step leaves in the reducer is seen by the next."""
     model = build(form)
     ddp = DistributedDataParallel(model, **DDP_FORMS[form])
-    adv = fastadv.PGD(ddp, embedding="word_embeddings", scope="sample", **PGD)
+    make, options = METHODS[name]
+    adv = make(ddp, embedding="word_embeddings", **options)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     for seed in range(3):
         step(adv, ddp, half(rank, seed))
@@ -118,11 +131,12 @@ def accumulation(rank: int, name: str) -> dict[str, Tensor]:
     return gradients(model)
 
 
-def fault(rank: int, index: int) -> dict[str, Tensor]:
+def fault(rank: int, name: str, index: int) -> dict[str, Tensor]:
     """A closure fails in pass `index` on every process; nothing is left of it, and the next step is right."""
     model = build()
     ddp = DistributedDataParallel(model)
-    adv = fastadv.PGD(ddp, embedding="word_embeddings", scope="sample", **PGD)
+    make, options = METHODS[name]
+    adv = make(ddp, embedding="word_embeddings", **options)
     data, passes = half(rank), []
 
     def closure() -> Tensor:
@@ -138,6 +152,26 @@ def fault(rank: int, index: int) -> dict[str, Tensor]:
     assert len(passes) == index + 1
     step(adv, ddp, data)
     return gradients(model)
+
+
+def reductions(rank: int, name: str) -> dict[str, Tensor]:
+    """How many buckets are reduced in a plain backward and in a step."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    model, data = build(), half(rank)
+    ddp = DistributedDataParallel(model)
+    buckets: list[int] = []
+
+    def counted(state, bucket):  # type: ignore[no-untyped-def]  # DDP compares annotations, and these would be strings
+        buckets.append(bucket.index())
+        return allreduce_hook(state, bucket)
+
+    ddp.register_comm_hook(None, counted)
+    ddp(**data).loss.backward()
+    plain = len(buckets)
+    make, options = METHODS[name]
+    step(make(ddp, embedding="word_embeddings", **options), ddp, data)
+    return {"plain": torch.tensor(plain), "step": torch.tensor(len(buckets) - plain)}
 
 
 def shard(model: TinyModel) -> nn.Module:
@@ -165,17 +199,61 @@ def sharded(rank: int, name: str, micro_batches: int) -> dict[str, Tensor]:
     return {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}
 
 
+def by_layers(rank: int, unit: str, split: str) -> dict[str, Tensor]:
+    """A BERT sharded by layer, or with its encoder in one piece, and gathered anew for every backward; YOPO twice."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, data, mesh = tiny_bert(), text(), init_device_mesh("cpu", (WORLD,))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for part in UNITS[unit](model):
+        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+    fully_shard(model, mesh=mesh, reshard_after_forward=True)
+    mine = {name: value[2 * rank : 2 * rank + 2] for name, value in data.items()}
+    adv, ends = fastadv.YOPO(model, split=SPLITS[split], **LB), []
+    model.classifier.register_forward_hook(lambda *_: ends.append("ran"))
+    for _ in range(2):
+        model.zero_grad()
+        step(adv, model, mine)
+    assert len(ends) == 2 * 7, "sharded modules must see the end of what they began"
+    return {name: whole(p.grad) for name, p in model.named_parameters()}
+
+
+def told(rank: int) -> dict[str, Tensor]:
+    """A split before the embedding's last call is refused here too, where partial passes run whole forwards."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = seeded(TwoCalls)
+    fully_shard(model, mesh=init_device_mesh("cpu", (WORLD,)))
+    ids, labels = half(rank)["input_ids"], half(rank)["labels"]
+    adv = fastadv.YOPO(model, split="encode", **LB)
+    try:
+        adv.backward(lambda: model(ids, ids[:, :3], labels).loss)
+    except RuntimeError as error:
+        return {"told": torch.tensor("before the embedding's call 2" in str(error))}
+    return {}
+
+
 DDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{f"{name}-{on}": (gradient, ("plain", name, on)) for name in METHODS for on in ("wrapper", "model")},
-    **{f"pgd-sample-{form}": (gradient, (form, "pgd-sample", "wrapper")) for form in DDP_FORMS if form != "plain"},
-    **{f"training-{form}": (training, (form,)) for form in DDP_FORMS},
+    **{
+        f"{name}-{form}": (gradient, (form, name, "wrapper"))
+        for name in SAMPLE
+        for form in DDP_FORMS
+        if form != "plain"
+    },
+    **{f"training-{name}-{form}": (training, (form, name)) for name in SAMPLE for form in DDP_FORMS},
     **{f"accumulation-{name}": (accumulation, (name,)) for name in METHODS},
-    **{f"fault-{index}": (fault, (index,)) for index in range(4)},
+    **{f"fault-{name}-{index}": (fault, (name, index)) for name, index in FAULTS},
+    **{f"reductions-{name}": (reductions, (name,)) for name in SAMPLE},
     "replays": (replays, ("ddp",)),
 }
 FSDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{f"sharded-{name}": (sharded, (name, 1)) for name in METHODS},
-    "sharded-accumulation": (sharded, ("pgd-sample", 2)),
+    **{f"sharded-accumulation-{name}": (sharded, (name, 2)) for name in SAMPLE},
+    **{f"layers-{unit}-{split}": (by_layers, (unit, split)) for unit in UNITS for split in SPLITS},
+    "told": (told, ()),
     "sharded-replays": (replays, ("fsdp",)),
 }
 SUITES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastadv
 from tests.bert import text, tiny_bert
-from tests.support import gradients, same_bits
+from tests.support import assert_gradients, gradients, same_bits
 
 
 @pytest.fixture(scope="module")
@@ -95,6 +95,26 @@ def test_same_replays_the_first_mask_in_the_gradient(model: nn.Module, data: dic
     model.zero_grad()
     for name, grad in plain.items():
         torch.testing.assert_close(doubled[name], 2 * grad, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dropout", ["same", "fresh"])
+@pytest.mark.parametrize("method", [fastadv.FreeLB, fastadv.YOPO])
+def test_checkpoints_recompute_the_masks(method: Any, dropout: str, attention: str, data: dict[str, Tensor]) -> None:
+    """In partial passes too, whose backward recomputes a layer that the forward left half-way."""
+    found = []
+    for checkpointing in (False, True):
+        net = tiny_bert(dropout=0.2, attention=attention)
+        if checkpointing:
+            net.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        adv = method(net, dropout=dropout, random_start=False)
+        torch.manual_seed(3)
+        adv.backward(lambda net=net: net(**data), mask=data["attention_mask"])
+        found.append((gradients(net), torch.get_rng_state()))
+    (want, drawn), (got, redrawn) = found
+    assert_gradients(got, want, 1e-12)
+    assert torch.equal(drawn, redrawn)
 
 
 def test_off_keeps_running_statistics_running() -> None:

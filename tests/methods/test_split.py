@@ -13,10 +13,9 @@ from torch import Tensor, nn
 
 import fastadv
 from tests.bert import text, tiny_bert
-from tests.models import CLASSES, D, Stateful, TinyModel, TwoCalls, V
+from tests.models import CLASSES, D, TinyModel, TwoCalls, V
 from tests.support import (
     assert_gradients,
-    assert_unchanged,
     batch,
     clear,
     gradients,
@@ -24,7 +23,6 @@ from tests.support import (
     refused,
     same_bits,
     seeded,
-    snapshot,
 )
 
 NUMBERS: dict[str, Any] = {"steps": 3, "inner_steps": 3, "step_size": 0.2, "epsilon": 0.5, "random_start": False}
@@ -105,7 +103,7 @@ def test_compiled(inner: bool) -> None:
     for _ in range(2):
         clear(model)
         adv.backward(lambda: compiled(**data), mask=data["attention_mask"])
-        assert_gradients(gradients(model), want, 1e-4, floor=1e-4)
+        assert_gradients(gradients(model), want, 1e-5)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs[1] == graphs[0] > 0
     adv.close()
@@ -117,7 +115,7 @@ def test_compiled_by_inductor() -> None:
     torch._dynamo.reset()
     model = tiny_bert(dtype=torch.float32)
     want = step_of(model, model)
-    assert_gradients(step_of(model, torch.compile(model)), want, 1e-4, floor=1e-4)
+    assert_gradients(step_of(model, torch.compile(model)), want, 1e-5)
     torch._dynamo.reset()
 
 
@@ -281,47 +279,3 @@ def test_t5_is_told_what_to_split() -> None:
     adv = fastadv.YOPO(model, embedding=both, split="decoder.block.0", **NUMBERS)
     result = adv.backward(closure)
     assert result.adv_loss > result.loss
-
-
-FAULTS = [(index, place) for index in range(7) for place in ("before", "inside", "swallowed")]
-
-
-@pytest.mark.parametrize(("index", "place"), FAULTS)
-def test_a_fault_in_any_pass(index: int, place: str) -> None:
-    """Of the seven, four are partial. What a closure swallows is its own errors, not the end of a partial pass."""
-    model, data, passes = seeded(Stateful, dtype=torch.float32), batch(), []
-    adv = fastadv.YOPO(model, embedding=model.embed, split="frozen", dropout="fresh", **NUMBERS)
-
-    def closure() -> Any:
-        passes.append(1)
-        now = len(passes) == index + 1
-        if now and place == "before":
-            raise ZeroDivisionError
-        handle = model.dropout.register_forward_pre_hook(lambda *_: 1 / 0) if now and place == "inside" else None
-        try:
-            return model(data["input_ids"], data["labels"])
-        except Exception:
-            if place == "swallowed":
-                pytest.fail("the end of a partial pass looked like an error")
-            raise
-        finally:
-            if handle is not None:
-                handle.remove()
-
-    if place == "swallowed":
-        adv.backward(closure)
-        assert len(passes) == 7
-        return
-    before = snapshot(model)
-    with pytest.raises(ZeroDivisionError):
-        adv.backward(closure)
-    assert len(passes) == index + 1
-    assert_unchanged(model, before)
-    twin = copy.deepcopy(model)
-    again = fastadv.YOPO(twin, embedding=twin.embed, split="frozen", dropout="fresh", **NUMBERS)
-    found = []
-    for method, net in ((adv, model), (again, twin)):
-        torch.manual_seed(5)
-        method.backward(lambda net=net: net(data["input_ids"], data["labels"]))
-        found.append(gradients(net))
-    assert all(same_bits(found[0][name], found[1][name]) for name in found[0])
