@@ -49,7 +49,7 @@ def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
         TypeError: `choice` is none of a name, a module, or a sequence of these.
     """
     if choice is None:
-        return [_default(model)]
+        return _default(model)
     if isinstance(choice, (str, nn.Module)):
         return [chosen(model, choice)]
     if isinstance(choice, Sequence) and choice:
@@ -57,14 +57,14 @@ def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
     raise TypeError(f"embedding= takes a module's name, a module, or a sequence of these, not {choice!r}")
 
 
-def _default(model: nn.Module) -> nn.Module:
+def _default(model: nn.Module) -> list[nn.Module]:
     inner = unwrap(model)
-    asked = _ask(inner)
-    if asked is not None:
-        return asked
-    found = _candidates(inner)
+    asked, found = _ask(inner), _candidates(inner)
+    if asked is not None:  # an encoder and a decoder may each have a module around the table of the one that is told
+        table = table_of(asked)
+        return [asked, *(part for part in found.values() if part is not asked and table_of(part) is table)]
     if len(found) == 1:
-        return next(iter(found.values()))
+        return list(found.values())
     problem = "has several embeddings" if found else "has no nn.Embedding"
     raise ValueError(
         f"{type(inner).__name__} {problem}: say which module's output to perturb, embedding=NAME or embedding=MODULE. "
@@ -121,6 +121,11 @@ def _listed(model: nn.Module) -> str:
 def vocabulary(module: nn.Module) -> int | None:
     """The number of rows of an embedding table; None for a module without one."""
     return module.num_embeddings if isinstance(module, nn.Embedding) else None
+
+
+def table_of(module: nn.Module) -> object:
+    """What the rows of `module` are in: two modules may share it. A module without a table stands for itself."""
+    return module.weight if isinstance(module, nn.Embedding) else module
 
 
 def is_plain_lookup(module: nn.Module) -> bool:
