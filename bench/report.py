@@ -21,7 +21,6 @@ MEMORY = ("peak_mib", "over_plain_mib", "over_plain_perturbations")
 HEAPS = {"users": "heap as users have it", "retained": "heap retained"}
 COLOURS = {
     "classic script": "#6b7280",
-    "reference": "#6b7280",
     "plain, index_add": "#0e7490",
     "plain PyTorch": "#c2410c",
     "torch.compile": "#a16207",

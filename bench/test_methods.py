@@ -1,4 +1,4 @@
-"""One training step of each method that perturbs positions: the reference, by hand in plain PyTorch, and fastadv.
+"""One training step of each method that perturbs positions: by hand in plain PyTorch, and with fastadv.
 
 All steps of all methods take turns in one race, so that the methods compare with each other too: what YOPO's inner
 steps cost, and what a pass of FreeLB costs over one of plain training.
@@ -24,21 +24,25 @@ pytestmark = pytest.mark.filterwarnings("ignore:FreeAT")  # no optimizer steps b
 
 Steps = dict[tuple[str, str], Callable[[], object]]
 EPSILON, STEP = 0.002, 0.1
-WORK = ("FGSM", "FreeLB-3", "YOPO-3-1", "YOPO-3-3", "YOPO-3-5", "FreeAT, one replay")
-CONTESTANTS = ("plain", "reference", "plain PyTorch", "fastadv")
+WORK = ("FGSM", "FreeLB-3", "YOPO-3-3", "YOPO-3-5", "FreeAT, one replay")
+CONTESTANTS = ("plain", "plain PyTorch", "fastadv")
 ROUNDS = 5
 
 
 @pytest.fixture(scope="module")
 def result(size: Size, copy: Copy, rounds: Callable[[int], int]) -> Result:
-    """The race of all, after their gradients were compared."""
+    """The race of all, after their gradients were compared with the reference's, which is not timed."""
     vocabulary = size.vocabularies[0]
     model = classifier(size, vocabulary)
     steps = contestants(model, size, loss_closure(model, size, vocabulary), vocabulary)
     for work in [*WORK, "FreeAT, one replay"]:  # again: its second replay is the first that is perturbed
-        others = {f"{work}, {name}": steps[work, name] for name in CONTESTANTS[2:]}
+        others = {f"{work}, {name}": steps[work, name] for name in CONTESTANTS[1:]}
         same_gradients(model, steps[work, "reference"], others, 1e-3)
-    entries = {f"{work}: {contestant}": Entry(model.zero_grad, step) for (work, contestant), step in steps.items()}
+    entries = {
+        f"{work}: {contestant}": Entry(model.zero_grad, step)
+        for (work, contestant), step in steps.items()
+        if contestant in CONTESTANTS
+    }
     return race(entries, rounds(ROUNDS), copy)
 
 
@@ -63,7 +67,7 @@ def contestants(model: Any, size: Size, closure: Callable[[], Tensor], vocabular
         ("FreeAT, one replay", "plain PyTorch"): lambda: by_hands.replay(closure),
         ("FreeAT, one replay", "fastadv"): lambda: freeat.backward(closure),
     }
-    for inner in (1, 3, 5):
+    for inner in (3, 5):
         yopo = fastadv.YOPO(model, step_size=STEP, random_start=False, inner_steps=inner)
         steps[f"YOPO-3-{inner}", "reference"] = lambda n=inner: reference.yopo(
             closure, embedding, first, zero, inner_steps=n

@@ -95,6 +95,20 @@ def expanded(pattern: str) -> list[str]:
     return [name for choice in choices.split(",") for name in expanded(before + choice + after)]
 
 
+def test_the_six_methods_are_shown_as_they_were_measured() -> None:
+    page = (ROOT / "docs/training.md").read_text()
+    results = {
+        name: json.loads((ROOT / f"docs/results/{name}.json").read_text()) for name in ("methods", "methods_time")
+    }
+    seconds = {run["method"]: run["seconds_per_step"] for run in results["methods_time"]["runs"]}
+    assert {run["method"] for run in results["methods"]["runs"]} == {"plain", *methods()}
+    for run in results["methods"]["runs"]:
+        row = next(line for line in page.splitlines() if line.startswith(f"| {run['method']} | "))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert [cells[2], *cells[4:6]] == [f"{100 * a['accuracy']:.1f}" for a in run["accuracy"]]
+        assert cells[6] == f"{seconds[run['method']]:.2f}"
+
+
 def test_the_page_of_freeat_shows_what_was_measured() -> None:
     page = (ROOT / "docs/methods/freeat.md").read_text()
     means = json.loads((ROOT / "docs/results/freeat_carry.json").read_text())["means"]
@@ -122,7 +136,7 @@ def test_the_readme_shows_what_the_committed_run_measured() -> None:
 
 
 def test_the_sweep_table_shows_what_the_committed_sweep_measured() -> None:
-    page = (ROOT / "docs/training.md").read_text()
+    _, _, page = (ROOT / "docs/training.md").read_text().partition("## The sweep")
     settings: dict[str, list[list[float]]] = {}
     for run in json.loads((ROOT / "docs/results/sweep.json").read_text())["runs"]:
         values = " ".join(f"{name}={value}" for name, value in run["arguments"].items())
