@@ -27,7 +27,7 @@ class FGSM(TwoPass):
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
-        epsilon: the largest element of the perturbation. The default is the one that the sweep in docs/methods/fgsm.md
+        epsilon: the largest element of the perturbation. The default is the one that the sweep in docs/training.md
             found to help.
         step_size: length of the step, alpha; None: epsilon, or 1.25 epsilon with a random start.
         norm: "linf"; the l2 twin of this method is `fastadv.FGM`.

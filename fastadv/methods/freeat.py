@@ -40,7 +40,7 @@ class FreeAT(Method):
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
         epsilon: radius of the ball that holds the perturbation after each step; None: no ball. The default is the one
-            that the sweep in docs/methods/freeat.md found to help.
+            that the sweep in docs/training.md found to help.
         step_size: length of one step, alpha; None: epsilon.
         replays: how often each batch is trained on, m.
         norm: "linf" (steps by alpha * sign(g)) or "l2".
