@@ -6,7 +6,8 @@ all gradients, and no pass is made that the method does not need.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,6 @@ class ByHand:
     """A model whose embedding adds `delta` while there is one."""
 
     def __init__(self, model: Any) -> None:
-        self.model = model
         self.delta: Tensor | None = None
         model.get_input_embeddings().register_forward_hook(self._add)
 
@@ -84,32 +84,26 @@ class Layers:
         self.embeddings, self.first, self.ids = model.bert.embeddings, model.bert.encoder.layer[0], ids
         self.p: Tensor | None = None
 
-    def watched(self) -> Any:
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
         """Inside, the gradient of the first layer's output is kept."""
-        return _Watch(self)
+        handle = self.first.register_forward_hook(self._see)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _see(self, *call: Any) -> None:
+        _tensor(call[-1]).register_hook(self._keep)  # type: ignore[no-untyped-call]
+
+    def _keep(self, gradient: Tensor) -> None:
+        self.p = gradient
 
     def gradient(self, hand: ByHand) -> Tensor:
         """Of <p, first layer's output> with respect to delta."""
         hidden = _tensor(self.first(self.embeddings(input_ids=self.ids)))
         assert hand.delta is not None
         return torch.autograd.grad(hidden, hand.delta, self.p)[0]
-
-
-class _Watch:
-    def __init__(self, layers: Layers) -> None:
-        self.layers = layers
-
-    def __enter__(self) -> None:
-        self.handle = self.layers.first.register_forward_hook(self._see)
-
-    def __exit__(self, *_: object) -> None:
-        self.handle.remove()
-
-    def _see(self, *call: Any) -> None:
-        _tensor(call[-1]).register_hook(self._keep)  # type: ignore[no-untyped-call]
-
-    def _keep(self, gradient: Tensor) -> None:
-        self.layers.p = gradient
 
 
 class FreeAT:

@@ -186,14 +186,7 @@ class Engine:
         self.site.probing = True  # autograd would compute the tables' gradients and throw them away
         with self._quiet():
             output, loss = self._forward(closure)
-            leaves = self.perturbation.leaves()
-            scaled = loss if self.scaler is None else self.scaler.scale(loss)
-            try:
-                grads: Sequence[Tensor | None] = torch.autograd.grad(scaled, leaves, allow_unused=True)
-            except RuntimeError as error:
-                if "Checkpointing is not compatible" in str(error):
-                    raise RuntimeError(REENTRANT) from error
-                raise
+            grads = self._gradients([loss if self.scaler is None else self.scaler.scale(loss)])
         self._check_split()
         self.perturbation.take(grads)
         return self._finish(output, loss)
@@ -208,8 +201,7 @@ class Engine:
             self.site.begin_pass()
             ends, weights = split.run(closure, whole=self.wrapping.sharded)
             self.site.recomputing = True  # what runs the embedding from here on is a checkpoint
-            leaves = self.perturbation.leaves()
-            grads = torch.autograd.grad(ends, leaves, weights, allow_unused=True)
+            grads = self._gradients(ends, weights)
         if all(grad is None for grad in grads):
             raise RuntimeError(NOT_ON_THE_WAY.format(name=split.name))
         self.perturbation.take(grads)
@@ -236,6 +228,15 @@ class Engine:
         """For a backward that is about the perturbation alone."""
         with self.wrapping.synchronised(False), self.wrapping.frozen(self.perturbation.leaves):
             yield
+
+    def _gradients(self, ends: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:
+        """Of the perturbation, and nothing else's."""
+        try:
+            return torch.autograd.grad(ends, self.perturbation.leaves(), weights, allow_unused=True)
+        except RuntimeError as error:
+            if "Checkpointing is not compatible" in str(error):
+                raise RuntimeError(REENTRANT) from error
+            raise
 
     def _forward(self, closure: Closure) -> tuple[Any, Tensor]:
         site = self.site

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.changes import Changes
 from fastadv.engine.passes import Closure
+from fastadv.engine.perturbation import TABLE_SCOPES
 from fastadv.engine.slots import Slots
 from fastadv.engine.start import Draw, RandomStart
 from fastadv.methods.base import Method, StepResult, whole
@@ -87,7 +88,7 @@ class FreeAT(Method):
     ) -> None:
         if carry and random_start:
             raise ValueError("carry=True begins where the last batch ended: random_start needs carry=False")
-        if scope in ("table", "row"):
+        if scope in TABLE_SCOPES:
             raise ValueError(
                 f"FreeAT keeps a perturbation per batch slot and position, and scope={scope!r} has one per token id: "
                 "use scope='sample', 'batch' or 'token'"

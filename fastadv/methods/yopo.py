@@ -9,7 +9,7 @@ from torch import nn
 from fastadv.engine.passes import Closure
 from fastadv.engine.split import SplitChoice
 from fastadv.engine.start import RandomStart
-from fastadv.methods.base import whole
+from fastadv.methods.base import Method, whole
 from fastadv.methods.freelb import FreeLB
 
 
@@ -55,7 +55,7 @@ class YOPO(FreeLB):
         True
     """
 
-    norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}
+    norms: ClassVar[dict[str, tuple[str, str]]] = Method.norms  # linf by the sign, where FreeLB has the largest element
 
     def __init__(
         self,
