@@ -1,4 +1,4 @@
-// out[n] = round(W[ids[n]] + delta[n]), or + delta[slot[n]], or W[ids[n]] alone: the body that the CPU and CUDA share.
+// out[n] = round(W[ids[n]] + delta[n]), or + delta[slot[n]], or W[ids[n]] alone: the body of the op.
 // A slot of -1 adds nothing.
 #pragma once
 
@@ -85,10 +85,5 @@ OutOfRange first_out_of_range(const GatherPerturbCall& call);
 
 // Checks every index before it reads a row; touches nothing if one is out of range.
 OutOfRange gather_perturb_cpu(const GatherPerturbCall& call, int threads);
-
-#ifdef FASTADV_WITH_CUDA
-// Out of range: that row is zeros and *flag becomes 1. Returns null, or what CUDA says went wrong.
-const char* gather_perturb_cuda(const GatherPerturbCall& call, int device, std::uintptr_t stream, std::uintptr_t flag);
-#endif
 
 }  // namespace fastadv

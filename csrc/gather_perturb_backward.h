@@ -1,5 +1,5 @@
-// G[id_s] = round(G[id_s] + sum of grad[order[i]] over all grads and all i in starts[s] .. starts[s + 1]): the body
-// that the CPU and CUDA share. id_s is the id of the segment's first position, and rises from segment to segment.
+// G[id_s] = round(G[id_s] + sum of grad[order[i]] over all grads and all i in starts[s] .. starts[s + 1]). id_s is the
+// id of the segment's first position, and rises from segment to segment.
 #pragma once
 
 #include "segment_sum.h"
@@ -97,11 +97,5 @@ struct BadBackward {
 
 // Checks the plan before it reads a row; writes nothing if it is bad.
 BadBackward gather_perturb_backward_cpu(const GatherPerturbBackwardCall& call, int threads);
-
-#ifdef FASTADV_WITH_CUDA
-// A segment that points outside is left out, and *flag becomes 1. Returns null, or what CUDA says went wrong.
-const char* gather_perturb_backward_cuda(const GatherPerturbBackwardCall& call, int device, std::uintptr_t stream,
-                                         std::uintptr_t flag);
-#endif
 
 }  // namespace fastadv

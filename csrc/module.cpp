@@ -174,34 +174,6 @@ void rows_step_cpu(const RowsCall& call, const RowsRule& rule, int threads) {
 }
 
 #ifdef FASTADV_WITH_CUDA
-void segment_sum_cuda(const fastadv::SegmentSumCall& call, int device, std::uintptr_t stream, std::uintptr_t flag) {
-  const char* error;
-  {
-    py::gil_scoped_release unlocked;
-    error = fastadv::segment_sum_cuda(call, device, stream, flag);
-  }
-  if (error) throw std::runtime_error(std::string("segment_sum: CUDA: ") + error);
-}
-
-void gather_perturb_backward_cuda(const fastadv::GatherPerturbBackwardCall& call, int device, std::uintptr_t stream,
-                                  std::uintptr_t flag) {
-  const char* error;
-  {
-    py::gil_scoped_release unlocked;
-    error = fastadv::gather_perturb_backward_cuda(call, device, stream, flag);
-  }
-  if (error) throw std::runtime_error(std::string("gather_perturb_backward: CUDA: ") + error);
-}
-
-void gather_perturb_cuda(const GatherPerturbCall& call, int device, std::uintptr_t stream, std::uintptr_t flag) {
-  const char* error;
-  {
-    py::gil_scoped_release unlocked;
-    error = fastadv::gather_perturb_cuda(call, device, stream, flag);
-  }
-  if (error) throw std::runtime_error(std::string("gather_perturb: CUDA: ") + error);
-}
-
 // Why the compiled CUDA code cannot run here, or None. A driver older than the toolkit shows up here.
 py::object cuda_problem() {
   int devices = 0;
@@ -275,9 +247,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("rows_copy_cpu", &rows_copy_cpu);
   m.def("rows_step_cpu", &rows_step_cpu);
 #ifdef FASTADV_WITH_CUDA
-  m.def("gather_perturb_cuda", &gather_perturb_cuda);
-  m.def("segment_sum_cuda", &segment_sum_cuda);
-  m.def("gather_perturb_backward_cuda", &gather_perturb_backward_cuda);
   m.def("cuda_problem", &cuda_problem);
 #endif
 }

@@ -1,5 +1,4 @@
-// out[s] = sum of values[order[i]] over i in starts[s] .. stops[s], in that order: the body that the CPU and CUDA
-// share. And the plan itself, which the CPU alone makes.
+// out[s] = sum of values[order[i]] over i in starts[s] .. stops[s], in that order; and the plan itself.
 #pragma once
 
 #include "common.h"
@@ -81,11 +80,6 @@ BadPlan first_outside(const SegmentSumCall& call);
 
 // Checks the plan before it reads a row; writes nothing if it points outside.
 BadPlan segment_sum_cpu(const SegmentSumCall& call, int threads);
-
-#ifdef FASTADV_WITH_CUDA
-// A segment that points outside is zeros, and *flag becomes 1. Returns null, or what CUDA says went wrong.
-const char* segment_sum_cuda(const SegmentSumCall& call, int device, std::uintptr_t stream, std::uintptr_t flag);
-#endif
 
 // Positions sorted by (id, masked, position), and where each id's begin and end: see fastadv/ops/segment_sum.py.
 struct SegmentsCall {

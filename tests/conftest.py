@@ -16,6 +16,30 @@ settings.load_profile("fastadv")
 torch.set_num_threads(1)  # the models are tiny: a second thread only waits for the first
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--backend",
+        choices=["native", "triton"],
+        default="native",
+        help="triton: what fused=None runs on the CPU is the Triton kernels, interpreted; slow",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--backend") == "triton":
+        os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
+        from tests.kernels.interpreter import take_over
+
+        take_over()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--backend") == "triton":
+        others = [item for item in items if item.get_closest_marker("native")]
+        items[:] = [item for item in items if not item.get_closest_marker("native")]
+        config.hook.pytest_deselected(items=others)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     """Every test starts from the same place of torch's generator."""

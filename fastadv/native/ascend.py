@@ -71,22 +71,18 @@ def ascend(
         >>> delta
         tensor([[0.3000, 0.4000]])
     """
-    if delta.device.type != "cpu":
-        raise RuntimeError(f"{OP}: no native backend for {delta.device.type} yet")
-    extension = checks.extension_for(OP, delta)
+    extension = checks.extension_on_cpu(OP, delta)
     check_rule(OP, delta, direction, ball, group)
     check_step(OP, delta, grad, mask, skipped)
-    grad, grad_stride = _rows(grad)
+    grad, grad_stride = rows_of(OP, grad)
     mask = None if mask is None else mask.contiguous()
     rule = (step_size, epsilon, direction, ball, group)
     call = step_call(OP, extension, delta, grad, grad_stride, mask, skipped, rule)
-    if weight is None and ids is None and slot is None and embedded is None:
+    if not embeds(OP, delta, weight, ids, slot, embedded):
         extension.ascend_cpu(call, None, torch.get_num_threads())
         increment_version((delta, skipped))
         return
-    if weight is None or ids is None or embedded is None:
-        raise ValueError(f"{OP}: weight, ids and embedded belong together: give all three, or none of them and no slot")
-    check_embedding(OP, delta, weight, ids, slot, embedded)
+    assert weight is not None and ids is not None and embedded is not None
     ids = checks.indices(OP, "ids", ids)
     slot = None if slot is None else slot.contiguous()
     lookup = lookup_call(OP, extension, delta, weight, ids, slot, embedded)
@@ -142,10 +138,10 @@ def lookup_call(
     )
 
 
-def _rows(grad: Tensor) -> tuple[Tensor, int]:
+def rows_of(op: str, grad: Tensor) -> tuple[Tensor, int]:
     """`grad` [..., D], or a copy, with adjacent elements and one distance from row to row; and that distance."""
     if not grad.is_contiguous():
-        checks.address(OP, "grad", grad)
+        checks.address(op, "grad", grad)
         stride, reach = 0, None
         for size, step in zip(reversed(grad.shape[:-1]), reversed(grad.stride()[:-1]), strict=True):
             if size == 1:
@@ -191,6 +187,22 @@ def check_step(op: str, delta: Tensor, grad: Tensor, mask: Tensor | None, skippe
         raise TypeError(f"{op}: skipped must be int64, but is {skipped.dtype}")
     if skipped.dim() != 0:
         raise ValueError(f"{op}: skipped must be 0-d, but has shape {tuple(skipped.shape)}")
+
+
+def embeds(
+    op: str, delta: Tensor, weight: Tensor | None, ids: Tensor | None, slot: Tensor | None, embedded: Tensor | None
+) -> bool:
+    """Whether the next forward's input is wanted, after checking that it can be written.
+
+    Raises:
+        TypeError, ValueError: as `ascend` does.
+    """
+    if weight is None and ids is None and slot is None and embedded is None:
+        return False
+    if weight is None or ids is None or embedded is None:
+        raise ValueError(f"{op}: weight, ids and embedded belong together: give all three, or none of them and no slot")
+    check_embedding(op, delta, weight, ids, slot, embedded)
+    return True
 
 
 def check_embedding(op: str, delta: Tensor, weight: Tensor, ids: Tensor, slot: Tensor | None, embedded: Tensor) -> None:

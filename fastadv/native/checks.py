@@ -28,6 +28,17 @@ def extension_for(op: str, tensor: Tensor) -> Any:
     return native.extension()
 
 
+def extension_on_cpu(op: str, tensor: Tensor) -> Any:
+    """The extension, for an op that it has for the CPU alone: on a GPU Triton runs it.
+
+    Raises:
+        RuntimeError: `tensor` is elsewhere, or the extension is not there.
+    """
+    if tensor.device.type != "cpu":
+        raise RuntimeError(f"{op}: the C++ op is for the CPU alone, and a tensor is on {tensor.device}")
+    return native.extension()
+
+
 def dtype_code(op: str, name: str, tensor: Tensor) -> int:
     """The code of the tensor's dtype.
 

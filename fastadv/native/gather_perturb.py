@@ -11,7 +11,6 @@ from fastadv.native import checks
 
 OP = "gather_perturb"
 BACKWARD = "gather_perturb_backward"
-_flags: dict[int, Tensor] = {}
 
 
 def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None) -> Tensor:
@@ -33,9 +32,8 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
     Raises:
         TypeError: a dtype that is not served, or a tensor without plain memory.
         ValueError: a shape, stride or device that does not fit.
-        IndexError: on the CPU, an id outside the table or a slot outside `delta`; nothing has been read then. On
-            CUDA such a row becomes zeros, and `check` raises.
-        RuntimeError: the extension is not there for this device, or CUDA reports an error.
+        IndexError: an id outside the table or a slot outside `delta`; nothing has been read then.
+        RuntimeError: the extension is not there, or the tensors are not on the CPU.
 
     Example:
         >>> table = torch.arange(6.0).view(3, 2)
@@ -43,17 +41,12 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
         tensor([[4.5000, 5.5000],
                 [0.5000, 1.5000]])
     """
-    extension = checks.extension_for(OP, weight)
-    table = checks.address(OP, "weight", weight)
-    _check_weight(weight)
-    ids = _check_indices("ids", ids, weight.device)
-    slot = _check_slot(slot, ids, delta)
-    if delta is not None:
-        _check_delta(delta, weight, ids, slot)
+    extension = checks.extension_on_cpu(OP, weight)
+    ids, slot = check(weight, ids, delta, slot)
     out = weight.new_empty((*ids.shape, weight.shape[1]))
     call = extension.GatherPerturbCall(
-        checks.dtype_code(OP, "weight", weight),
-        table,
+        checks.DTYPES[weight.dtype],
+        checks.address(OP, "weight", weight),
         weight.stride(0),
         weight.shape[0],
         checks.address(OP, "ids", ids),
@@ -64,12 +57,7 @@ def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tens
         ids.numel(),
         weight.shape[1],
     )
-    if weight.device.type == "cpu":
-        extension.gather_perturb_cpu(call, torch.get_num_threads())
-    else:
-        stream = torch.cuda.current_stream(weight.device).cuda_stream
-        flag = flag_on(weight.device)
-        extension.gather_perturb_cuda(call, weight.device.index, stream, flag.data_ptr())
+    extension.gather_perturb_cpu(call, torch.get_num_threads())
     return out
 
 
@@ -93,9 +81,8 @@ def gather_perturb_backward(
     Raises:
         TypeError: a dtype that is not served, or a tensor without plain memory.
         ValueError: a shape, stride or device that does not fit, too many grads, or a plan of other ids.
-        IndexError: on the CPU, an id outside the table, or a plan outside the positions; nothing has been written
-            then. On CUDA such a segment is left out, and `check` raises.
-        RuntimeError: the extension is not there for this device, or CUDA reports an error.
+        IndexError: an id outside the table, or a plan outside the positions; nothing has been written then.
+        RuntimeError: the extension is not there, or the tensors are not on the CPU.
 
     Example:
         >>> table_grad, grad = torch.zeros(3, 1), torch.tensor([[1.0], [2.0], [4.0]])
@@ -104,62 +91,63 @@ def gather_perturb_backward(
         >>> table_grad.flatten()
         tensor([2., 0., 5.])
     """
-    extension = checks.extension_for(BACKWARD, table_grad)
-    code = checks.dtype_code(BACKWARD, "table_grad", table_grad)
-    table = checks.address(BACKWARD, "table_grad", table_grad)
-    _check_table_grad(table_grad)
-    ids = _check_indices("ids", ids, table_grad.device, BACKWARD)
-    if ids.dim() != 1:
-        raise ValueError(f"{BACKWARD}: ids must be [N], but has shape {tuple(ids.shape)}")
-    count, dim = ids.shape[0], table_grad.shape[1]
+    extension = checks.extension_on_cpu(BACKWARD, table_grad)
     if len(grads) > extension.most_grads:
         raise ValueError(f"{BACKWARD}: there are {len(grads)} grads, but at most {extension.most_grads} are served")
-    rows = [_check_grad(grad, table_grad, count) for grad in grads]
-    checks.plan(BACKWARD, "order", order, count, table_grad.device)
-    checks.plan(BACKWARD, "starts", starts, None, table_grad.device)
-    if starts.shape[0] == 0:
-        raise ValueError(f"{BACKWARD}: starts must be [rows + 1], but is empty")
+    ids = check_backward(table_grad, grads, ids, order, starts)
+    wide = checks.compute_dtype(table_grad.dtype)
     call = extension.GatherPerturbBackwardCall(
-        code,
-        table,
+        checks.DTYPES[table_grad.dtype],
+        checks.address(BACKWARD, "table_grad", table_grad),
         table_grad.stride(0),
         table_grad.shape[0],
-        rows,
+        [(checks.address(BACKWARD, "a grad", grad), grad.stride(0), grad.dtype == wide) for grad in grads],
         checks.address(BACKWARD, "ids", ids),
         checks.address(BACKWARD, "order", order),
         checks.address(BACKWARD, "starts", starts),
         starts.shape[0] - 1,
-        count,
-        dim,
+        ids.shape[0],
+        table_grad.shape[1],
         padding_idx,
     )
-    if table_grad.device.type == "cpu":
-        extension.gather_perturb_backward_cpu(call, torch.get_num_threads())
-    else:
-        device = table_grad.device
-        stream = torch.cuda.current_stream(device).cuda_stream
-        extension.gather_perturb_backward_cuda(call, device.index, stream, flag_on(device).data_ptr())
+    extension.gather_perturb_backward_cpu(call, torch.get_num_threads())
     torch.autograd.graph.increment_version(table_grad)
 
 
-def check(device: torch.device) -> None:
-    """Waits for `device` and raises IndexError if a call there met an index out of range; clears the mark.
+def check(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`ids` and `slot` as a launcher passes them on, int64 and contiguous, if everything is as `gather_perturb` says.
 
-    On the CPU a call raises at once, so there is nothing to wait for.
+    Raises:
+        TypeError, ValueError: as `gather_perturb` does.
     """
-    if device.type != "cuda":
-        return
-    flag = _flags.get(torch.cuda.current_device() if device.index is None else device.index)
-    if flag is not None and flag.item():
-        flag.zero_()
-        raise IndexError(f"{OP}: an id or slot was out of range on {device}; its row was read as zeros")
+    checks.address(OP, "weight", weight)
+    _check_weight(weight)
+    ids = _check_indices("ids", ids, weight.device)
+    slot = _check_slot(slot, ids, delta)
+    if delta is not None:
+        _check_delta(delta, weight, ids, slot)
+    return ids, slot
 
 
-def flag_on(device: torch.device) -> Tensor:
-    """Where the kernels on one device leave the mark of an index out of range."""
-    if device.index not in _flags:
-        _flags[device.index] = torch.zeros(1, dtype=torch.int32, device=device)
-    return _flags[device.index]
+def check_backward(table_grad: Tensor, grads: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor) -> Tensor:
+    """`ids` as a launcher passes them on, if everything is as `gather_perturb_backward` says.
+
+    Raises:
+        TypeError, ValueError: as `gather_perturb_backward` does.
+    """
+    checks.dtype_code(BACKWARD, "table_grad", table_grad)
+    checks.address(BACKWARD, "table_grad", table_grad)
+    _check_table_grad(table_grad)
+    ids = _check_indices("ids", ids, table_grad.device, BACKWARD)
+    if ids.dim() != 1:
+        raise ValueError(f"{BACKWARD}: ids must be [N], but has shape {tuple(ids.shape)}")
+    for grad in grads:
+        _check_grad(grad, table_grad, ids.shape[0])
+    checks.plan(BACKWARD, "order", order, ids.shape[0], table_grad.device)
+    checks.plan(BACKWARD, "starts", starts, None, table_grad.device)
+    if starts.shape[0] == 0:
+        raise ValueError(f"{BACKWARD}: starts must be [rows + 1], but is empty")
+    return ids
 
 
 def _check_weight(weight: Tensor) -> None:
@@ -208,8 +196,7 @@ def _check_table_grad(table_grad: Tensor) -> None:
         )
 
 
-def _check_grad(grad: Tensor, table_grad: Tensor, count: int) -> tuple[int, int, bool]:
-    """Where a gradient is, how far its rows are apart, and whether it is in the dtype of the sum."""
+def _check_grad(grad: Tensor, table_grad: Tensor, count: int) -> None:
     checks.same_device(BACKWARD, "a grad", grad, table_grad.device)
     wide = checks.compute_dtype(table_grad.dtype)
     if grad.dtype not in (table_grad.dtype, wide):
@@ -220,4 +207,4 @@ def _check_grad(grad: Tensor, table_grad: Tensor, count: int) -> tuple[int, int,
     if grad.shape != wanted:
         raise ValueError(f"{BACKWARD}: a grad has shape {tuple(grad.shape)}, but ids and table_grad give {wanted}")
     checks.rows(BACKWARD, "a grad", grad)
-    return checks.address(BACKWARD, "a grad", grad), grad.stride(0), grad.dtype == wide
+    checks.address(BACKWARD, "a grad", grad)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from fastadv.native import checks
-from fastadv.native.gather_perturb import flag_on
 
 PLAN = "segments"
 SUM = "segment_sum"
@@ -37,9 +36,7 @@ def segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor,
         >>> slot, order, starts, stops
         (tensor([-1,  0,  1]), tensor([1, 2, 0]), tensor([0, 1, 3, 3]), tensor([1, 2, 3]))
     """
-    if ids.device.type != "cpu":
-        raise RuntimeError(f"{PLAN}: ids is on {ids.device}, and the C++ sort is for the CPU alone")
-    extension = checks.extension_for(PLAN, ids)
+    extension = checks.extension_on_cpu(PLAN, ids)
     ids = _check_ids(ids)
     mask = _check_mask(mask, ids)
     if vocabulary < 0:
@@ -81,9 +78,8 @@ def segment_sum(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) ->
     Raises:
         TypeError: a dtype that is not served, or a tensor without plain memory.
         ValueError: a shape, stride or device that does not fit.
-        IndexError: on the CPU, a position or segment outside `values`; nothing has been written then. On CUDA such a
-            segment becomes zeros, and `fastadv.native.gather_perturb.check` raises.
-        RuntimeError: the extension is not there for this device, or CUDA reports an error.
+        IndexError: a position or segment outside `values`; nothing has been written then.
+        RuntimeError: the extension is not there, or the tensors are not on the CPU.
 
     Example:
         >>> values, order = torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1, 0, 2])
@@ -91,36 +87,38 @@ def segment_sum(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) ->
         tensor([[2.],
                 [5.]])
     """
-    extension = checks.extension_for(SUM, values)
-    code = checks.dtype_code(SUM, "values", values)
-    rows_at = checks.address(SUM, "values", values)
-    checks.rows(SUM, "values", values)
-    count, dim = values.shape
-    checks.plan(SUM, "order", order, count, values.device)
-    checks.plan(SUM, "stops", stops, None, values.device)
-    rows = stops.shape[0]
-    checks.plan(SUM, "starts", starts, None, values.device)
-    if starts.shape[0] < rows:
-        raise ValueError(f"{SUM}: starts has {starts.shape[0]} entries, but stops has {rows}")
-    out = values.new_empty((rows, dim), dtype=checks.compute_dtype(values.dtype))
+    extension = checks.extension_on_cpu(SUM, values)
+    out = check(values, order, starts, stops)
     call = extension.SegmentSumCall(
-        code,
-        rows_at,
+        checks.DTYPES[values.dtype],
+        checks.address(SUM, "values", values),
         values.stride(0),
-        count,
+        values.shape[0],
         checks.address(SUM, "order", order),
         checks.address(SUM, "starts", starts),
         checks.address(SUM, "stops", stops),
         out.data_ptr(),
-        rows,
-        dim,
+        *out.shape,
     )
-    if values.device.type == "cpu":
-        extension.segment_sum_cpu(call, torch.get_num_threads())
-    else:
-        stream = torch.cuda.current_stream(values.device).cuda_stream
-        extension.segment_sum_cuda(call, values.device.index, stream, flag_on(values.device).data_ptr())
+    extension.segment_sum_cpu(call, torch.get_num_threads())
     return out
+
+
+def check(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
+    """Room for the result [rows, D], if everything is as `segment_sum` says.
+
+    Raises:
+        TypeError, ValueError: as `segment_sum` does.
+    """
+    checks.dtype_code(SUM, "values", values)
+    checks.address(SUM, "values", values)
+    checks.rows(SUM, "values", values)
+    checks.plan(SUM, "order", order, values.shape[0], values.device)
+    checks.plan(SUM, "stops", stops, None, values.device)
+    checks.plan(SUM, "starts", starts, None, values.device)
+    if starts.shape[0] < stops.shape[0]:
+        raise ValueError(f"{SUM}: starts has {starts.shape[0]} entries, but stops has {stops.shape[0]}")
+    return values.new_empty((stops.shape[0], values.shape[1]), dtype=checks.compute_dtype(values.dtype))
 
 
 def _check_ids(ids: Tensor) -> Tensor:

@@ -54,17 +54,11 @@ def table_step(
         IndexError: an index that points outside, or a segment of several ids; nothing has been written then.
         RuntimeError: the extension is not there for this device.
     """
-    if delta.device.type != "cpu":
-        raise RuntimeError(f"{OP}: no native backend for {delta.device.type} yet")
-    extension = checks.extension_for(OP, delta)
-    ascend.check_rule(OP, delta, direction, ball, group)
-    _check_room(delta, room)
-    ascend.check_step(OP, delta, room, None, skipped)
-    ascend.check_embedding(OP, delta, weight, ids, slot, embedded)
-    _check_positions(delta, grad, ids, order, starts, stops)
+    extension = checks.extension_on_cpu(OP, delta)
+    rule = (step_size, epsilon, direction, ball, group)
+    check(delta, grad, skipped, rule, (slot, order, starts, stops), weight, ids, embedded, room)
     ids, slot = checks.indices(OP, "ids", ids), slot.contiguous()
     rows, dim = delta.shape
-    rule = (step_size, epsilon, direction, ball, group)
     step = ascend.step_call(OP, extension, delta, room, dim, None, skipped, rule)
     sums = extension.SegmentSumCall(
         checks.DTYPES[grad.dtype],
@@ -81,6 +75,26 @@ def table_step(
     lookup = ascend.lookup_call(OP, extension, delta, weight, ids, slot, embedded)
     extension.table_step_cpu(step, sums, lookup, torch.get_num_threads())
     increment_version((delta, skipped, embedded, room))
+
+
+def check(
+    delta: Tensor,
+    grad: Tensor,
+    skipped: Tensor,
+    rule: ascend.Rule,
+    groups: tuple[Tensor, Tensor, Tensor, Tensor],
+    weight: Tensor,
+    ids: Tensor,
+    embedded: Tensor,
+    room: Tensor,
+) -> None:
+    """Raises TypeError or ValueError unless all is as `table_step` says; `groups` is slot, order, starts and stops."""
+    slot, *positions = groups
+    ascend.check_rule(OP, delta, *rule[2:])
+    _check_room(delta, room)
+    ascend.check_step(OP, delta, room, None, skipped)
+    ascend.check_embedding(OP, delta, weight, ids, slot, embedded)
+    _check_positions(delta, grad, ids, *positions)
 
 
 def _check_room(delta: Tensor, room: Tensor) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastadv import native
 from fastadv.native.ascend import ascend as native_ascend
-from fastadv.ops.dispatch import Backend, Op, in_place
+from fastadv.ops.dispatch import Backend, Op, in_place, triton
 from fastadv.ops.gather_perturb import eager as gather
 
 DIRECTIONS = ("l2", "sign", "max")
@@ -124,7 +124,6 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(dim=1, keepdim=True)
 
 
-_reason = native.reason()
 OP = Op(
     "ascend",
     "(Tensor(a!) delta, Tensor grad, Tensor? mask, Tensor(b!) skipped, float step_size, float? epsilon, "
@@ -132,7 +131,7 @@ OP = Op(
     "Tensor? weight=None, Tensor? ids=None, Tensor? slot=None, Tensor(c!)? embedded=None) -> ()",
     eager=eager,
     fake=in_place,
-    backends=[Backend("C++", "cpu", None if _reason else native_ascend, _reason)],
+    backends=[Backend("C++", "cpu", native_ascend, native.reason), triton("ascend")],
 )
 
 
@@ -155,7 +154,7 @@ def ascend(
 ) -> None:
     """Move `delta` one step up `grad`, in place, and write `embedded`; see the module's formula.
 
-    The eager version takes any strides and any floating dtype; `fastadv.native.ascend` says what the C++ one takes.
+    The eager version takes any strides and any floating dtype; `fastadv.native.ascend` says what the others take.
 
     Raises:
         ValueError: an unknown direction or ball, shapes or strides that do not fit, or a mask that is not bool.

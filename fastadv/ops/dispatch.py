@@ -12,16 +12,32 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastadv.kernels import launcher
+from fastadv.kernels import reason as no_triton
+
 LIBRARY = torch.library.Library("fastadv", "DEF")  # type: ignore[no-untyped-call]
 
 
+def there() -> None:
+    """The reason of a backend that cannot be missing."""
+
+
 class Backend(NamedTuple):
-    """A faster way to run an op on one kind of device; `reason` says why it is missing, None if it is there."""
+    """A faster way to run an op on one kind of device.
+
+    `reason` says why it is missing, None if it is there. It is asked when the op is first wanted on that device, since
+    the answer may start CUDA.
+    """
 
     name: str
     device: str
-    function: Callable[..., Any] | None
-    reason: str | None = None
+    function: Callable[..., Any]
+    reason: Callable[[], str | None] = there
+
+
+def triton(file: str, op: str | None = None) -> Backend:
+    """The Triton kernel of `op` in kernels/<file>.py."""
+    return Backend("Triton", "cuda", launcher(file, op), no_triton)
 
 
 class Status(NamedTuple):
@@ -53,9 +69,8 @@ class Op:
         self.backends = {backend.device: backend for backend in backends}
         LIBRARY.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
         LIBRARY.impl(name, eager, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-        for backend in self.backends.values():
-            if backend.function is not None:
-                LIBRARY.impl(name, backend.function, backend.device.upper())  # type: ignore[no-untyped-call]
+        for device in self.backends:
+            LIBRARY.impl(name, self._chosen(device), device.upper())  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"fastadv::{name}", fake, lib=LIBRARY)
         OPS.append(self)
 
@@ -63,27 +78,33 @@ class Op:
         """The function that runs the op on `device` ("cpu", "cuda"), by the rules above."""
         if fused is False:
             return self.eager
-        backend = self.backends.get(device)
-        if backend is not None and backend.function is not None:
-            return backend.function
+        missing = self.missing(device)
+        if missing is None:
+            return self.backends[device].function
         if fused:
-            raise RuntimeError(f"fused=True: {self.name}: {self._missing(device)}")
+            raise RuntimeError(f"fused=True: {self.name}: {missing}")
         return self.eager
 
-    def _missing(self, device: str) -> str:
+    def missing(self, device: str) -> str | None:
+        """Why there is nothing faster than the eager version on `device`; None if there is."""
         backend = self.backends.get(device)
-        if backend is None:
-            return f"no native backend for {device} yet"
-        return backend.reason or "available"
+        return f"no backend for {device}" if backend is None else backend.reason()
+
+    def _chosen(self, device: str) -> Callable[..., Any]:
+        """What torch's dispatcher calls: the choice waits until then."""
+
+        def run(*arguments: Any, **named: Any) -> Any:
+            return self.choose(device, None)(*arguments, **named)
+
+        return run
 
     def status(self) -> list[Status]:
         """What is there for this op, device by device, the eager version last."""
         rows = []
         for device in self.device_types:
-            backend = self.backends.get(device)
-            there = backend is not None and backend.function is not None
-            name = backend.name if backend is not None else "native"
-            rows.append(Status(self.name, device, name, there, "" if there else self._missing(device)))
+            missing = self.missing(device)
+            name = self.backends[device].name if device in self.backends else "native"
+            rows.append(Status(self.name, device, name, missing is None, missing or ""))
         rows.append(Status(self.name, "any", "eager", True, ""))
         return rows
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastadv import native
 from fastadv.native.gather_perturb import gather_perturb as native_gather_perturb
 from fastadv.native.gather_perturb import gather_perturb_backward as native_backward
-from fastadv.ops.dispatch import Backend, Op, in_place
+from fastadv.ops.dispatch import Backend, Op, in_place, triton
 from fastadv.ops.segment_sum import Segments, rows_of
 
 
@@ -70,17 +70,12 @@ def eager_backward(
     table_grad.index_copy_(0, words, torch.where((words == padding_idx).unsqueeze(1), before, after))
 
 
-_reason = native.reason()
-_unchecked = "compiled, but not yet checked on a GPU" if native.cuda_compiled() else "not compiled"
 OP = Op(
     "gather_perturb",
     "(Tensor weight, Tensor ids, Tensor? delta, Tensor? slot) -> Tensor",
     eager=eager,
     fake=fake,
-    backends=[
-        Backend("C++", "cpu", None if _reason else native_gather_perturb, _reason),
-        Backend("CUDA C++", "cuda", None, _unchecked),
-    ],
+    backends=[Backend("C++", "cpu", native_gather_perturb, native.reason), triton("gather_perturb")],
 )
 BACKWARD_OP = Op(
     "gather_perturb_backward",
@@ -88,8 +83,8 @@ BACKWARD_OP = Op(
     eager=eager_backward,
     fake=in_place,
     backends=[
-        Backend("C++", "cpu", None if _reason else native_backward, _reason),
-        Backend("CUDA C++", "cuda", None, _unchecked),
+        Backend("C++", "cpu", native_backward, native.reason),
+        triton("gather_perturb", "gather_perturb_backward"),
     ],
 )
 

@@ -61,8 +61,7 @@ def _narrow(into: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
 
 
 def _op(name: str, schema: str, eager: Callable[..., Any]) -> Op:
-    why = native.reason()
-    backend = Backend("C++", "cpu", None if why else getattr(native_grads, name), why)
+    backend = Backend("C++", "cpu", getattr(native_grads, name), native.reason)
     return Op(name, schema, eager=eager, fake=in_place, backends=[backend])
 
 

@@ -85,8 +85,7 @@ def _fake_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _op(name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Op:
-    why = native.reason()
-    backend = Backend("C++", "cpu", None if why else getattr(native_rows, name), why)
+    backend = Backend("C++", "cpu", getattr(native_rows, name), native.reason)
     return Op(name, schema, eager=eager, fake=fake, backends=[backend])
 
 

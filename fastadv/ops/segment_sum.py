@@ -18,7 +18,7 @@ from torch import Tensor
 from fastadv import native
 from fastadv.native.segment_sum import segment_sum as native_segment_sum
 from fastadv.native.segment_sum import segments as native_segments
-from fastadv.ops.dispatch import Backend, Op
+from fastadv.ops.dispatch import Backend, Op, triton
 
 PLAN = "segments"
 SUM = "segment_sum"
@@ -91,8 +91,6 @@ def fake(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor
     return values.new_empty((stops.shape[0], *values.shape[1:]), dtype=wide)
 
 
-_reason = native.reason()
-_unchecked = "compiled, but not yet checked on a GPU" if native.cuda_compiled() else "not compiled"
 PLAN_OP = Op(
     PLAN,
     "(Tensor ids, Tensor? mask, int vocabulary) -> (Tensor slot, Tensor order, Tensor starts, Tensor stops)",
@@ -100,7 +98,7 @@ PLAN_OP = Op(
     fake=fake_segments,
     # A sort is a sort: on CUDA PyTorch's is the fast one.
     backends=[
-        Backend("C++", "cpu", None if _reason else native_segments, _reason),
+        Backend("C++", "cpu", native_segments, native.reason),
         Backend("PyTorch", "cuda", eager_segments),
     ],
 )
@@ -109,10 +107,7 @@ OP = Op(
     "(Tensor values, Tensor order, Tensor starts, Tensor stops) -> Tensor",
     eager=eager,
     fake=fake,
-    backends=[
-        Backend("C++", "cpu", None if _reason else native_segment_sum, _reason),
-        Backend("CUDA C++", "cuda", None, _unchecked),
-    ],
+    backends=[Backend("C++", "cpu", native_segment_sum, native.reason), triton("segment_sum")],
 )
 
 

@@ -18,7 +18,7 @@ from fastadv import native
 from fastadv.native.table_step import table_step as native_table_step
 from fastadv.ops.ascend import check, check_embedding
 from fastadv.ops.ascend import eager as ascend
-from fastadv.ops.dispatch import Backend, Op, in_place
+from fastadv.ops.dispatch import Backend, Op, in_place, triton
 from fastadv.ops.segment_sum import Segments, rows_of
 from fastadv.ops.segment_sum import eager as segment_sum
 
@@ -48,7 +48,6 @@ def eager(
     ascend(delta, room, None, skipped, *rule, weight, ids, slot.view(ids.shape), embedded)
 
 
-_reason = native.reason()
 OP = Op(
     "table_step",
     "(Tensor(a!) delta, Tensor grad, Tensor(b!) skipped, float step_size, float? epsilon, str direction, str ball, "
@@ -56,7 +55,7 @@ OP = Op(
     "Tensor(c!) embedded, Tensor(d!) room) -> ()",
     eager=eager,
     fake=in_place,
-    backends=[Backend("C++", "cpu", None if _reason else native_table_step, _reason)],
+    backends=[Backend("C++", "cpu", native_table_step, native.reason), triton("table_step")],
 )
 
 

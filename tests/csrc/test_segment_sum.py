@@ -195,7 +195,7 @@ IDS, MASK = torch.tensor([0, 1]), torch.tensor([True, False])
 REFUSED_PLANS = {
     "ids dtype": ((IDS.float(), None, 3), TypeError, "int64 or int32"),
     "ids shape": ((IDS.view(1, 2), None, 3), ValueError, r"must be \[N\]"),
-    "ids device": ((IDS.to("meta"), None, 3), RuntimeError, "ids is on meta"),
+    "ids device": ((IDS.to("meta"), None, 3), RuntimeError, "CPU alone.* on meta"),
     "ids sparse": ((IDS.to_sparse(), None, 3), (TypeError, RuntimeError), "."),
     "mask dtype": ((IDS, MASK.int(), 3), TypeError, "mask must be bool"),
     "mask shape": ((IDS, MASK[:1], 3), ValueError, r"mask has shape \(1,\)"),

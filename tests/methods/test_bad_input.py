@@ -50,9 +50,8 @@ def test_not_a_module(method: Any) -> None:
 
 @pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 def test_fused_true_says_what_is_missing(method: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        sys.modules["fastadv.ops.ascend"].OP, "backends", {"cpu": Backend("C++", "cpu", None, "no compiler found")}
-    )
+    op = sys.modules["fastadv.ops.ascend"].OP
+    monkeypatch.setattr(op, "backends", {"cpu": Backend("C++", "cpu", op.eager, lambda: "no compiler found")})
     model = tiny()
     message = refused(
         model,

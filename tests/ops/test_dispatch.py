@@ -7,14 +7,15 @@ import pytest
 from fastadv.ops import dispatch
 from fastadv.ops.dispatch import OPS
 
+pytestmark = pytest.mark.native
+
 
 @pytest.mark.parametrize("op", OPS, ids=lambda op: op.name)
 def test_eager_on_request_and_a_reason_for_every_missing_backend(op: dispatch.Op) -> None:
     for device in ("cpu", "cuda"):
         assert op.choose(device, False) is op.eager
-        backend = op.backends.get(device)
-        if backend is not None and backend.function is not None:
-            assert op.choose(device, None) is op.choose(device, True) is backend.function
+        if op.missing(device) is None:
+            assert op.choose(device, None) is op.choose(device, True) is op.backends[device].function
             continue
         assert op.choose(device, None) is op.eager
         with pytest.raises(RuntimeError, match=f"fused=True: {op.name}: .+"):
@@ -37,7 +38,7 @@ def test_require_names_every_op_that_is_missing() -> None:
     dispatch.require(False, "cuda")
     with pytest.raises(RuntimeError, match="not every op has a native backend on cuda") as caught:
         dispatch.require(True, "cuda")
-    lacking = [op for op in OPS if "cuda" not in op.backends or op.backends["cuda"].function is None]
+    lacking = [op for op in OPS if op.missing("cuda") is not None]
     assert lacking
     assert all(f"{op.name}: " in str(caught.value) for op in lacking)
     with pytest.raises(RuntimeError, match="native backend on mps"):

@@ -1,0 +1,29 @@
+"""Indices out of range on a device: a kernel masks the access and leaves a mark, and nobody waits for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_flags: dict[torch.device, Tensor] = {}
+
+
+def flag_on(device: torch.device) -> Tensor:
+    """Where the kernels on one device leave their mark: int32, 0 where nothing was wrong."""
+    if device not in _flags:
+        _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
+    return _flags[device]
+
+
+def check(device: torch.device) -> None:
+    """Wait for `device`, and clear its mark.
+
+    Raises:
+        IndexError: a kernel there has met an index out of range. (On the CPU a call raises at once.)
+    """
+    if str(device) == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    flag = _flags.get(device)
+    if flag is not None and flag.item():
+        flag.zero_()
+        raise IndexError(f"an index (an id, a slot, a row of a table) was out of range on {device}, and was left out")

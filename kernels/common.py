@@ -1,0 +1,48 @@
+"""What the kernels share: how a kernel is launched, and how a row is cut into tiles."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Left to itself, ptxas keeps a register in memory where one more block fits on a multiprocessor then. (HIP has no such
+# option.)
+REGISTERS = {} if torch.version.hip else {"maxnreg": 128}
+WIDE = {torch.float64: tl.float64}  # in what a dtype is added up; everything else in float32
+
+
+def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Run `kernel` on `device`, on torch's current stream there. Every launch goes through here."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](*arguments, **constants, **REGISTERS)
+
+
+def wide(dtype: torch.dtype) -> Any:
+    """Triton's name of the dtype in which values of `dtype` are added up."""
+    return WIDE.get(dtype, tl.float32)
+
+
+def columns(dim: int, most: int) -> int:
+    """How many columns a tile of rows with `dim` elements has: a power of two of at most `most`.
+
+    The one with the fewest columns beyond the last, and of these the largest: 256 for a row of 768.
+    """
+    least = triton.next_power_of_2(dim)
+    sizes = [size for size in (1024, 512, 256, 128) if size <= min(least, most)] or [least]
+    return min(sizes, key=lambda size: (triton.cdiv(dim, size) * size, -size))
+
+
+def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
+    """`tensor`, or where there is none some other one, which the kernel does not read."""
+    return instead if tensor is None else tensor
+
+
+@triton.jit
+def complain(flag: tl.tensor, bad: tl.tensor) -> None:
+    """Leave a mark where an index is bad: every writer writes the same value."""
+    tl.store(flag + tl.where(bad, 0, 0), 1, mask=bad)

@@ -1,0 +1,1 @@
+"""Triton kernels: their values in the interpreter, and what they compile to."""

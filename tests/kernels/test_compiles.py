@@ -1,0 +1,180 @@
+"""Every kernel, compiled as its launcher would have it compiled, for GPUs that need not be there.
+
+No register may spill, and where rows are whole multiples of 16 bytes they must be read and written 16 bytes at a time.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastadv import kernels
+from fastadv.ops import segments
+from fastadv.ops.ascend import BALLS, DIRECTIONS
+
+triton = pytest.importorskip("triton")
+if kernels.interpreted():
+    pytest.skip("compiles nothing: triton interprets", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fastadv.kernels import ascend, gather_perturb, segment_sum, table_step
+from fastadv.kernels.common import REGISTERS
+
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+SLOW = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100", "gfx942")]
+
+
+class Abroad:
+    """A driver for a device that is not here: it knows what to compile for, and nothing else."""
+
+    def __init__(self, target: str) -> None:
+        number = int(re.sub(r"\D", "", target))
+        self.target = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", number, 32)
+        self.device = 1000 + number  # a compiler's settings are kept by device
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Compiled(NamedTuple):
+    name: str
+    kernel: Any
+
+
+@pytest.fixture
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
+    """What the launchers would have run, for the target that the test names."""
+    found: list[Compiled] = []
+    target = request.getfixturevalue("target")
+    registers = {} if target.startswith("gfx") else REGISTERS
+
+    def compile_only(kernel: Any, grid: Any, device: Any, *arguments: Any, **constants: Any) -> None:
+        found.append(Compiled(kernel.__name__, kernel.warmup(*arguments, grid=grid, **constants, **registers)))
+
+    for module in (ascend, gather_perturb, segment_sum):
+        monkeypatch.setattr(module, "launch", compile_only)
+    monkeypatch.setattr(driver, "_active", Abroad(target))
+    return found
+
+
+def in_place_of(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def lookups(dtype: torch.dtype, dim: int) -> None:
+    """gather_perturb in its three forms, its backward of one and two passes, and segment_sum."""
+    weight, ids = torch.zeros(50, dim, dtype=dtype), torch.arange(32).view(2, 16)
+    wide = in_place_of(dtype)
+    gather_perturb.gather_perturb(weight, ids, None, None)
+    gather_perturb.gather_perturb(weight, ids, torch.zeros(2, 16, dim, dtype=wide), None)
+    gather_perturb.gather_perturb(weight, ids, torch.zeros(4, dim, dtype=wide), torch.zeros_like(ids))
+    groups, grad = segments(ids, 50), torch.zeros(32, dim, dtype=dtype)
+    segment_sum.segment_sum(grad, groups.order, groups.starts, groups.stops)
+    for grads in ([grad], [grad, grad.to(wide)]):
+        gather_perturb.gather_perturb_backward(weight, grads, ids.flatten(), groups.order, groups.starts, -1)
+
+
+def step(dtype: torch.dtype, dim: int, group: int, direction: str, ball: str, masked: bool, embeds: bool) -> None:
+    """ascend for groups of one or several rows."""
+    delta, grad = torch.zeros(2, 16, dim, dtype=in_place_of(dtype)), torch.zeros(2, 16, dim, dtype=dtype)
+    lookup: dict[str, Tensor] = {}
+    if embeds:
+        ids = torch.arange(32).view(2, 16)
+        lookup = {"weight": torch.zeros(50, dim, dtype=dtype), "ids": ids, "embedded": torch.zeros_like(grad)}
+    mask = torch.ones(2, 16, dtype=torch.bool) if masked else None
+    ascend.ascend(delta, grad, mask, torch.tensor(0), 0.1, 1.0, direction, ball, group, **lookup)
+
+
+def whole_table_step(dtype: torch.dtype, dim: int, group: int) -> None:
+    ids = torch.arange(32)
+    groups, delta = segments(ids, 50), torch.zeros(32, dim, dtype=in_place_of(dtype))
+    weight, grad = torch.zeros(50, dim, dtype=dtype), torch.zeros(32, dim, dtype=dtype)
+    rule = (0.1, 1.0, "l2", "l2", group)
+    table_step.table_step(
+        delta, grad, torch.tensor(0), *rule, *groups, weight, ids, torch.zeros_like(grad), torch.zeros_like(delta)
+    )
+
+
+def everything(dtype: torch.dtype, dim: int) -> Iterator[Callable[[], None]]:
+    yield lambda: lookups(dtype, dim)
+    for group, direction, ball in itertools.product((1, 2), DIRECTIONS, BALLS):
+        for masked, embeds in itertools.product((False, True), repeat=2):
+            yield lambda g=group, d=direction, b=ball, m=masked, e=embeds: step(dtype, dim, g, d, b, m, e)
+    for group in (0, 1):
+        yield lambda g=group: whole_table_step(dtype, dim, g)
+
+
+@pytest.mark.parametrize("target", ["sm_90", *SLOW])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_methods_use(dtype: torch.dtype, target: str, compiled: list[Compiled], tmp_path: Path) -> None:
+    """The usual steps, on rows of 768."""
+    lookups(dtype, 768)
+    for group, direction, ball in ((1, "l2", "l2"), (2, "l2", "l2"), (1, "max", "linf"), (2, "sign", "linf")):
+        step(dtype, 768, group, direction, ball, masked=True, embeds=True)
+    step(dtype, 768, 1, "l2", "unit", masked=False, embeds=True)
+    whole_table_step(dtype, 768, 0)
+    assert {kernel.name for kernel in compiled} == {
+        "gather_perturb_kernel", "gather_perturb_backward_kernel", "segment_sum_kernel",
+        "rows_kernel", "sums_kernel", "unit_kernel", "move_kernel",
+    }  # fmt: skip
+    for kernel in compiled:
+        assert wide_accesses(inspect(kernel, target, tmp_path)), kernel.name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90"])
+@pytest.mark.parametrize(
+    ("dtype", "dim"),
+    [
+        (torch.float32, ascend.LONGEST_ROW), (torch.float32, 33), (torch.float64, ascend.LONGEST_ROW),
+        (torch.bfloat16, 4096), (torch.float16, 20000), (torch.float16, 1),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_variant(dtype: torch.dtype, dim: int, target: str, compiled: list[Compiled], tmp_path: Path) -> None:
+    for call in everything(dtype, dim):
+        call()
+    assert len(compiled) > 50
+    for kernel in {id(each.kernel): each for each in compiled}.values():
+        inspect(kernel, target, tmp_path)
+
+
+def inspect(kernel: Compiled, target: str, folder: Path) -> str:
+    """The kernel's machine code; fails where a register is kept in memory."""
+    if target.startswith("gfx"):
+        code: str = kernel.kernel.asm["amdgcn"]
+        spilled = re.findall(r"\.(?:vgpr_spill_count|private_segment_fixed_size):\s+(\d+)", code)
+        assert spilled == ["0", "0"], kernel.name  # scalar registers spill into vector registers, not to memory
+        return code
+    code = cuobjdump("-sass", kernel, folder)
+    assert "EXIT" in code, kernel.name
+    assert not re.findall(r"\b(?:LDL|STL)\b.*", code), kernel.name
+    return code
+
+
+def wide_accesses(code: str) -> bool:
+    """Whether rows are read 16 bytes at a time (on AMD's GPUs, whose warps are twice as wide, 8)."""
+    return re.search(r"\bLDG\.E\.[\w.]*128|(?:global|buffer)_load_(?:dwordx[24]|b64|b128)", code) is not None
+
+
+def cuobjdump(what: str, kernel: Compiled, folder: Path) -> str:
+    path = folder / "kernel.cubin"
+    path.write_bytes(kernel.kernel.asm["cubin"])
+    return subprocess.run([TOOLS / "cuobjdump", what, path], check=True, capture_output=True, text=True).stdout
