@@ -1,37 +1,36 @@
-// Makes a device current for a scope and puts the caller's back.
+// Where a launch goes: a device, a stream and the flag for indices out of range, as Python names them.
 #pragma once
 
+#include <cstdint>
+
+#ifdef __CUDACC__
 #include <cuda_runtime_api.h>
+#endif
 
 namespace fastadv {
 
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) : device_(device) {
-    status_ = cudaGetDevice(&previous_);
-    if (status_ == cudaSuccess && previous_ != device_) status_ = cudaSetDevice(device_);
-    entered_ = status_ == cudaSuccess;
+struct OnDevice {
+  int device;
+  std::uintptr_t stream;
+  std::uintptr_t flag;  // int32: becomes 1 where an index is out of range
+
+#ifdef __CUDACC__
+  int* flag_at() const { return reinterpret_cast<int*>(flag); }
+
+  // Calls `launch(stream)` with the device current, and the caller's afterwards. Returns null, or what went wrong.
+  template <class F>
+  const char* run(F&& launch) const {
+    int before = 0;
+    cudaError_t status = cudaGetDevice(&before);
+    if (status == cudaSuccess && before != device) status = cudaSetDevice(device);
+    if (status != cudaSuccess) return cudaGetErrorString(status);
+    launch(reinterpret_cast<cudaStream_t>(stream));
+    status = cudaGetLastError();
+    const cudaError_t back = before == device ? cudaSuccess : cudaSetDevice(before);
+    if (status == cudaSuccess) status = back;
+    return status == cudaSuccess ? nullptr : cudaGetErrorString(status);
   }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-  ~DeviceScope() { leave(); }
-
-  cudaError_t status() const { return status_; }
-
-  // Restores the device now, so that the caller can see a failure to do so.
-  cudaError_t leave() {
-    if (!entered_) return cudaSuccess;
-    entered_ = false;
-    return previous_ == device_ ? cudaSuccess : cudaSetDevice(previous_);
-  }
-
- private:
-  int device_;
-  int previous_ = 0;
-  bool entered_ = false;
-  cudaError_t status_;
+#endif
 };
-
-inline const char* message(cudaError_t status) { return status == cudaSuccess ? nullptr : cudaGetErrorString(status); }
 
 }  // namespace fastadv

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "common.h"
+#include "cuda_device.h"
 
 namespace fastadv {
 
@@ -40,5 +41,18 @@ class GradsPlan {
   std::vector<GradsPair> pairs_;
   std::vector<std::int64_t> starts_{0};  // starts_[i]: the elements before pair i
 };
+
+// On a GPU the plan is a table in the device's memory, which Python has put there: rows of five int64.
+struct GradsEntry {
+  std::int64_t dtype, into, source, count, first_chunk;  // chunks of kGradsChunk elements, counted over all entries
+};
+
+constexpr std::int64_t kGradsChunk = 1 << 14;
+
+#ifdef FASTADV_WITH_CUDA
+// Returns null, or what CUDA says went wrong.
+const char* grads_cuda(std::uintptr_t entries, std::int64_t entry_count, std::int64_t chunks, GradsKind kind,
+                       double number, const OnDevice& on);
+#endif
 
 }  // namespace fastadv

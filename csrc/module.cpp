@@ -174,6 +174,30 @@ void rows_step_cpu(const RowsCall& call, const RowsRule& rule, int threads) {
 }
 
 #ifdef FASTADV_WITH_CUDA
+// Runs `launch` without Python's lock, and raises what CUDA says went wrong.
+template <class F>
+void on_device(const char* op, F&& launch) {
+  const char* error;
+  {
+    py::gil_scoped_release unlocked;
+    error = launch();
+  }
+  if (error) throw std::runtime_error(std::string(op) + ": CUDA: " + error);
+}
+
+void rows_copy_cuda(const RowsCall& call, bool back, const fastadv::OnDevice& on) {
+  on_device(back ? "rows_restore" : "rows_back_up", [&] { return fastadv::rows_copy_cuda(call, back, on); });
+}
+
+void rows_step_cuda(const RowsCall& call, const RowsRule& rule, std::uintptr_t parts, const fastadv::OnDevice& on) {
+  on_device("rows_step", [&] { return fastadv::rows_step_cuda(call, rule, parts, on); });
+}
+
+void grads_cuda(std::uintptr_t entries, std::int64_t count, std::int64_t chunks, int kind, double number,
+                const fastadv::OnDevice& on) {
+  on_device("grads", [&] { return fastadv::grads_cuda(entries, count, chunks, fastadv::GradsKind(kind), number, on); });
+}
+
 // Why the compiled CUDA code cannot run here, or None. A driver older than the toolkit shows up here.
 py::object cuda_problem() {
   int devices = 0;
@@ -246,7 +270,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("rows_touched_cpu", &rows_touched_cpu);
   m.def("rows_copy_cpu", &rows_copy_cpu);
   m.def("rows_step_cpu", &rows_step_cpu);
+  m.attr("grads_chunk") = fastadv::kGradsChunk;
+  m.attr("rows_parts") = fastadv::kRowsParts;
 #ifdef FASTADV_WITH_CUDA
+  py::class_<fastadv::OnDevice>(m, "OnDevice").def(py::init([](int device, std::uintptr_t stream, std::uintptr_t flag) {
+    return fastadv::OnDevice{device, stream, flag};
+  }));
+  m.def("rows_copy_cuda", &rows_copy_cuda);
+  m.def("rows_step_cuda", &rows_step_cuda);
+  m.def("grads_cuda", &grads_cuda);
   m.def("cuda_problem", &cuda_problem);
 #endif
 }

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "ascend.h"
+#include "cuda_device.h"
 
 namespace fastadv {
 
@@ -89,5 +90,13 @@ std::int64_t rows_touched_cpu(const RowsCall& call, std::int64_t* found, int thr
 void rows_copy_cpu(const RowsCall& call, bool back, int threads);
 
 void rows_step_cpu(const RowsCall& call, const RowsRule& rule, int threads);
+
+constexpr int kRowsParts = 1024;  // a step over all rows together needs room for five doubles for each
+
+#ifdef FASTADV_WITH_CUDA
+// A row that the table does not have is left out, and the flag is set. Both return null, or what CUDA says went wrong.
+const char* rows_copy_cuda(const RowsCall& call, bool back, const OnDevice& on);
+const char* rows_step_cuda(const RowsCall& call, const RowsRule& rule, std::uintptr_t parts, const OnDevice& on);
+#endif
 
 }  // namespace fastadv

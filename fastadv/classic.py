@@ -67,11 +67,8 @@ class _Calls:
                 self._step(table, parameter.grad, rule)
 
     def _step(self, table: MovedTable, grad: Tensor, rule: Rule) -> None:
-        statistics = self.engine.perturbation
-        if statistics.skipped.device != grad.device:
-            statistics.skipped = statistics.skipped.to(grad.device)
         dense = grad if grad.layout == torch.strided else grad.to_dense()  # nn.Embedding(sparse=True)
-        table.step(dense, rule, int(self.scope == "row"), statistics.skipped)
+        table.step(dense, rule, int(self.scope == "row"), self.engine.perturbation.count_on(grad.device))
 
     @property
     def _fused(self) -> bool | None:

@@ -35,7 +35,7 @@ from fastadv.native.flags import flag_on
 
 OP = "ascend"
 LONGEST_ROW = 8192  # elements that a program keeps in registers
-TILE = 1024
+TILE, TALLEST = 1024, 8  # elements of a tile, and rows at most: every row has addresses of its own
 PROGRAMS = 1024  # of a launch over groups; fixed, so that sums do not depend on the device
 SUMS = 5  # uu, du, dd, the largest |u|, and the unit ball's measure of what has moved
 
@@ -463,7 +463,7 @@ def run(step: Step) -> None:
 def _by_row(step: Step, rows: int) -> None:
     dim = step.delta.shape[-1]
     width = triton.next_power_of_2(dim)
-    height = max(TILE // width, 1)
+    height = min(max(TILE // width, 1), TALLEST)
     launch(
         rows_kernel,
         (triton.cdiv(rows, height),),
@@ -486,7 +486,7 @@ def _by_row(step: Step, rows: int) -> None:
 def _by_group(step: Step, groups: int, rows: int) -> None:
     delta, dim = step.delta, step.delta.shape[-1]
     width = columns(dim, most=TILE)
-    height = max(TILE // width, 1)
+    height = min(max(TILE // width, 1), TALLEST)
     across = triton.cdiv(dim, width)
     tiles = triton.cdiv(rows, height) * across
     parts = min(tiles, max(PROGRAMS // groups, 1))

@@ -17,7 +17,7 @@ from fastadv.kernels.segment_sum import heights, sum_segment
 from fastadv.native import gather_perturb as checked
 from fastadv.native.flags import flag_on
 
-TILE = 2048  # elements that a program writes
+TILE, TALLEST = 2048, 32  # elements that a program writes, and rows at most: every row has addresses of its own
 
 
 @triton.jit
@@ -134,7 +134,7 @@ def write(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None
     if count == 0 or dim == 0:
         return
     width = columns(dim, most=1024)
-    height = max(TILE // width, 1)
+    height = min(max(TILE // width, 1), TALLEST)
     launch(
         gather_perturb_kernel,
         (triton.cdiv(count, height), triton.cdiv(dim, width)),

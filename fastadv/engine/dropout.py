@@ -19,19 +19,19 @@ class Dropout:
 
     def __init__(self, mode: str) -> None:
         self.mode = mode
-        self._state: rng.RngState | None = None
+        self._replayed: rng.Replayed | None = None
 
     @contextlib.contextmanager
     def step(self, model: nn.Module) -> Iterator[None]:
         """One step; with "off", every module but those with running statistics is in eval mode."""
-        self._state = None
+        self._replayed = None
         quiet = self._quieted(model) if self.mode == "off" else []
         for module in quiet:
             module.training = False
         try:
             yield
         finally:
-            self._state = None
+            self._replayed = None
             for module in quiet:
                 module.training = True
 
@@ -39,10 +39,10 @@ class Dropout:
         """With "same": replay the state that the step's first pass began with."""
         if self.mode != "same":
             return
-        if self._state is None:
-            self._state = rng.save(device)
+        if self._replayed is None:
+            self._replayed = rng.Replayed(device)
         else:
-            rng.restore(self._state, device)
+            self._replayed.again()
 
     @staticmethod
     def _quieted(model: nn.Module) -> list[nn.Module]:

@@ -38,6 +38,7 @@ class Guard:
 
     Where every `.grad` is None at entry, the usual case, gradients cost nothing: on a fault they are None again.
     Otherwise they are copied first, unless `atomic` is False; the copies' memory serves until a step finds none again.
+    A step that is captured runs unguarded.
     """
 
     def __init__(self, model: nn.Module, atomic: bool, fused: bool | None) -> None:
@@ -49,6 +50,9 @@ class Guard:
 
     @contextlib.contextmanager
     def __call__(self, device: torch.device) -> Iterator[None]:
+        if rng.capturing():  # nothing happens yet; what fails then is put back by who captures
+            yield
+            return
         saved = self._save(device)
         try:
             yield

@@ -86,8 +86,7 @@ class MovedTables(Perturbation):
         """Move every table up its gradient."""
         for table, gradient in zip(self.tables, self.gradients, strict=True):
             if gradient is not None:
-                self.skipped = self.skipped.to(gradient.device)
-                table.step(gradient, rule, 0 if self.scope == "table" else 1, self.skipped)
+                table.step(gradient, rule, 0 if self.scope == "table" else 1, self.count_on(gradient.device))
         self.gradients = []
 
     def norm(self, kind: str) -> Tensor:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from fastadv.engine import embedding as embeddings
+from fastadv.engine import rng
 from fastadv.engine.dropout import Dropout
 from fastadv.engine.guard import Guard
 from fastadv.engine.interception import install
 from fastadv.engine.loss import detached, loss_of
 from fastadv.engine.moved_tables import MovedTables
 from fastadv.engine.perturbation import TABLE_SCOPES, Perturbation, PositionPerturbation, TablePerturbation
-from fastadv.engine.rng import new_seed
 from fastadv.engine.rule import Rule
 from fastadv.engine.site import Masks, Site
 from fastadv.engine.split import NOT_ON_THE_WAY, Split, SplitChoice
@@ -116,6 +116,11 @@ class Engine:
         """Where the model is."""
         return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
+    def memory(self) -> list[Tensor]:
+        """The buffers that serve from step to step."""
+        rooms = [call.room for call in self.site.calls if call.room is not None]
+        return [*(call.delta for call in self.site.calls), *rooms, *self.perturbation.memory()]
+
     # The frame of a step
 
     @contextlib.contextmanager
@@ -130,11 +135,11 @@ class Engine:
         self._busy = True
         device = self.device
         try:
-            with self.guard(device), self.dropout.step(self.model):
+            with self.guard(device), rng.step(), self.dropout.step(self.model):
                 self.site.begin(masks)
                 self.perturbation.begin()
                 self.tables.begin(watched=self._watched or self.wrapping.reduces())
-                self._draw, self._seed = start, new_seed() if start is not None and start.random else 0
+                self._draw, self._seed = start, rng.new_seed() if start is not None and start.random else 0
                 yield
         finally:
             self._busy, self.first = False, None

@@ -77,10 +77,14 @@ class Perturbation:
         """Whether the last pass left one."""
         return any(call.grad is not None for call in self.site.calls)
 
-    def _count(self, device: torch.device) -> Tensor:
+    def memory(self) -> list[Tensor]:
+        """What serves from step to step, besides the site's calls."""
+        return [self.skipped]
+
+    def count_on(self, device: torch.device) -> Tensor:
         """The counter of skipped groups, on the device of what is stepped."""
         if self.skipped.device != device:
-            self.skipped = self.skipped.to(device)
+            self.skipped = self.skipped.to(device, non_blocking=True)
         return self.skipped
 
 
@@ -105,7 +109,7 @@ class PositionPerturbation(Perturbation):
             call.delta,
             grad,
             mask=call.mask,
-            skipped=self._count(grad.device),
+            skipped=self.count_on(grad.device),
             group=self._group(call.delta, rule),
             fused=self.site.fused,
             **rule._asdict(),
@@ -170,7 +174,7 @@ class TablePerturbation(Perturbation):
         ascend(
             rows,
             segment_sum(grad, groups, fused=self.site.fused),
-            skipped=self._count(grad.device),
+            skipped=self.count_on(grad.device),
             group=self._group,
             fused=self.site.fused,
             **rule._asdict(),
@@ -184,7 +188,7 @@ class TablePerturbation(Perturbation):
             rows,
             grad,
             self.site.grouped(),
-            skipped=self._count(grad.device),
+            skipped=self.count_on(grad.device),
             group=self._group,
             room=self._other_room.rows(rows),
             fused=self.site.fused,
@@ -196,6 +200,10 @@ class TablePerturbation(Perturbation):
     def norm(self, kind: str) -> Tensor:
         """Of r: the whole of it, or the mean over words."""
         return mean_norm([] if self.rows is None else [self.rows], self._group, kind)
+
+    def memory(self) -> list[Tensor]:
+        """The rows' as well."""
+        return [*super().memory(), self._room.memory, self._other_room.memory]
 
     def _rows(self) -> Tensor:
         """r, zero to begin with, in memory that serves from step to step; every call is told its slots."""
@@ -221,15 +229,15 @@ class Room:
     """Memory for rows, as many as a batch happens to need; it serves from step to step."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self.memory = torch.empty(0)
 
     def rows(self, like: Tensor, count: int | None = None) -> Tensor:
         """[count, D], or as many as `like` has, in the dtype of `like`; whatever they held last."""
         count, dim = like.shape[0] if count is None else count, like.shape[-1]
-        memory = self._memory
+        memory = self.memory
         if memory.dtype != like.dtype or memory.device != like.device or memory.numel() < count * dim:
-            self._memory = like.new_empty(count * dim * 5 // 4)  # the next batch may have some more
-        return self._memory[: count * dim].view(count, dim)
+            self.memory = like.new_empty(count * dim * 5 // 4)  # the next batch may have some more
+        return self.memory[: count * dim].view(count, dim)
 
 
 @torch.no_grad()

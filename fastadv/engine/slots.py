@@ -60,6 +60,18 @@ class Slots:
         self.buffers[key] = self.at(key, tuple(larger), delta.device).to(delta.dtype)
         return self.buffers[key]
 
+    def copies(self) -> dict[Key, Tensor]:
+        """Of all buffers, for `take_back`."""
+        return {key: buffer.clone() for key, buffer in self.buffers.items()}
+
+    @torch.no_grad()
+    def take_back(self, copies: Mapping[Key, Tensor]) -> None:
+        """What was there, in the same memory; where nothing was, zeros."""
+        for key, buffer in self.buffers.items():
+            buffer.zero_()
+            if key in copies:
+                buffer[_overlap(copies[key], buffer.shape)] = copies[key]
+
     def state_dict(self) -> dict[str, Tensor]:
         """Every buffer, by name."""
         return {f"slots.{micro}.{call}": buffer for (micro, call), buffer in self.buffers.items()}

@@ -18,6 +18,8 @@ from fastadv.engine.perturbation import SCOPES, TABLE_SCOPES
 from fastadv.engine.rule import Rule
 from fastadv.engine.site import Masks
 from fastadv.engine.start import Draw, RandomStart, resolve
+from fastadv.methods.capturable import Capturable
+from fastadv.native import flags
 from fastadv.ops import dispatch
 
 
@@ -35,7 +37,7 @@ class StepResult(NamedTuple):
     output: Any
 
 
-class Method:
+class Method(Capturable):
     """A schedule of descend, probe and ascend around the user's closure.
 
     A subclass writes `run` (a training step) and `climb` (the way from a first gradient to the perturbation).
@@ -126,12 +128,10 @@ class Method:
             Whatever the closure raises. In every case the model is left as it was.
         """
         self._check_trainable()
-        self.now = self._calls if step is None else step
-        attacking = self.now >= self.start_step and (self.now - self.start_step) % self.every == 0
+        attacking = self.enter(step)
         with self.engine.step(mask, self.draw() if attacking else None):
             result = self.run(closure, attack) if attacking else self._plain(closure)
-        self._calls += 1
-        self.attacked += attacking
+        self.count(attacking)
         return result
 
     @contextlib.contextmanager
@@ -162,6 +162,17 @@ class Method:
             KeyError: `state` is not of such a method.
         """
         self._calls, self.attacked = int(state["calls"]), int(state["attacked"])
+
+    def check(self) -> None:
+        """Wait for the device, and raise if it has met an index out of range.
+
+        On the CPU that is an error at once. A GPU leaves the position out and goes on, so ask now and then, where you
+        read a loss anyway.
+
+        Raises:
+            IndexError: an id outside of its table, in this or another model on that device.
+        """
+        flags.check(self.engine.device)
 
     def close(self) -> None:
         """Take the method out of the model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -142,10 +142,9 @@ class FreeAT(Method):
         return Draw(lambda shape, mask, call: self.slots.at((micro, call), shape, mask.device), random=False)
 
     def _keep(self) -> None:
-        self._micro = self._next_micro()
+        micro = self._next_micro()
         for index, call in enumerate(self.engine.site.calls):
-            self.slots.keep((self._micro, index), call)
-        self._last, self._trained = self.now, self._changes.count()
+            self.slots.keep((micro, index), call)
 
     def _next_micro(self) -> int:
         return self._micro + 1 if self.now == self._last else 0
@@ -154,6 +153,39 @@ class FreeAT(Method):
         """Take the method out of the model."""
         super().close()
         self._changes.close()
+
+    # What a captured step asks
+
+    def capture(self, fn: Callable[[Any], Any], example_batch: Any) -> Callable[[Any], Any]:
+        """As for every method. With `carry=False` the first replay of a batch is another step than the others.
+
+        Raises:
+            ValueError: `carry=False`.
+        """
+        if not self.carry:
+            raise ValueError("capture() needs FreeAT(carry=True): a graph does the same in every replay of a batch")
+        return super().capture(fn, example_batch)
+
+    def count(self, attacked: bool) -> None:
+        """The replay is done."""
+        super().count(attacked)
+        if attacked:
+            self._micro = self._next_micro()
+            self._last, self._trained = self.now, self._changes.count()
+
+    def memory(self) -> list[Tensor]:
+        """The slots as well."""
+        return [*super().memory(), *self.slots.buffers.values()]
+
+    def remember(self) -> Any:
+        """The slots as well."""
+        return super().remember(), (self._micro, self._last, self._trained), self.slots.copies()
+
+    def rewind(self, state: Any) -> None:
+        """The slots as well."""
+        counters, (self._micro, self._last, self._trained), copies = state
+        super().rewind(counters)
+        self.slots.take_back(copies)
 
     # Wrong use
 

@@ -1,6 +1,8 @@
-"""Indices out of range on a device: a kernel masks the access and leaves a mark, and nobody waits for it."""
+"""Where a launch goes, and how it tells of an index out of range: it masks the access and leaves a mark."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,12 @@ def flag_on(device: torch.device) -> Tensor:
     if device not in _flags:
         _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _flags[device]
+
+
+def destination(extension: Any, device: torch.device) -> Any:
+    """Where a CUDA launch goes: the device, torch's current stream there, and its flag."""
+    stream = torch.cuda.current_stream(device).cuda_stream
+    return extension.OnDevice(device.index, stream, flag_on(device).data_ptr())
 
 
 def check(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 
 from fastadv import native
 from fastadv.native import checks
+from fastadv.native.flags import destination
 
 # csrc/grads.h has the same codes.
 COPY, ACCUMULATE, AVERAGE = 0, 1, 2
@@ -81,11 +82,15 @@ def _fingerprint(tensor: Tensor) -> Any:
 
 
 def served(tensor: Tensor, known: Any) -> bool:
-    """Whether a tensor with this fingerprint is plain contiguous memory on the CPU, in a dtype that is served."""
-    if not is_plain(tensor) or not tensor.is_cpu or tensor.is_neg():
+    """Whether a tensor with this fingerprint is plain contiguous memory in a dtype and on a device that are served."""
+    if not is_plain(tensor) or tensor.is_neg() or not (tensor.is_cpu or _on_served_cuda(tensor)):
         return False
     address, count, dtype, contiguous = known
     return contiguous and dtype in checks.DTYPES and (address != 0 or count == 0)
+
+
+def _on_served_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda and native.cuda_reason() is None
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -93,33 +98,56 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
-def plan(pairs: Iterable[tuple[Any, Any]]) -> Any:
-    """A plan for pairs of fingerprints whose tensors are `served`, for `run(kind, number, threads)`.
+def plan(device: torch.device, pairs: Iterable[tuple[Any, Any]]) -> Any:
+    """A plan for pairs of fingerprints of tensors on `device` that are `served`: for `run(kind, number, threads)`.
 
     It keeps no tensor alive.
     """
+    entries = [(checks.DTYPES[into[2]], into[0], source[0], into[1]) for into, source in pairs]
+    if device.type == "cuda":
+        return CudaPlan(device, entries)
     made = native.extension().GradsPlan()
-    made.add([(checks.DTYPES[into[2]], into[0], source[0], into[1]) for into, source in pairs])
+    made.add(entries)
     return made
+
+
+class CudaPlan:
+    """The same on a GPU, where the addresses lie in a table; made without waiting for the device."""
+
+    def __init__(self, device: torch.device, entries: Sequence[tuple[int, int, int, int]]) -> None:
+        self._extension, self._device = native.extension(), device
+        chunk, first, rows = self._extension.grads_chunk, 0, []
+        for entry in entries:
+            if entry[3] > 0:  # one without elements has no chunk
+                rows.append((*entry, first))
+                first += -(-entry[3] // chunk)
+        self._chunks = first
+        table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5).pin_memory()
+        self._table = table.to(device, non_blocking=True)
+
+    def run(self, kind: int, number: float, threads: int) -> None:  # noqa: ARG002
+        """One launch on torch's current stream."""
+        on = destination(self._extension, self._device)
+        self._extension.grads_cuda(self._table.data_ptr(), len(self._table), self._chunks, kind, number, on)
 
 
 def _run(op: str, kind: int, into: Sequence[Tensor], sources: Sequence[Tensor], number: float) -> None:
     if len(into) != len(sources):
         raise ValueError(f"{op}: into has {len(into)} tensors and sources has {len(sources)}: they are taken in pairs")
     for one, other in zip(into, sources, strict=True):
-        _check(op, one, other)
-    plan(zip(fingerprint(into), fingerprint(sources), strict=True)).run(kind, number, torch.get_num_threads())
+        _check(op, one, other, into[0].device)
     if into:
+        pairs = zip(fingerprint(into), fingerprint(sources), strict=True)
+        plan(into[0].device, pairs).run(kind, number, torch.get_num_threads())
         increment_version(tuple(into))
 
 
-def _check(op: str, into: Tensor, source: Tensor) -> None:
-    if into.device.type != "cpu":
-        raise RuntimeError(f"{op}: no native backend for {into.device.type} yet")
+def _check(op: str, into: Tensor, source: Tensor, device: torch.device) -> None:
+    checks.extension_for(op, into)
     for name, tensor in (("into", into), ("sources", source)):
         checks.dtype_code(op, name, tensor)
-        if tensor.device != into.device:
-            raise ValueError(f"{op}: a tensor of {name} is on {tensor.device}, its fellow on {into.device}")
+        if tensor.device != device:
+            raise ValueError(f"{op}: a tensor of {name} is on {tensor.device}, the first on {device}")
         checks.address(op, name, tensor)
         checks.contiguous(op, name, tensor)
     if into.dtype != source.dtype:

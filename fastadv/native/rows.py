@@ -10,6 +10,7 @@ from torch.autograd.graph import increment_version
 
 from fastadv.native import checks
 from fastadv.native.ascend import BALLS, DIRECTIONS
+from fastadv.native.flags import destination
 
 
 def rows_touched(table: Tensor) -> Tensor:
@@ -33,11 +34,13 @@ def rows_touched(table: Tensor) -> Tensor:
         tensor([1, 2])
     """
     op = "rows_touched"
-    extension = _extension(op, table)
+    extension = checks.extension_on_cpu(op, table)
     _check_table(op, "table", table)
     table = _with_adjacent_elements(table)
     found = torch.empty(table.shape[0], dtype=torch.int64, device=table.device)  # the default may be another
-    count = extension.rows_touched_cpu(_call(op, extension, table, None, None, None), found.data_ptr(), _threads())
+    count = extension.rows_touched_cpu(
+        _call(op, extension, table, None, None, None), found.data_ptr(), torch.get_num_threads()
+    )
     return found[:count].clone()
 
 
@@ -56,7 +59,8 @@ def rows_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
     Raises:
         TypeError: a dtype that is not served, or a tensor without plain memory.
         ValueError: a shape or device that does not fit, or rows out of order.
-        IndexError: a row outside the table; nothing has been read then.
+        IndexError: a row outside the table; nothing has been read then. (On CUDA it is left out, and `flags.check`
+            raises.)
         RuntimeError: the extension is not there for this device.
 
     Example:
@@ -64,12 +68,12 @@ def rows_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
         tensor([[3., 4.]])
     """
     op = "rows_back_up"
-    extension = _extension(op, table)
+    extension = checks.extension_for(op, table)
     _check_table(op, "table", table)
     rows = _check_rows(op, rows, table)
     table = _with_adjacent_elements(table)
     saved = table.new_empty((table.shape[0] if rows is None else rows.shape[0], table.shape[1]))
-    extension.rows_copy_cpu(_call(op, extension, table, None, saved, rows), False, _threads())
+    _copy(extension, _call(op, extension, table, None, saved, rows), False, table.device)
     return saved
 
 
@@ -84,7 +88,7 @@ def rows_restore(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
     Raises:
         TypeError: a dtype that is not served, or a tensor without plain memory.
         ValueError: a shape, stride or device that does not fit, or rows out of order.
-        IndexError: a row outside the table; nothing has been written then.
+        IndexError: a row outside the table; nothing has been written then. (On CUDA: as in `rows_back_up`.)
         RuntimeError: the extension is not there for this device.
 
     Example:
@@ -95,12 +99,12 @@ def rows_restore(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
                 [3., 4.]])
     """
     op = "rows_restore"
-    extension = _extension(op, table)
+    extension = checks.extension_for(op, table)
     _check_table(op, "table", table)
     _check_in_place(op, table)
     rows = _check_rows(op, rows, table)
     _check_saved(op, saved, table, rows)
-    extension.rows_copy_cpu(_call(op, extension, table, None, saved, rows), True, _threads())
+    _copy(extension, _call(op, extension, table, None, saved, rows), True, table.device)
     increment_version((table,))
 
 
@@ -139,7 +143,7 @@ def rows_step(
     Raises:
         TypeError: a dtype that is not served, or a tensor without plain memory.
         ValueError: a shape, stride, device, direction or ball that does not fit, or rows out of order.
-        IndexError: a row outside the table; nothing has been written then.
+        IndexError: a row outside the table; nothing has been written then. (On CUDA: as in `rows_back_up`.)
         RuntimeError: the extension is not there for this device.
 
     Example:
@@ -152,7 +156,7 @@ def rows_step(
                 [1.0000, 1.0000]])
     """
     op = "rows_step"
-    extension = _extension(op, table)
+    extension = checks.extension_for(op, table)
     _check_table(op, "table", table)
     _check_in_place(op, table)
     _check_rule(op, direction, ball, group)
@@ -174,18 +178,20 @@ def rows_step(
         group == 1,
         checks.address(op, "skipped", skipped),
     )
-    extension.rows_step_cpu(_call(op, extension, table, grad, saved, rows), rule, _threads())
+    call = _call(op, extension, table, grad, saved, rows)
+    if table.device.type == "cpu":
+        extension.rows_step_cpu(call, rule, torch.get_num_threads())
+    else:
+        room = torch.empty(0 if group else 5 * extension.rows_parts, dtype=torch.float64, device=table.device)
+        extension.rows_step_cuda(call, rule, room.data_ptr(), destination(extension, table.device))
     increment_version((table, skipped))
 
 
-def _extension(op: str, table: Tensor) -> Any:
-    if table.device.type != "cpu":
-        raise RuntimeError(f"{op}: no native backend for {table.device.type} yet")
-    return checks.extension_for(op, table)
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
+def _copy(extension: Any, call: Any, back: bool, device: torch.device) -> None:
+    if device.type == "cpu":
+        extension.rows_copy_cpu(call, back, torch.get_num_threads())
+    else:
+        extension.rows_copy_cuda(call, back, destination(extension, device))
 
 
 def _call(

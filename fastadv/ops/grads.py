@@ -61,8 +61,12 @@ def _narrow(into: Sequence[Tensor], wide: Sequence[Tensor]) -> None:
 
 
 def _op(name: str, schema: str, eager: Callable[..., Any]) -> Op:
-    backend = Backend("C++", "cpu", getattr(native_grads, name), native.reason)
-    return Op(name, schema, eager=eager, fake=in_place, backends=[backend])
+    function = getattr(native_grads, name)
+    backends = [
+        Backend("C++", "cpu", function, native.reason),
+        Backend("CUDA C++", "cuda", function, native.cuda_reason),
+    ]
+    return Op(name, schema, eager=eager, fake=in_place, backends=backends)
 
 
 COPY = _op("grads_copy", "(Tensor(a!)[] into, Tensor[] sources) -> ()", eager_copy)
@@ -74,12 +78,12 @@ class Plan:
     """What is done again and again from `sources` into `into`, without going through two lists of tensors each time.
 
     Before each call it looks whether a tensor has moved, was resized or changed its dtype, and starts anew if so.
-    Pairs that are not plain contiguous memory on the CPU (strided, sparse, sharded, on a GPU) go through PyTorch.
+    Pairs that are not plain contiguous memory (strided, sparse, sharded) go through PyTorch.
 
     Args:
         into: what is written; shares no memory with `sources`.
         sources: what is read; each of the shape and dtype of its fellow in `into`.
-        fused: None: C++ where it can; True: insist on it; False: PyTorch throughout.
+        fused: None: C++ or CUDA where it can; True: insist on it; False: PyTorch throughout.
 
     Raises:
         ValueError: lists of different lengths, or shapes that differ.
@@ -125,26 +129,38 @@ class Plan:
             self._known = None
             self._build(*known)
             self._known = known
-        if self._native is not None:
-            self._native.run(kind, number, torch.get_num_threads())
+        for plan in self._native:
+            plan.run(kind, number, torch.get_num_threads())
+        if self._direct:
             increment_version([self._into[i] for i in self._direct] if self._others else self._into)
         for group in self._others:
             eager([self._into[i] for i in group], [self._sources[i] for i in group])
 
     def _build(self, into: list[Any], sources: list[Any]) -> None:
-        """Sort the pairs, by their places: those that C++ takes, and groups of those that PyTorch takes together."""
+        """Sort the pairs, by their places: those that we take, and groups of those that PyTorch takes together."""
         for pair in zip(self._into, self._sources, strict=True):
             _check(*pair)
         fused, served = self._fused is not False and native.available(), native_grads.served
         pairs = list(zip(self._into, into, self._sources, sources, strict=True))
-        self._direct = [i for i, (a, b, c, d) in enumerate(pairs) if fused and served(a, b) and served(c, d)]
+        self._direct = [
+            i
+            for i, (a, b, c, d) in enumerate(pairs)
+            if fused and a.device == c.device and served(a, b) and served(c, d)
+        ]
         rest = sorted(set(range(len(pairs))) - set(self._direct))
         if self._fused and rest:
             COPY.choose(self._into[rest[0]].device.type, True)  # raises if C++ is not there at all
-            raise RuntimeError("fused=True, but a pair of tensors is not plain contiguous memory in a dtype of C++")
-        self._native = native_grads.plan((into[i], sources[i]) for i in self._direct) if self._direct else None
+            raise RuntimeError(
+                "fused=True, but a pair of tensors is not plain contiguous memory in a dtype that is served"
+            )
+        devices = {self._into[i].device: None for i in self._direct}
+        self._native = [native_grads.plan(device, self._on(device, into, sources)) for device in devices]
         plain = [i for i in rest if native_grads.is_plain(self._into[i])]
         self._others = [[i] for i in rest if i not in plain] + ([plain] if plain else [])
+
+    def _on(self, device: torch.device, into: list[Any], sources: list[Any]) -> list[tuple[Any, Any]]:
+        """The pairs on one device."""
+        return [(into[i], sources[i]) for i in self._direct if self._into[i].device == device]
 
 
 def _check(into: Tensor, source: Tensor) -> None:

@@ -85,8 +85,14 @@ def _fake_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _op(name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Op:
-    backend = Backend("C++", "cpu", getattr(native_rows, name), native.reason)
-    return Op(name, schema, eager=eager, fake=fake, backends=[backend])
+    function = getattr(native_rows, name)
+    # How many rows were touched, only the device knows: whoever asks waits for it, and PyTorch does that as well.
+    cuda = (
+        Backend("PyTorch", "cuda", eager)
+        if eager is eager_touched
+        else Backend("CUDA C++", "cuda", function, native.cuda_reason)
+    )
+    return Op(name, schema, eager=eager, fake=fake, backends=[Backend("C++", "cpu", function, native.reason), cuda])
 
 
 TOUCHED = _op("rows_touched", "(Tensor table) -> Tensor", eager_touched, _fake_touched)

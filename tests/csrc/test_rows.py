@@ -249,7 +249,7 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
     "touched: vector": (rows_touched, (torch.zeros(3),), ValueError, r"table \[V, D\]"),
     "touched: dtype": (rows_touched, (W.int(),), TypeError, "float32, float64, bfloat16, float16"),
     "touched: sparse": (rows_touched, (W.to_sparse(),), TypeError, "no plain memory"),
-    "touched: device": (rows_touched, (W.to("meta"),), RuntimeError, "no native backend for meta"),
+    "touched: device": (rows_touched, (W.to("meta"),), RuntimeError, "CPU alone.* on meta"),
     "back_up: rows dtype": (rows_back_up, (W, R.int()), TypeError, "int64"),
     "back_up: rows shape": (rows_back_up, (W, R.view(1, 2)), ValueError, "one list"),
     "back_up: below": (rows_back_up, (W, torch.tensor([-1])), IndexError, "row -1 at position 0 .* 5 rows"),
