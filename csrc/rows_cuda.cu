@@ -12,6 +12,9 @@
 namespace fastadv {
 namespace {
 
+// At a time on a multiprocessor. Left to choose, ptxas fits more and spills.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
 constexpr int kMostBlocks = kRowsParts;  // fixed, so that sums do not depend on the device
 enum { kUU, kDU, kDD, kLargest, kSize };
 
@@ -162,7 +165,7 @@ __device__ void count_skipped(std::int64_t* skipped) {  // whole numbers add up 
 
 // A block for each row, which is a group.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     by_row_kernel(const Rows<T> op, std::int64_t table_rows, std::int64_t* skipped, int* flag) {
   for (std::int64_t n = blockIdx.x; n < op.count; n += gridDim.x) {
     if (!row_exists(op, n, table_rows, flag)) continue;
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // One group: every block leaves the sums of its rows ...
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     sums_kernel(const Rows<T> op, std::int64_t table_rows, double* parts, int* flag) {
   Found found;
   for (std::int64_t n = blockIdx.x; n < op.count; n += gridDim.x) {
@@ -210,7 +213,8 @@ __device__ Found over_parts(const double* parts) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) size_kernel(const Rows<T> op, std::int64_t table_rows, double* parts) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+    size_kernel(const Rows<T> op, std::int64_t table_rows, double* parts) {
   const double a = factor(op, over_parts(parts));
   double size = 0;
   for (std::int64_t n = blockIdx.x; n < op.count; n += gridDim.x) {
@@ -221,7 +225,7 @@ __global__ void __launch_bounds__(kThreads) size_kernel(const Rows<T> op, std::i
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBlocks<T>)
     move_kernel(const Rows<T> op, std::int64_t table_rows, const double* parts, std::int64_t* skipped) {
   const Found found = over_parts(parts);
   const double a = factor(op, found);
