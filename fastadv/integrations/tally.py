@@ -27,10 +27,15 @@ class Tally:
         self.passes += 1
 
     def read(self, accelerator: Any, method: Method) -> dict[str, float]:
-        """Means over the attacked steps (the loss is a sum over a step's micro-batches), and over processes."""
+        """Means over the attacked steps (the loss is a sum over a step's micro-batches), and over processes.
+
+        Raises:
+            IndexError: a kernel has met an id out of range since the last line.
+        """
         assert self.sums is not None
         values = torch.cat((self.sums, method.skipped.float().reshape(1)))
         loss, norm, skipped = accelerator.reduce(values, "mean").tolist()
+        method.check()  # the device has been waited for
         return {
             "adv_loss": loss / len(self.steps),
             "adv_norm": norm / self.passes,

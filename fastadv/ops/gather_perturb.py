@@ -116,10 +116,16 @@ class _GatherPerturb(torch.autograd.Function):
         (ids,), (grad,) = ctx.saved_tensors, grads
         grad_weight = grad_leaf = None
         if ctx.needs_input_grad[0]:
-            grad_weight = torch.ops.aten.embedding_dense_backward(grad, ids, ctx.vocabulary, ctx.padding_idx, False)
+            rows = ids if ids.device.type == "cpu" else _left_out(ids, ctx.vocabulary, ctx.padding_idx)
+            grad_weight = torch.ops.aten.embedding_dense_backward(grad, rows, ctx.vocabulary, ctx.padding_idx, False)
         if ctx.needs_input_grad[1]:
             grad_leaf = grad.to(ctx.leaf_dtype)
         return grad_weight, grad_leaf, None, None, None, None, None, None
+
+
+def _left_out(ids: Tensor, vocabulary: int, padding_idx: int) -> Tensor:
+    """Ids out of range, at which the forward on a GPU left a mark, made padding: torch's backward writes anywhere."""
+    return torch.where((ids >= 0) & (ids < vocabulary), ids, padding_idx)
 
 
 def gather_perturb(

@@ -28,15 +28,6 @@ DIMS = [1, 33, 768, 1025]
 GUARD = 77.0
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere() -> None:
-    """Every test runs on a stream of its own; the tests' own copies wait for it."""
-    if not torch.cuda.is_available():
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_stream(torch.cuda.Stream())
-
-
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, dtype=torch.float64).to(dtype)
 

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback
 import fastadv
 from fastadv.engine import table_gradients
 from fastadv.integrations.transformers import AdversarialMixin, AdversarialTrainer
+from fastadv.native.flags import flag_on
 from fastadv.ops import gather_perturb_backward
 from tests.integrations.by_hand import (
     EPSILON,
@@ -106,6 +107,13 @@ def test_log(tmp_path: Path) -> None:
         assert row["adv_loss"] > row["loss"]
         assert row["adv_norm"] == pytest.approx(EPSILON, rel=1e-5)
         assert row["adv_skipped"] == 0
+
+
+def test_the_log_asks_whether_an_id_was_out_of_range(tmp_path: Path) -> None:
+    flag_on(torch.device("cpu")).fill_(1)  # as a kernel leaves it on a GPU
+    with pytest.raises(IndexError, match="out of range"):
+        train(bert(), tmp_path, samples(8), logging_steps=2)
+    train(bert(), tmp_path, samples(8), logging_steps=2)
 
 
 def test_mixin_with_a_subclass_of_trainer(tmp_path: Path) -> None:

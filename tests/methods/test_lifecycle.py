@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.native.flags import flag_on
 from tests import oracles
 from tests.every import EVERY
 from tests.models import TinyModel
@@ -232,3 +233,14 @@ def test_perturbed_and_backward_take_turns() -> None:
         model(**other)
     adv.backward(closure)
     assert_gradients(gradients(model), want, 1e-12)
+
+
+def test_check_raises_once_for_what_a_kernel_has_left_out() -> None:
+    model, _, closure = ready()
+    adv = fastadv.FGM(model, embedding=PLAIN)
+    adv.backward(closure)
+    adv.check()
+    flag_on(torch.device("cpu")).fill_(1)  # as a kernel leaves it on a GPU
+    with pytest.raises(IndexError, match="out of range on cpu, and was left out"):
+        adv.check()
+    adv.check()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastadv.ops import segments
-from fastadv.ops.gather_perturb import OP, gather_perturb, gather_perturb_backward
+from fastadv.ops.gather_perturb import OP, _left_out, gather_perturb, gather_perturb_backward
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(2, 3), (5,), (), (0, 3), (2, 1, 3)]
@@ -236,3 +236,13 @@ def test_backward_opcheck(dtype: torch.dtype) -> None:
 def test_opcheck_with_slots_that_add_nothing() -> None:
     arguments = (torch.randn(5, 3), torch.tensor([[1, 4]]), torch.randn(2, 3), torch.tensor([[-1, 0]]))
     torch.library.opcheck(torch.ops.fastadv.gather_perturb.default, arguments)
+
+
+def test_what_a_gpu_left_out_gets_no_gradient() -> None:
+    """Torch's backward skips the padding, and on a GPU it checks nothing else."""
+    ids, grad = torch.tensor([1, -1, 2, 7, 5]), torch.ones(5, 2)
+    for padding, want in ((-1, [0, 1, 1, 0, 0]), (2, [0, 1, 0, 0, 0])):
+        rows = _left_out(ids, 5, padding)
+        assert rows.tolist() == [1, padding, 2, padding, padding]
+        found = torch.ops.aten.embedding_dense_backward(grad, rows, 5, padding, False)
+        assert found[:, 0].tolist() == want
