@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install
 REPAIR = for d in $(VENV)/lib/python*/site-packages/*.dist-info; do \
 	[ -e "$$d/INSTALLER" ] || { echo "repairing $$d"; rm -rf "$$d"; }; done
 
-.PHONY: train test test-slow test-all lint bench docs asan clean
+.PHONY: train test test-slow test-all lint bench gpu-check docs asan clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -50,6 +50,14 @@ bench: $(VENV)/.bench
 	for heap in users retained; do \
 		$(BIN)/python -m pytest bench --benchmark-only --heap $$heap --benchmark-json=$(RUNS)/$$heap.json $(ARGS) || exit; done
 	$(BIN)/python -m bench.report $(RUNS)/users.json $(RUNS)/retained.json --write
+
+# On a machine with a GPU, with what its own python3 has (torch, triton, pytest, hypothesis, transformers) and no network:
+# tests, sanitizers and figures in under ten minutes; it prints tables and writes bench/results/<gpu>.json.
+gpu-check:
+	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: torch sees no CUDA device here')"
+	FASTADV_CUDA=1 FASTADV_CUDA_ARCHS=$$($(PYTHON) -c "import torch; print('%d%d' % torch.cuda.get_device_capability())") \
+		$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -138,10 +138,11 @@ class FastadvStep:
         self.r = weight.new_zeros(len(self.groups.stops), weight.shape[1])
         self.g = torch.empty_like(self.r)
         self.out = weight.new_empty(ids.numel(), weight.shape[1])
-        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=ids.device)
 
     def prepare(self) -> None:
-        self.groups = ops.segments(self.ids, len(self.weight), fused=True).trimmed()
+        groups = ops.segments(self.ids, len(self.weight), fused=True)
+        self.groups = groups.trimmed() if self.ids.device.type == "cpu" else groups  # how many, a GPU does not tell
 
     def reset(self) -> None:
         self.r.zero_()
@@ -204,7 +205,7 @@ class FastadvSampleStep:
         self.weight, self.ids, self.ball = weight, ids, ball
         self.delta = weight.new_zeros(*ids.shape, weight.shape[1])
         self.out = torch.empty_like(self.delta)
-        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=ids.device)
 
     def reset(self) -> None:
         self.delta.zero_()

@@ -25,8 +25,8 @@ class Entry(NamedTuple):
 class Copy:
     """The copy of a large tensor: measures the bandwidth, and leaves nothing of earlier data in the caches."""
 
-    def __init__(self, elements: int) -> None:
-        self.source, self.target = torch.ones(elements), torch.zeros(elements)
+    def __init__(self, elements: int, device: torch.device | str = "cpu") -> None:
+        self.source, self.target = torch.ones(elements, device=device), torch.zeros(elements, device=device)
         self.bytes = 2 * 4 * elements  # read and written
 
     def __call__(self) -> None:
@@ -59,7 +59,7 @@ def race(entries: dict[str, Entry], rounds: int, copy: Copy) -> Result:
     gc.disable()
     try:
         for index in range(-WARMUP, rounds):
-            for name in _rotated(list(entries), index):
+            for name in rotated(list(entries), index):
                 entries[name].setup()
                 copied.append(_timed(copy))
                 taken = _timed(entries[name].run)
@@ -70,7 +70,8 @@ def race(entries: dict[str, Entry], rounds: int, copy: Copy) -> Result:
     return Result(seconds, copied[WARMUP * len(entries) :], copy.bytes)
 
 
-def _rotated(names: list[str], by: int) -> Iterator[str]:
+def rotated(names: list[str], by: int) -> Iterator[str]:
+    """Round and round, so that each begins as often as the others."""
     start = by % len(names)
     return itertools.chain(names[start:], names[:start])
 

@@ -1,0 +1,90 @@
+"""`make gpu-check`, as far as it can be tried without a GPU: its figures on the CPU, and what it makes of reports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import stages
+from bench.gpu.__main__ import keep
+from bench.gpu.ops import CASES, SIZES, Workload
+from fastadv import native
+
+ROOT = Path(__file__).parent.parent
+REPORT = """<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="10"/></testsuites>"""
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bench.gpu", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not native.available(), reason="the contestant fastadv needs the C++ ops")
+def test_a_rehearsal_fills_in_everything_that_needs_no_gpu(tmp_path: Path) -> None:
+    done = run("--rehearse", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "none.json").read_text())
+    assert {"gpu", "torch", "triton", "commit", "copy_gbps", "tests", "syncs"} <= found.keys()
+    assert found["ops"].keys() == CASES.keys()
+    assert all({"bytes", "us", "gbps", "share_of_copy"} == row.keys() for row in found["ops"].values())
+    assert found["attack_step"].keys() == {"500", "4000"}
+    for row in found["attack_step"].values():
+        assert row["classic_us"] > 0 < row["torch_us"] and row["compiled_us"] > 0 < row["fused_us"]
+    assert found["training_step"].keys() == {"4x16, V 500", "2x16, V 500", "4x16, V 4000"}
+    for row in found["training_step"].values():
+        assert row["plain_us"] < row["fastadv_us"]
+    assert "ascend, token, and the words" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = run("--out", str(tmp_path))
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_counts_come_from_pytests_report(tmp_path: Path) -> None:
+    (tmp_path / "report.xml").write_text(REPORT)
+    count = stages.counted(tmp_path / "report.xml")
+    assert count == (4, 3, 3, "")
+    assert not count.good
+    assert not stages.counted(tmp_path / "none.xml").good
+    assert stages.Count(passed=1).good
+    assert not stages.Count(passed=1, note="out of time").good
+
+
+@pytest.mark.slow
+def test_stages_run_side_by_side_and_what_fails_or_lasts_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "test_good.py").write_text("def test(): pass")
+    (tmp_path / "test_bad.py").write_text("def test(): assert 1 == 2")
+    (tmp_path / "test_long.py").write_text("import time\ndef test(): time.sleep(300)")
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    made = {name: ([*pytest_here, str(tmp_path / f"test_{name}.py")], {}) for name in ("good", "bad", "long")}
+    monkeypatch.setattr(stages, "commands", lambda: {**made, "absent": (["no-such-sanitizer"], {})})
+    found = stages.run_all(limit=30)
+    assert found["good"] == (1, 0, 0, "")
+    assert found["bad"] == (0, 1, 0, "exit status 1")
+    assert found["long"].note == "out of time"
+    assert "not installed" in found["absent"].note
+    assert "assert 1 == 2" in capsys.readouterr().out
+
+
+def test_results_are_named_after_the_gpu(tmp_path: Path) -> None:
+    path = keep({"gpu": "NVIDIA H100 80GB HBM3"}, tmp_path)
+    assert path.name == "nvidia-h100-80gb-hbm3.json"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_case_runs_and_moves_something(name: str) -> None:
+    case = CASES[name](Workload(SIZES["tiny"], torch.device("cpu")))
+    case.run()
+    assert case.bytes > 0
