@@ -36,7 +36,7 @@ def test_a_rehearsal_fills_in_everything_that_needs_no_gpu(tmp_path: Path) -> No
     assert found["attack_step"].keys() == {"500", "4000"}
     for row in found["attack_step"].values():
         assert row["classic_us"] > 0 < row["torch_us"] and row["compiled_us"] > 0 < row["fused_us"]
-    assert found["training_step"].keys() == {"4x16, V 500", "2x16, V 500", "4x16, V 4000"}
+    assert found["training_step"].keys() == {"4x16, V 500", "2x8, V 500", "4x16, V 4000"}
     for row in found["training_step"].values():
         assert row["plain_us"] < row["fastadv_us"]
     assert "ascend, token, and the words" in done.stdout

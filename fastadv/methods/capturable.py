@@ -26,7 +26,8 @@ class Capturable:
         """A step on batches of one shape as a CUDA graph: for small batches, where the host is slower than the device.
 
         Args:
-            fn: the step. `fn(batch)` calls `backward`, and nothing in it waits for the device.
+            fn: the step. `fn(batch)` calls `backward`, and nothing in it waits for the device or changes a parameter:
+                the optimizer stays outside.
             example_batch: a tensor, or a dict, tuple or list with tensors. `fn` is run on it a few times; the model,
                 its gradients and the generators are then put back as they were.
 

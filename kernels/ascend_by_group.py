@@ -1,0 +1,233 @@
+"""ascend where a group is many rows: one launch adds up, one moves; the unit ball measures in between.
+
+The programs of a group take its tiles in turns. `sums` [SUMS, groups, parts] holds what each of them adds up.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from fastadv.kernels.ascend_arithmetic import (
+    brought_onto,
+    count_skipped,
+    direction_of,
+    factor,
+    gradient,
+    moved_by,
+    shrink,
+)
+from fastadv.kernels.gather_perturb import look_up
+
+SUMS = 5  # uu, du, dd, the largest |u|, and the unit ball's measure of what has moved
+
+
+@triton.jit
+def place(
+    tile: tl.tensor,
+    group: tl.tensor,
+    rows: tl.tensor,
+    dim: tl.tensor,
+    across: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> tl.tensor:
+    """The rows and columns of a group's tile, and which of them exist; `across` tiles lie side by side."""
+    row = (tile // across) * ROWS + tl.arange(0, ROWS)
+    d = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
+    there = row < rows
+    return group * rows + row, d, there, there[:, None] & (d < dim)[None, :]
+
+
+@triton.jit
+def sums_kernel(
+    sums: tl.tensor,
+    delta: tl.tensor,
+    grad: tl.tensor,
+    mask: tl.tensor,
+    rows: tl.tensor,
+    dim: tl.tensor,
+    grad_stride: tl.tensor,
+    parts: tl.tensor,
+    tiles: tl.tensor,
+    across: tl.tensor,
+    everything: tl.tensor,
+    DIRECTION: tl.constexpr,
+    BALL: tl.constexpr,
+    MASKED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """The sums of one part of a group: of every `parts`-th tile."""
+    group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    uu = tl.zeros([ROWS, COLUMNS], tl.float64)
+    du = tl.zeros([ROWS, COLUMNS], tl.float64)
+    dd = tl.zeros([ROWS, COLUMNS], tl.float64)
+    largest = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for tile in range(part, tiles, parts):
+        n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
+        u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
+        uu += u * u
+        if DIRECTION == "max":
+            largest = tl.maximum(largest, tl.abs(u))
+        if BALL == "l2":
+            before = tl.load(delta + n[:, None] * dim + d[None, :], mask=inside, other=0).to(tl.float64)
+            du += before * u
+            dd += before * before
+    at = sums + group * parts + part
+    tl.store(at, tl.sum(uu))
+    if BALL == "l2":
+        tl.store(at + everything, tl.sum(du))
+        tl.store(at + 2 * everything, tl.sum(dd))
+    if DIRECTION == "max":
+        tl.store(at + 3 * everything, tl.max(largest))
+
+
+@triton.jit
+def added_up(
+    sums: tl.tensor, which: tl.tensor, group: tl.tensor, parts: tl.tensor, everything: tl.tensor, PARTS: tl.constexpr
+) -> tl.tensor:
+    """A group's sum of the sums of its parts."""
+    part = tl.arange(0, PARTS)
+    return tl.sum(tl.load(sums + which * everything + group * parts + part, mask=part < parts, other=0), axis=0)
+
+
+@triton.jit
+def largest_of(
+    sums: tl.tensor, which: tl.tensor, group: tl.tensor, parts: tl.tensor, everything: tl.tensor, PARTS: tl.constexpr
+) -> tl.tensor:
+    """A group's largest of the largest of its parts."""
+    part = tl.arange(0, PARTS)
+    return tl.max(tl.load(sums + which * everything + group * parts + part, mask=part < parts, other=0), axis=0)
+
+
+@triton.jit
+def step_of(
+    sums: tl.tensor,
+    group: tl.tensor,
+    parts: tl.tensor,
+    everything: tl.tensor,
+    step: tl.tensor,
+    DIRECTION: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> tl.tensor:
+    """Uu and a of a group."""
+    uu = added_up(sums, 0, group, parts, everything, PARTS)
+    largest = uu
+    if DIRECTION == "max":
+        largest = largest_of(sums, 3, group, parts, everything, PARTS)
+    return uu, factor(uu, largest, step, DIRECTION)
+
+
+@triton.jit
+def unit_kernel(
+    sums: tl.tensor,
+    delta: tl.tensor,
+    grad: tl.tensor,
+    mask: tl.tensor,
+    rows: tl.tensor,
+    dim: tl.tensor,
+    grad_stride: tl.tensor,
+    parts: tl.tensor,
+    tiles: tl.tensor,
+    across: tl.tensor,
+    everything: tl.tensor,
+    step: tl.float64,
+    DIRECTION: tl.constexpr,
+    MASKED: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """The size of what a part of a group becomes by the step: a sum of squares, or the largest element."""
+    group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    _, a = step_of(sums, group, parts, everything, step, DIRECTION, PARTS)
+    size = tl.zeros([ROWS, COLUMNS], tl.float64)
+    for tile in range(part, tiles, parts):
+        n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
+        u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
+        before = tl.load(delta + n[:, None] * dim + d[None, :], mask=inside, other=0).to(tl.float64)
+        moved = moved_by(before, u, a)
+        if DIRECTION == "l2":
+            size += moved * moved
+        else:
+            size = tl.maximum(size, tl.abs(moved))
+    at = sums + 4 * everything + group * parts + part
+    if DIRECTION == "l2":
+        tl.store(at, tl.sum(size))
+    else:
+        tl.store(at, tl.max(size))
+
+
+@triton.jit
+def size_after(
+    sums: tl.tensor,
+    group: tl.tensor,
+    parts: tl.tensor,
+    everything: tl.tensor,
+    uu: tl.tensor,
+    a: tl.tensor,
+    DIRECTION: tl.constexpr,
+    BALL: tl.constexpr,
+    PARTS: tl.constexpr,
+) -> tl.tensor:
+    """What the ball measures of a group that has moved."""
+    if BALL == "l2":
+        dd = added_up(sums, 2, group, parts, everything, PARTS)
+        du = added_up(sums, 1, group, parts, everything, PARTS)
+        squares = tl.where(a != 0, dd + 2 * a * du + a * a * uu, dd)
+        return tl.sqrt(tl.where(squares > 0, squares, 0))
+    if BALL == "unit":
+        if DIRECTION == "l2":
+            return tl.sqrt(added_up(sums, 4, group, parts, everything, PARTS))
+        return largest_of(sums, 4, group, parts, everything, PARTS)
+    return uu
+
+
+@triton.jit
+def move_kernel(
+    sums: tl.tensor,
+    delta: tl.tensor,
+    grad: tl.tensor,
+    mask: tl.tensor,
+    skipped: tl.tensor,
+    weight: tl.tensor,
+    ids: tl.tensor,
+    embedded: tl.tensor,
+    flag: tl.tensor,
+    rows: tl.tensor,
+    dim: tl.tensor,
+    grad_stride: tl.tensor,
+    weight_stride: tl.tensor,
+    vocabulary: tl.tensor,
+    parts: tl.tensor,
+    tiles: tl.tensor,
+    across: tl.tensor,
+    everything: tl.tensor,
+    step: tl.float64,
+    epsilon: tl.float64,
+    DIRECTION: tl.constexpr,
+    BALL: tl.constexpr,
+    MASKED: tl.constexpr,
+    EMBEDS: tl.constexpr,
+    WIDE: tl.constexpr,
+    PARTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """Move a part of a group, and look its words up."""
+    group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    uu, a = step_of(sums, group, parts, everything, step, DIRECTION, PARTS)
+    by = shrink(size_after(sums, group, parts, everything, uu, a, DIRECTION, BALL, PARTS), epsilon, BALL)
+    if part == 0:
+        count_skipped(skipped, (uu < float("inf")).to(tl.int64) ^ 1)
+    for tile in range(part, tiles, parts):
+        n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
+        at = delta + n[:, None] * dim + d[None, :]
+        u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
+        moved = moved_by(tl.load(at, mask=inside, other=0).to(tl.float64), u, a)
+        after = brought_onto(moved, by, epsilon, BALL).to(delta.dtype.element_ty)
+        tl.store(at, after, mask=inside)
+        if EMBEDS:
+            word = look_up(weight, ids, flag, n, d, there, inside, vocabulary, weight_stride)
+            tl.store(embedded + n[:, None] * dim + d[None, :], (word.to(WIDE) + after).to(word.dtype), mask=inside)
