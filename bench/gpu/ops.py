@@ -31,7 +31,7 @@ class Size(NamedTuple):
     elements: int  # of each
 
 
-SIZES = {"full": Size(256, 512, 1024, 30_522, 200, 600_000), "tiny": Size(4, 16, 32, 500, 5, 300)}
+SIZES = {"full": Size(256, 512, 1024, 30_522, 200, 600_000), "tiny": Size(4, 16, 32, 50, 5, 300)}
 RULE: dict[str, Any] = {"step_size": 0.3, "epsilon": 0.2, "direction": "l2", "ball": "l2"}
 
 
@@ -101,7 +101,7 @@ def backward(work: Workload) -> Case:
 
 
 def table_step(work: Workload) -> Case:
-    r = work.zeros(work.ids.numel(), work.size.dim)
+    r = work.zeros(len(work.groups.stops), work.size.dim)
     rest = {"weight": work.weight, "ids": work.ids, "embedded": work.out, "room": torch.empty_like(r)}
     grad = work.grad.flatten(0, 1)
     moved = (2 + 2) * work.positions + (4 + 2 * 8 + 4 + 2) * work.words
