@@ -21,8 +21,8 @@ train: $(VENV)/.train
 	$(BIN)/fastadv train $(ARGS)
 
 # Then the Triton kernels, interpreted: what they have of their own and the ops' tests, and in test-slow the matrix of methods.
-INTERPRETED := --backend triton tests/kernels tests/ops tests/methods/test_numbers.py
-MATRIX := --backend triton tests/methods/test_oracles.py tests/methods/test_papers.py tests/methods/test_goldens.py
+INTERPRETED := --backend triton tests/kernels tests/ops
+MATRIX := --backend triton $(addprefix tests/methods/test_,oracles.py papers.py goldens.py numbers.py)
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 	$(BIN)/python -m pytest -m "not slow" $(INTERPRETED)

@@ -115,8 +115,8 @@ def whole_table_step(dtype: torch.dtype, dim: int, group: int) -> None:
 def everything(dtype: torch.dtype, dim: int) -> Iterator[Callable[[], None]]:
     yield lambda: lookups(dtype, dim)
     for group, direction, ball in itertools.product((1, 2), DIRECTIONS, BALLS):
-        for masked, embeds in itertools.product((False, True), repeat=2):
-            yield lambda g=group, d=direction, b=ball, m=masked, e=embeds: step(dtype, dim, g, d, b, m, e)
+        for both in (False, True):
+            yield lambda g=group, d=direction, b=ball, m=both: step(dtype, dim, g, d, b, masked=m, embeds=m)
     for group in (0, 1):
         yield lambda g=group: whole_table_step(dtype, dim, g)
 
