@@ -66,6 +66,7 @@ def figures(found: dict[str, Any], size: str, device: torch.device) -> Iterable[
 def keep(found: Mapping[str, Any], folder: Path) -> Path:
     """Write what there is so far."""
     name = re.sub(r"[^a-z0-9]+", "-", str(found["gpu"]).lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return path
