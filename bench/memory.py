@@ -25,7 +25,7 @@ def measure(contestant: str, size: Size, rounds: int) -> dict[str, Any]:
     Gradients are None before a step; `ACCUMULATING` is plain training's second micro-batch, which finds them there.
     """
     vocabulary = size.vocabularies[-1]
-    model = classifier(size, vocabulary)
+    model = classifier(size.model, vocabulary)
     closure = loss_closure(model, size, vocabulary)
     accumulating = contestant == ACCUMULATING
     step = who.training("plain" if accumulating else contestant, "PGD-3", model, closure)

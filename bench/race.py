@@ -51,32 +51,50 @@ class Result(NamedTuple):
         return self._replace(seconds={**self.seconds, LIMIT: limit})
 
 
-def race(entries: dict[str, Entry], rounds: int, copy: Copy) -> Result:
-    """Time `rounds` of each; every round begins with the next contestant, and each run with the copy."""
-    seconds: dict[str, list[float]] = {name: [] for name in entries}
-    copied: list[float] = []
+Run = Callable[[], object]
+Reading = Callable[[], tuple[float, float]]  # seconds of the copy and of the run, asked for when the race is over
+
+
+def race(
+    entries: dict[str, Entry], rounds: int, copy: Copy, clock: Callable[[Run, Run], Reading] | None = None
+) -> Result:
+    """Time `rounds` of each; every round begins with the next contestant, and each run with the copy.
+
+    `clock(copy, run)` runs both; the default is the host's.
+    """
+    clock = clock or _host_clock
+    readings: list[tuple[str, Reading]] = []
     gc.collect()
     gc.disable()
     try:
         for index in range(-WARMUP, rounds):
-            for name in rotated(list(entries), index):
+            for name in _rotated(list(entries), index):
                 entries[name].setup()
-                copied.append(_timed(copy))
-                taken = _timed(entries[name].run)
+                reading = clock(copy, entries[name].run)
                 if index >= 0:
-                    seconds[name].append(taken)
+                    readings.append((name, reading))
     finally:
         gc.enable()
-    return Result(seconds, copied[WARMUP * len(entries) :], copy.bytes)
+    seconds: dict[str, list[float]] = {name: [] for name in entries}
+    copied = []
+    for name, reading in readings:
+        copy_seconds, run_seconds = reading()
+        copied.append(copy_seconds)
+        seconds[name].append(run_seconds)
+    return Result(seconds, copied, copy.bytes)
 
 
-def rotated(names: list[str], by: int) -> Iterator[str]:
-    """Round and round, so that each begins as often as the others."""
+def _host_clock(copy: Run, run: Run) -> Reading:
+    found = _timed(copy), _timed(run)
+    return lambda: found
+
+
+def _rotated(names: list[str], by: int) -> Iterator[str]:
     start = by % len(names)
     return itertools.chain(names[start:], names[:start])
 
 
-def _timed(run: Callable[[], object]) -> float:
+def _timed(run: Run) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start

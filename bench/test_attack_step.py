@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from bench import contestants as who
+from bench.check import same_embeddings
 from bench.contestants import Ball
-from bench.race import LIMIT, Copy, Entry, Result, race, relative_error, replay_clock, report
+from bench.race import LIMIT, Copy, Entry, Result, race, replay_clock, report
 from bench.workloads import Size, gradient, table, zipf
 
 Rounds = Callable[[int], int]
@@ -36,11 +37,7 @@ cached: dict[tuple[Any, ...], Result] = {}
 def attack_race(entries: dict[str, Any], grad: Tensor, rounds: int, copy: Copy) -> Result:
     """Check that all agree after two steps, then time the second."""
     first, other = grad, grad.flip(0)
-    made = {name: [step.reset(), step.step(first), step.step(other).clone()][-1] for name, step in entries.items()}
-    start = entries["fastadv"].weight[entries["fastadv"].ids]
-    want = made.pop(next(iter(made)))
-    for name, got in made.items():
-        assert relative_error(got - start, want - start) <= 1e-4, name
+    same_embeddings(entries, entries["fastadv"].weight[entries["fastadv"].ids], first, other, 1e-4)
 
     def entry(step: Any) -> Entry:
         return Entry(lambda: [step.reset(), step.step(first)], lambda: step.step(other))

@@ -33,7 +33,7 @@ ROUNDS = 5
 def result(size: Size, copy: Copy, rounds: Callable[[int], int]) -> Result:
     """The race of all, after their gradients were compared with the reference's, which is not timed."""
     vocabulary = size.vocabularies[0]
-    model = classifier(size, vocabulary)
+    model = classifier(size.model, vocabulary)
     steps = contestants(model, size, loss_closure(model, size, vocabulary), vocabulary)
     for work in [*WORK, "FreeAT, one replay"]:  # again: its second replay is the first that is perturbed
         others = {f"{work}, {name}": steps[work, name] for name in CONTESTANTS[1:]}

@@ -23,7 +23,7 @@ ROUNDS = 7
 @pytest.fixture(scope="module")
 def results(vocabulary: int, size: Size, copy: Copy, rounds: Callable[[int], int]) -> Callable[[str], Result]:
     """The races of one model, each run when it is first asked for."""
-    model = classifier(size, vocabulary)
+    model = classifier(size.model, vocabulary)
     closure = loss_closure(model, size, vocabulary)
     found: dict[str, Result] = {}
 

@@ -47,10 +47,10 @@ def gradient(*shape: int) -> Tensor:
     return 1e-3 * torch.randn(*shape, generator=torch.Generator().manual_seed(2))
 
 
-def classifier(size: Size, vocabulary: int) -> nn.Module:
-    """A BERT without dropout, in training mode."""
+def classifier(model: tuple[int, int, int, int], vocabulary: int) -> nn.Module:
+    """A BERT of these PARTS without dropout, in training mode."""
     torch.manual_seed(0)
-    parts: dict[str, Any] = dict(zip(PARTS, size.model, strict=True))
+    parts: dict[str, Any] = dict(zip(PARTS, model, strict=True))
     config = BertConfig(
         vocab_size=vocabulary, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2, **parts
     )

@@ -84,21 +84,12 @@ def sums_kernel(
 
 
 @triton.jit
-def added_up(
+def all_parts(
     sums: tl.tensor, which: tl.tensor, group: tl.tensor, parts: tl.tensor, everything: tl.tensor, PARTS: tl.constexpr
 ) -> tl.tensor:
-    """A group's sum of the sums of its parts."""
+    """What the parts of a group have left; 0 beyond the last: it changes no sum, and no largest size."""
     part = tl.arange(0, PARTS)
-    return tl.sum(tl.load(sums + which * everything + group * parts + part, mask=part < parts, other=0), axis=0)
-
-
-@triton.jit
-def largest_of(
-    sums: tl.tensor, which: tl.tensor, group: tl.tensor, parts: tl.tensor, everything: tl.tensor, PARTS: tl.constexpr
-) -> tl.tensor:
-    """A group's largest of the largest of its parts."""
-    part = tl.arange(0, PARTS)
-    return tl.max(tl.load(sums + which * everything + group * parts + part, mask=part < parts, other=0), axis=0)
+    return tl.load(sums + which * everything + group * parts + part, mask=part < parts, other=0)
 
 
 @triton.jit
@@ -112,10 +103,10 @@ def step_of(
     PARTS: tl.constexpr,
 ) -> tl.tensor:
     """Uu and a of a group."""
-    uu = added_up(sums, 0, group, parts, everything, PARTS)
+    uu = tl.sum(all_parts(sums, 0, group, parts, everything, PARTS), axis=0)
     largest = uu
     if DIRECTION == "max":
-        largest = largest_of(sums, 3, group, parts, everything, PARTS)
+        largest = tl.max(all_parts(sums, 3, group, parts, everything, PARTS), axis=0)
     return uu, factor(uu, largest, step, DIRECTION)
 
 
@@ -173,14 +164,14 @@ def size_after(
 ) -> tl.tensor:
     """What the ball measures of a group that has moved."""
     if BALL == "l2":
-        dd = added_up(sums, 2, group, parts, everything, PARTS)
-        du = added_up(sums, 1, group, parts, everything, PARTS)
+        dd = tl.sum(all_parts(sums, 2, group, parts, everything, PARTS), axis=0)
+        du = tl.sum(all_parts(sums, 1, group, parts, everything, PARTS), axis=0)
         squares = tl.where(a != 0, dd + 2 * a * du + a * a * uu, dd)
         return tl.sqrt(tl.where(squares > 0, squares, 0))
     if BALL == "unit":
         if DIRECTION == "l2":
-            return tl.sqrt(added_up(sums, 4, group, parts, everything, PARTS))
-        return largest_of(sums, 4, group, parts, everything, PARTS)
+            return tl.sqrt(tl.sum(all_parts(sums, 4, group, parts, everything, PARTS), axis=0))
+        return tl.max(all_parts(sums, 4, group, parts, everything, PARTS), axis=0)
     return uu
 
 

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable
-from typing import Any
-
 import torch
 
-from bench.race import Copy, Entry, Result, race, rotated
+from bench.race import Copy, Entry, Reading, Result, Run, race
 
-WARMUP = 3
-Run = Callable[[], object]
+WARMUP = 3  # runs before a capture
 
 
 def captured(run: Run) -> Run:
@@ -35,34 +30,22 @@ def device_race(entries: dict[str, Entry], rounds: int, copy: Copy) -> Result:
 
     While the device copies, the host is ahead and prepares what comes next.
     """
-    if not torch.cuda.is_available():
-        return race(entries, rounds, copy)
-    marks: dict[str, list[tuple[Any, Any, Any]]] = {name: [] for name in entries}
-    gc.collect()
-    gc.disable()
-    try:
-        for index in range(-WARMUP, rounds):
-            for name in rotated(list(entries), index):
-                entries[name].setup()
-                found = _marked(copy, entries[name].run)
-                if index >= 0:
-                    marks[name].append(found)
-    finally:
-        gc.enable()
-    torch.cuda.synchronize()
-    seconds = {name: [begun.elapsed_time(end) / 1e3 for _, begun, end in rows] for name, rows in marks.items()}
-    copied = [start.elapsed_time(begun) / 1e3 for rows in marks.values() for start, begun, _ in rows]
-    return Result(seconds, copied, copy.bytes)
+    return race(entries, rounds, copy, _device_clock if torch.cuda.is_available() else None)
 
 
-def _marked(copy: Run, run: Run) -> tuple[Any, Any, Any]:
+def _device_clock(copy: Run, run: Run) -> Reading:
     start, begun, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     start.record()
     copy()
     begun.record()
     run()
     end.record()
-    return start, begun, end
+
+    def reading() -> tuple[float, float]:
+        end.synchronize()
+        return start.elapsed_time(begun) / 1e3, begun.elapsed_time(end) / 1e3
+
+    return reading
 
 
 def microseconds(result: Result) -> dict[str, float]:

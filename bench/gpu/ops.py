@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bench.gpu.clock import Run, captured, device_race, microseconds
-from bench.race import Copy, Entry
+from bench.gpu.clock import captured, device_race, microseconds
+from bench.race import Copy, Entry, Run
 from bench.workloads import zipf
 from fastadv import ops
 from fastadv.ops import grads, rows

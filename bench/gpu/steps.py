@@ -13,11 +13,11 @@ from torch.linalg import vector_norm
 
 import fastadv
 from bench import contestants as who
-from bench.check import same_gradients
+from bench.check import same_embeddings, same_gradients
 from bench.contestants import Ball
-from bench.gpu.clock import Run, captured, device_race, microseconds
-from bench.race import Copy, Entry, relative_error
-from bench.workloads import gradient, table, zipf
+from bench.gpu.clock import captured, device_race, microseconds
+from bench.race import Copy, Entry, Run
+from bench.workloads import classifier, gradient, table, zipf
 
 
 class Size(NamedTuple):
@@ -26,12 +26,15 @@ class Size(NamedTuple):
     batch: int
     length: int
     vocabularies: tuple[int, ...]
-    dimension: int
-    layers: int
+    dimension: int  # of the attack step's embeddings
+    model: tuple[int, int, int, int]  # workloads.PARTS
     small: tuple[int, int]  # a batch for which the host is too slow
 
 
-SIZES = {"full": Size(32, 128, (30_522, 250_002), 768, 12, (8, 32)), "tiny": Size(4, 16, (500, 4_000), 32, 2, (2, 8))}
+SIZES = {
+    "full": Size(32, 128, (30_522, 250_002), 768, (768, 12, 12, 3072), (8, 32)),
+    "tiny": Size(4, 16, (500, 4_000), 32, (32, 2, 1, 128), (2, 8)),
+}
 BALL = Ball(0.3, 0.2)
 
 
@@ -87,20 +90,10 @@ def attack_steps(size: Size, device: torch.device, copy: Copy, rounds: int) -> I
         second = first.flip(0)
         torch._dynamo.reset()
         made = {name: build(weight, ids, BALL) for name, (_, build) in ATTACKS.items()}
-        _agree(made, weight[ids.flatten()], first, second)
+        same_embeddings(made, weight[ids.flatten()], first, second, 1e-4)
         entries = {name: _attack(name, step, first, second) for name, step in made.items()}
         found = microseconds(device_race(entries, rounds, copy))
         yield str(vocabulary), {**_best(found), "contestants": found}
-
-
-def _agree(made: dict[str, Any], start: Tensor, first: Tensor, second: Tensor) -> None:
-    want: Tensor | None = None
-    for name, step in made.items():
-        step.reset()
-        step.step(first)
-        got = step.step(second).reshape(start.shape) - start
-        want = got.clone() if want is None else want
-        assert relative_error(got, want) <= 1e-4, name
 
 
 def _attack(name: str, step: Any, first: Tensor, second: Tensor) -> Entry:
@@ -138,23 +131,10 @@ class PassesAlone(who.BestTraining):
             self.live, self.leaf = False, None
 
 
-def bert(size: Size, vocabulary: int, device: torch.device) -> nn.Module:
-    """BERT-base without dropout."""
-    from transformers import BertConfig, BertForSequenceClassification
-
-    heads = max(1, size.dimension // 64)
-    config = BertConfig(
-        vocab_size=vocabulary, hidden_size=size.dimension, num_hidden_layers=size.layers, num_attention_heads=heads,
-        intermediate_size=4 * size.dimension, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return BertForSequenceClassification(config).train().to(device)  # type: ignore[no-any-return]
-
-
 def training_steps(size: Size, device: torch.device, copy: Copy, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
     """PGD-3 under bfloat16 autocast: the gradients of one step, by vocabulary, and of a small batch."""
     for vocabulary in size.vocabularies:
-        model = bert(size, vocabulary, device)
+        model = classifier(size.model, vocabulary).to(device)
         small = [size.small] if vocabulary == size.vocabularies[0] else []
         for batch, length in [(size.batch, size.length), *small]:
             ids = zipf(batch, length, vocabulary).to(device)

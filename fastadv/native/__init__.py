@@ -15,7 +15,7 @@ from typing import Any
 
 import torch  # also brings libgomp, which the extension then shares
 
-__all__ = ["available", "build_info", "cuda_compiled", "cuda_reason", "reason"]
+__all__ = ["available", "build_info", "cuda_reason", "reason"]
 
 
 @functools.cache
@@ -59,12 +59,6 @@ def available() -> bool:
 def reason() -> str | None:
     """Why the C++ ops are missing; None if they are there."""
     return _load()[1]
-
-
-def cuda_compiled() -> bool:
-    """Whether the CUDA ops were compiled. They may still find no device: see `cuda_reason`."""
-    module = _load()[0]
-    return module is not None and bool(module.cuda)
 
 
 @functools.cache

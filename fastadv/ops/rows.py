@@ -84,18 +84,19 @@ def _fake_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
     return table.new_empty((table.shape[0] if rows is None else rows.shape[0], table.shape[1]))
 
 
-def _op(name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any]) -> Op:
+def _op(
+    name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any], on_cuda: Backend | None = None
+) -> Op:
     function = getattr(native_rows, name)
-    # How many rows were touched, only the device knows: whoever asks waits for it, and PyTorch does that as well.
-    cuda = (
-        Backend("PyTorch", "cuda", eager)
-        if eager is eager_touched
-        else Backend("CUDA C++", "cuda", function, native.cuda_reason)
-    )
-    return Op(name, schema, eager=eager, fake=fake, backends=[Backend("C++", "cpu", function, native.reason), cuda])
+    on_cpu = Backend("C++", "cpu", function, native.reason)
+    on_cuda = on_cuda or Backend("CUDA C++", "cuda", function, native.cuda_reason)
+    return Op(name, schema, eager=eager, fake=fake, backends=[on_cpu, on_cuda])
 
 
-TOUCHED = _op("rows_touched", "(Tensor table) -> Tensor", eager_touched, _fake_touched)
+# How many rows were touched, only the device knows: whoever asks waits for it, and PyTorch does that as well.
+TOUCHED = _op(
+    "rows_touched", "(Tensor table) -> Tensor", eager_touched, _fake_touched, Backend("PyTorch", "cuda", eager_touched)
+)
 BACK_UP = _op("rows_back_up", "(Tensor table, Tensor? rows) -> Tensor", eager_back_up, _fake_back_up)
 RESTORE = _op("rows_restore", "(Tensor(a!) table, Tensor saved, Tensor? rows) -> ()", eager_restore, in_place)
 STEP = _op(
