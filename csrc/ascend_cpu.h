@@ -6,41 +6,12 @@
 #include <memory>
 
 #include "ascend.h"
+#include "lanes.h"
 #include "parallel.h"
-
-#define INLINE __attribute__((always_inline))
 
 namespace fastadv {
 
 constexpr std::int64_t kBlock = 16384;  // elements to a block, about: its sums are one term of the group's
-constexpr std::int64_t kRun = 256;      // elements that are added up in their own precision, in lanes, before double
-
-// What both GCC and Clang make of a vector register or two, whatever the width of the machine's.
-template <class Real>
-struct Vector {
-  typedef Real type __attribute__((vector_size(32)));
-  static constexpr int kWidth = 32 / sizeof(Real);
-};
-
-// sum += x[0] y[0] + ... + x[count - 1] y[count - 1], for at most kRun: a lane adds up 8 floats, or 16 doubles.
-template <class Real>
-INLINE inline void add_products(const Real* x, const Real* y, std::int64_t count, double& sum) {
-  constexpr int kWidth = Vector<Real>::kWidth, kSide = 4;
-  typename Vector<Real>::type lanes[kSide] = {}, a, b;
-  std::int64_t i = 0;
-  for (; i + kSide * kWidth <= count; i += kSide * kWidth) {
-    for (int k = 0; k < kSide; ++k) {
-      memcpy(&a, x + i + k * kWidth, sizeof a);
-      memcpy(&b, y + i + k * kWidth, sizeof b);
-      lanes[k] += a * b;
-    }
-  }
-  lanes[0] = (lanes[0] + lanes[1]) + (lanes[2] + lanes[3]);
-  double low = 0, high = 0;
-  for (int l = 0; l < kWidth; l += 2) low += double(lanes[0][l]), high += double(lanes[0][l + 1]);
-  for (; i < count; ++i) low += double(x[i]) * double(y[i]);
-  sum += low + high;
-}
 
 // A run of gradients in Real: the row itself, or a copy in `room`.
 INLINE inline const float* widened(const float* from, std::int64_t, float*) { return from; }

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "ascend.h"
+#include "divergence.h"
 #include "gather_perturb.h"
 #include "gather_perturb_backward.h"
 #include "grads.h"
@@ -100,6 +101,11 @@ void segment_sum_cpu(const fastadv::SegmentSumCall& call, int threads) {
     bad = fastadv::segment_sum_cpu(call, threads);
   }
   refuse_plan("segment_sum", bad, call);
+}
+
+void divergence_cpu(const fastadv::DivergenceCall& call, int threads) {
+  py::gil_scoped_release unlocked;
+  fastadv::divergence_cpu(call, threads);
 }
 
 void table_step_cpu(const fastadv::AscendCall& call, const fastadv::SegmentSumCall& sums,
@@ -243,6 +249,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       }));
   m.def("segment_sum_cpu", &segment_sum_cpu);
   m.def("table_step_cpu", &table_step_cpu);
+  py::class_<fastadv::DivergenceCall>(m, "DivergenceCall")
+      .def(py::init([](int dtype, std::uintptr_t logits, std::uintptr_t target, std::int64_t logits_stride,
+                       std::int64_t target_stride, std::uintptr_t weights, std::uintptr_t values,
+                       std::uintptr_t grad_logits, std::uintptr_t grad_target, std::int64_t count, std::int64_t classes,
+                       int kind) {
+        return fastadv::DivergenceCall{dtype,  logits,      target,      logits_stride, target_stride, weights,
+                                       values, grad_logits, grad_target, count,         classes,       kind};
+      }));
+  m.def("divergence_cpu", &divergence_cpu);
   py::class_<fastadv::GatherPerturbBackwardCall>(m, "GatherPerturbBackwardCall").def(py::init(&backward_call));
   m.attr("most_grads") = fastadv::kMostGrads;
   m.def("gather_perturb_backward_cpu", &gather_perturb_backward_cpu);

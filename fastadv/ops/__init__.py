@@ -2,6 +2,7 @@
 
 from fastadv.ops import rows
 from fastadv.ops.ascend import ascend
+from fastadv.ops.divergence import divergence
 from fastadv.ops.gather_perturb import gather_perturb, gather_perturb_backward
 from fastadv.ops.segment_sum import Segments, segment_sum, segments
 from fastadv.ops.table_step import table_step
@@ -9,6 +10,7 @@ from fastadv.ops.table_step import table_step
 __all__ = [
     "Segments",
     "ascend",
+    "divergence",
     "gather_perturb",
     "gather_perturb_backward",
     "rows",

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fastadv import kernels
+from fastadv.native.divergence import KINDS
 from fastadv.ops import segments
 from fastadv.ops.ascend import BALLS, DIRECTIONS
 
@@ -27,7 +28,7 @@ if kernels.interpreted():
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastadv.kernels import ascend, gather_perturb, segment_sum, table_step
+from fastadv.kernels import ascend, divergence, gather_perturb, segment_sum, table_step
 from fastadv.kernels.common import REGISTERS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -68,7 +69,7 @@ def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     def compile_only(kernel: Any, grid: Any, device: Any, *arguments: Any, **constants: Any) -> None:
         found.append(Compiled(kernel.__name__, kernel.warmup(*arguments, grid=grid, **constants, **registers)))
 
-    for module in (ascend, gather_perturb, segment_sum):
+    for module in (ascend, divergence, gather_perturb, segment_sum):
         monkeypatch.setattr(module, "launch", compile_only)
     monkeypatch.setattr(driver, "_active", Abroad(target))
     return found
@@ -112,6 +113,12 @@ def whole_table_step(dtype: torch.dtype, dim: int, group: int) -> None:
     )
 
 
+def compare(dtype: torch.dtype, classes: int, kind: str, both: bool = True) -> None:
+    """divergence with one gradient or two."""
+    logits, weights = torch.zeros(8, classes, dtype=dtype), torch.zeros(8, dtype=in_place_of(dtype))
+    divergence.divergence(logits, logits.clone(), weights, kind, True, both)
+
+
 def everything(dtype: torch.dtype, dim: int) -> Iterator[Callable[[], None]]:
     yield lambda: lookups(dtype, dim)
     for group, direction, ball in itertools.product((1, 2), DIRECTIONS, BALLS):
@@ -119,6 +126,8 @@ def everything(dtype: torch.dtype, dim: int) -> Iterator[Callable[[], None]]:
             yield lambda g=group, d=direction, b=ball, m=both: step(dtype, dim, g, d, b, masked=m, embeds=m)
     for group in (0, 1):
         yield lambda g=group: whole_table_step(dtype, dim, g)
+    for kind, both in itertools.product(KINDS, (False, True)):
+        yield lambda k=kind, b=both: compare(dtype, dim, k, b)
 
 
 @pytest.mark.parametrize("target", ["sm_90", *SLOW])
@@ -130,9 +139,10 @@ def test_what_methods_use(dtype: torch.dtype, target: str, compiled: list[Compil
         step(dtype, 768, group, direction, ball, masked=True, embeds=True)
     step(dtype, 768, 1, "l2", "unit", masked=False, embeds=True)
     whole_table_step(dtype, 768, 0)
+    compare(dtype, 4096, "symmetric_kl")
     assert {kernel.name for kernel in compiled} == {
         "gather_perturb_kernel", "gather_perturb_backward_kernel", "segment_sum_kernel",
-        "rows_kernel", "sums_kernel", "unit_kernel", "move_kernel",
+        "rows_kernel", "sums_kernel", "unit_kernel", "move_kernel", "divergence_kernel",
     }  # fmt: skip
     for kernel in compiled:
         assert wide_accesses(inspect(kernel, target, tmp_path)), kernel.name

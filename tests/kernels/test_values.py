@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from fastadv import kernels
+from fastadv.native.divergence import KINDS
 from fastadv.native.flags import check
 from fastadv.ops import segments
 from fastadv.ops.ascend import BALLS, DIRECTIONS
 from fastadv.ops.ascend import eager as plain_ascend
+from fastadv.ops.divergence import eager as plain_divergence
 from fastadv.ops.gather_perturb import eager as plain_gather
 from fastadv.ops.gather_perturb import eager_backward as plain_backward
 from fastadv.ops.segment_sum import eager as plain_sum
@@ -28,6 +30,7 @@ if not (kernels.interpreted() or torch.cuda.is_available()):
     pytest.skip("neither interpreted (--backend triton) nor on a GPU", allow_module_level=True)
 
 from fastadv.kernels.ascend import ascend
+from fastadv.kernels.divergence import divergence
 from fastadv.kernels.gather_perturb import gather_perturb, gather_perturb_backward
 from fastadv.kernels.segment_sum import segment_sum
 from fastadv.kernels.table_step import table_step
@@ -138,6 +141,23 @@ def test_ascend_repeats_bit_for_bit_and_takes_rows_that_lie_apart() -> None:
             ascend(moved[-1], given, None, counter(), 0.1, 0.2, "l2", "l2", group)
         assert torch.equal(moved[0], moved[1])
         assert torch.equal(moved[0], moved[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_divergence_of_rows_of_several_tiles_that_lie_apart(kind: str, dtype: torch.dtype) -> None:
+    spread, target = randn(4, 2700, dtype=dtype, scale=3), randn(4, 2500, dtype=dtype)
+    logits, weights = spread[:, 100:2600], torch.tensor([1.0, 0.0, 0.25, 3.0], dtype=wide(dtype), device=DEVICE)
+    spread[1] = math.nan
+    got = divergence(logits, target, weights, kind, True, True)
+    want = plain_divergence(logits.double(), target.double(), weights.double(), kind, True, True)
+    for one, other, into in zip(got, want, (wide(dtype), dtype, dtype), strict=True):
+        close(one, other, into)
+    assert all(map(torch.equal, got, divergence(logits, target, weights, kind, True, True)))
+    [values, nothing, right] = divergence(logits, target, weights, kind, False, True)
+    assert nothing.numel() == 0
+    assert torch.equal(values, got[0])
+    assert torch.equal(right, got[2])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
