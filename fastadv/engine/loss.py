@@ -38,6 +38,56 @@ def loss_of(output: Any) -> Tensor:
     return loss.reshape(()) if loss.ndim else loss
 
 
+def loss_if_any(output: Any) -> Tensor | None:
+    """The loss in what the closure returned; None where it returned an output without one: an unlabelled batch."""
+    unlabelled = not isinstance(output, Tensor) and output is not None and _find(output) is None
+    return None if unlabelled and find_logits(output) is not None else loss_of(output)
+
+
+def logits_of(output: Any, who: str) -> Tensor:
+    """The logits in what the closure returned, for a method that compares them.
+
+    Raises:
+        TypeError: there are none.
+    """
+    logits = find_logits(output)
+    if logits is None:
+        raise TypeError(
+            f"{who} compares logits, and the closure returned {_described(output)}: return the model's output "
+            "(model(**batch), with .logits), a dict with 'loss' and 'logits', or (loss, logits)"
+        )
+    return logits
+
+
+def find_logits(output: Any) -> Tensor | None:
+    """The logits in an output: `.logits`, "logits", or what comes second in a tuple."""
+    found = None
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, (tuple, list)) and len(output) > 1:
+        found = output[1]
+    return found if isinstance(found, Tensor) and found.is_floating_point() and found.dim() > 0 else None
+
+
+def losses_of(output: Any) -> Tensor:
+    """Each sample's loss [B], where the output has `.losses` or its loss is a vector; else the loss, as one sample.
+
+    Raises:
+        TypeError, ValueError: as `loss_of` does.
+    """
+    losses = output.get("losses") if isinstance(output, Mapping) else getattr(output, "losses", None)
+    found = losses if isinstance(losses, Tensor) else _find(output)
+    if not isinstance(found, Tensor) or found.dim() != 1 or not found.requires_grad or not found.is_floating_point():
+        return loss_of(output).reshape(1)
+    return found
+
+
+def _described(output: Any) -> str:
+    return "only a loss" if isinstance(output, Tensor) else f"{type(output).__name__} without logits"
+
+
 def _find(output: Any) -> Any:
     if isinstance(output, Tensor):
         return output

@@ -1,6 +1,7 @@
 """The three verbs of a step. A method is a schedule of them.
 
-descend  a full pass: accumulates the parameters' gradients, and leaves the perturbation's
+descend  a full pass: accumulates the parameters' gradients, and leaves the perturbation's. `hold` is its first half,
+         where the loss is made of several forwards
 probe    computes the perturbation's gradient and nothing else; `partial` does so through the first layers alone
 ascend   moves the perturbation up that gradient
 """
@@ -9,29 +10,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
+from torch import Tensor
 
-from fastadv.engine import embedding as embeddings
-from fastadv.engine import rng
-from fastadv.engine.dropout import Dropout
-from fastadv.engine.guard import Guard
-from fastadv.engine.interception import install
-from fastadv.engine.loss import detached, loss_of
-from fastadv.engine.moved_tables import MovedTables
-from fastadv.engine.perturbation import TABLE_SCOPES, Perturbation, PositionPerturbation, TablePerturbation
+from fastadv.engine.frame import Backward, Closure, Frame, Pass
+from fastadv.engine.loss import detached, loss_if_any, loss_of
+from fastadv.engine.perturbation import Move, TablePerturbation
 from fastadv.engine.rule import Rule
-from fastadv.engine.site import Masks, Site
-from fastadv.engine.split import NOT_ON_THE_WAY, Split, SplitChoice
-from fastadv.engine.start import Draw
-from fastadv.engine.table_gradients import TableGradients
-from fastadv.engine.wrapping import Wrapping
+from fastadv.engine.split import NOT_ON_THE_WAY
 
-Closure = Callable[[], Any]
-Backward = Callable[[Tensor], Any]
+__all__ = ["Backward", "Closure", "Engine", "Held", "Pass"]
 
 REENTRANT = (
     "the model uses reentrant activation checkpointing, which cannot give the gradient of a perturbation: use "
@@ -42,124 +32,31 @@ NEVER_CALLED = (
     "the closure never ran the perturbed embedding ({names}). Does it run another model, or pass inputs_embeds? "
     "Was the model compiled and called before the method was made (make the method first)? Was the method closed?"
 )
+NO_GRADIENT = (
+    "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, or the "
+    "function given as backward= ran no backward"
+)
+Loss = TypeVar("Loss", Tensor, Tensor | None)
 
 
-class Pass(NamedTuple):
-    """One pass over the model, detached."""
+class Held(NamedTuple):
+    """One pass over the model whose backward is still to come."""
 
     loss: Tensor
     output: Any
 
 
-class Engine:
+class Engine(Frame):
     """Runs passes of one model with a perturbation at its embedding."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        embedding: embeddings.EmbeddingChoice,
-        scope: str,
-        dropout: str,
-        tied: str,
-        fused: bool | None,
-        backward: Backward | None,
-        scaler: GradScaler | None,
-        atomic: bool,
-    ) -> None:
-        self.model = model
-        self.modules = embeddings.find(model, embedding)
-        self.wrapping = Wrapping(model)
-        self.site = Site(self.modules, fused, by_row=scope in TABLE_SCOPES and not self.wrapping.compiled)
-        self.perturbation = self._scoped(scope, tied)
-        self.guard = Guard(model, atomic, fused)
-        self.dropout = Dropout(dropout)
-        self.backward = backward
-        self._watched = backward is not None  # what the user wrote may look at gradients as soon as it has run
-        self.scaler = scaler
-        self.tables = TableGradients(self.site)
-        self.split: Split | None = None
-        self.first: Pass | None = None
-        self._busy = False
-        self._draw: Draw | None = None
-        self._seed = 0
-        entered = [] if self.perturbation.in_place else self.modules
-        self._interceptions = [install(module, i, self.site) for i, module in enumerate(entered)]
-
-    def _scoped(self, scope: str, tied: str) -> Perturbation:
-        if scope not in TABLE_SCOPES:
-            return PositionPerturbation(self.site, scope)
-        if any(embeddings.vocabulary(module) is None for module in self.modules):
-            raise ValueError(f"scope={scope!r} needs an nn.Embedding; for another module's output use scope='sample'")
-        return MovedTables(self.site, scope) if tied == "both" else TablePerturbation(self.site, scope)
-
-    def split_at(self, choice: SplitChoice) -> None:
-        """From now on partial passes can be run, which end at the output of that module."""
-        try:
-            if self.perturbation.in_place:
-                raise ValueError("tied='both' moves the output layer too, which a partial pass never reaches")
-            self.split = Split(self.model, choice, self.site)
-        except BaseException:
-            self.close()
-            raise
-
-    def close(self) -> None:
-        """Take the interceptions out of the model."""
-        for interception in self._interceptions:
-            interception.remove()
-        self._interceptions = []
-        if self.split is not None:
-            self.split.remove()
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
-
-    def memory(self) -> list[Tensor]:
-        """The buffers that serve from step to step."""
-        rooms = [call.room for call in self.site.calls if call.room is not None]
-        return [*(call.delta for call in self.site.calls), *rooms, *self.perturbation.memory()]
-
-    # The frame of a step
-
-    @contextlib.contextmanager
-    def step(self, masks: Masks, start: Draw | None = None) -> Iterator[None]:
-        """Everything inside is one step: it begins with no perturbation and, if it fails, leaves no trace.
-
-        `start` is where `self.start()` will put the perturbation. Its seed is drawn now, before the state that
-        dropout="same" replays, so that every step starts elsewhere.
-        """
-        if self._busy:
-            raise RuntimeError("a step is already running: the closure must not call the method that calls it")
-        self._busy = True
-        device = self.device
-        try:
-            with self.guard(device), rng.step(), self.dropout.step(self.model):
-                self.site.begin(masks)
-                self.perturbation.begin()
-                self.tables.begin(watched=self._watched or self.wrapping.reduces())
-                self._draw, self._seed = start, rng.new_seed() if start is not None and start.random else 0
-                yield
-        finally:
-            self._busy, self.first = False, None
-            self.site.idle()
-            if self.split is not None:
-                self.split.begin_pass()  # holds nothing between steps
-            if self.perturbation.in_place:
-                self.perturbation.reset()
-
-    # The verbs
 
     def start(self) -> None:
         """Put the perturbation at its start; where its shape is not known yet, as soon as it is."""
         calls, perturbation, draw, seed = self.site.calls, self.perturbation, self._draw, self._seed
         for call in calls:
             call.grad = None
+        self._moved = draw is not None
         if draw is None:
-            perturbation.reset()
-            for call in calls:
-                call.to_zero()
+            self.level()
             return
         before_any_pass = self.first is None
         self.site.started = lambda call: perturbation.start(draw, seed, call)
@@ -168,29 +65,58 @@ class Engine:
         for call in calls:
             self.site.started(call)
 
-    def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
-        """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet."""
-        self.site.own = self.tables.own
+    def level(self) -> None:
+        """Put the perturbation at zero; the gradient that the last pass left stays."""
+        self._moved = False
+        self.perturbation.reset()
+        for call in self.site.calls:
+            call.to_zero()
+
+    # Full passes
+
+    def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False, labelled: bool = True) -> Pass:
+        """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet.
+
+        Where a batch need not be `labelled`, a closure without a loss is only looked at.
+        """
         with self.perturbation.watch(), self.wrapping.synchronised(not more):
-            output, loss = self._forward(closure)
-            self._hand_over(loss if weight == 1 else loss * weight)
+            output, loss = self._full(closure, loss_of if labelled else loss_if_any)
+            self._hand_over(loss, weight)
         self._check_split()
         self.tables.collect(last=not more)
         return self._finish(output, loss)
 
-    def plain(self, closure: Closure) -> Pass:
+    def hold(self, closure: Closure, read: Callable[[Any], Tensor] = loss_of) -> Held:
+        """A full pass's forward, whose graph stays: the next `descend` is of a loss that is made of it too."""
+        with self.wrapping.synchronised(False):
+            output, loss = self._full(closure, read)
+        self.site.held = True
+        self._finish(output, loss.mean())
+        return Held(loss, output)
+
+    def pay(self, closure: Closure) -> None:
+        """Where the step owes a term that needs an unperturbed pass, and has had none: that pass."""
+        if self.proximity.owing:
+            self.level()
+            self.descend(closure, 0.0)
+
+    def plain(self, closure: Closure, *, labelled: bool = True) -> Pass:
         """Plain training: the model as it is, no perturbation."""
+        self.proximity.ask(closure, self.device)
         self.dropout.before_pass(self.device)
         output = closure()
-        loss = loss_of(output)
+        loss = loss_of(output) if labelled else loss_if_any(output)
+        self.proximity.compare(output)
         self._hand_over(loss)
         return self._finish(output, loss)
 
+    # Passes that leave every `.grad` as it is
+
     def probe(self, closure: Closure) -> Pass:
-        """The perturbation's gradient, and nothing in any `.grad`."""
+        """The perturbation's gradient alone."""
         self.site.probing = True  # autograd would compute the tables' gradients and throw them away
         with self._quiet():
-            output, loss = self._forward(closure)
+            output, loss = self._forward(closure, loss_of)
             grads = self._gradients([loss if self.scaler is None else self.scaler.scale(loss)])
         self._check_split()
         self.perturbation.take(grads)
@@ -212,14 +138,37 @@ class Engine:
         self.perturbation.take(grads)
         self.site.idle()
 
+    def slope(self, loss: Tensor) -> list[Tensor]:
+        """The perturbation's gradient of a held loss, with a graph of its own; zeros where there is none."""
+        leaves = self.perturbation.leaves()
+        grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise RuntimeError(NO_GRADIENT)
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+
+    def weight_gradients(self, closure: Closure, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The gradient of these parameters; no perturbation has part in it."""
+        with self.wrapping.synchronised(False):
+            output, loss = self._forward(closure, loss_of)
+            grads = torch.autograd.grad(
+                loss if self.scaler is None else self.scaler.scale(loss), parameters, allow_unused=True
+            )
+        self._finish(output, loss)
+        return grads
+
+    # The perturbation's steps
+
     def ascend(self, rule: Rule) -> None:
         """One step of the perturbation up the gradient that the last pass left."""
-        if not self.perturbation.has_gradient():
-            raise RuntimeError(
-                "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, "
-                "or the function given as backward= ran no backward"
-            )
+        self._check_gradient()
+        self._moved = True
         self.perturbation.ascend(rule)
+
+    def move(self, step: Move) -> None:
+        """One step that is no ascent by a rule: delta <- step(call, delta, gradient), zero where a mask says so."""
+        self._check_gradient()
+        self._moved = True
+        self.perturbation.move(step)
 
     def apply(self) -> None:
         """From here to the end of the step, every forward sees the perturbation that was found."""
@@ -243,16 +192,26 @@ class Engine:
                 raise RuntimeError(REENTRANT) from error
             raise
 
-    def _forward(self, closure: Closure) -> tuple[Any, Tensor]:
+    def _full(self, closure: Closure, read: Callable[[Any], Loss]) -> tuple[Any, Loss]:
+        """The forward of a full pass; of an unperturbed one, a teacher has something to say."""
+        if not self._moved:
+            self.proximity.ask(closure, self.device)
+        self.site.own = self.tables.own
+        output, loss = self._forward(closure, read)
+        if not self._moved:
+            self.proximity.compare(output)
+        return output, loss
+
+    def _forward(self, closure: Closure, read: Callable[[Any], Loss]) -> tuple[Any, Loss]:
         site = self.site
         self.dropout.before_pass(self.device)
         self._enter_pass()
         # Once, if no mask is given: this pass finds out the shape.
-        with self.wrapping.eagerly(not site.calls and not self.perturbation.in_place):
+        with self.wrapping.eagerly(bool(self.modules) and not site.calls and not self.perturbation.in_place):
             output = closure()
         if site.live:
             self._check_calls()
-        loss = loss_of(output)
+        loss = read(output)
         site.recomputing = True  # what runs the embedding from here on is a checkpoint
         return output, loss
 
@@ -262,12 +221,41 @@ class Engine:
         if self.split is not None:
             self.split.begin_pass()
 
+    def _hand_over(self, loss: Tensor | None, weight: float = 1.0) -> None:
+        """Give the loss, and what is owed besides, to whoever owns the backward."""
+        if loss is not None and weight != 1:
+            loss = loss * weight if weight else None
+        total = self.proximity.joined(loss)
+        if total is None:
+            return
+        if self.backward is not None:
+            self.backward(total)
+        elif self.scaler is not None:
+            self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
+        else:
+            total.backward()  # type: ignore[no-untyped-call]
+
+    def _finish(self, output: Any, loss: Tensor | None) -> Pass:
+        self.site.idle()
+        loss = torch.zeros((), device=self.device) if loss is None else loss.detach()
+        done = Pass(loss, detached(output))
+        self.first = self.first or done
+        return done
+
+    # What a closure may have done wrong
+
     def _check_split(self) -> None:
         if self.split is not None:
             self.split.check()
 
+    def _check_gradient(self) -> None:
+        if not self.perturbation.has_gradient():
+            raise RuntimeError(NO_GRADIENT)
+
     def _check_calls(self) -> None:
         site = self.site
+        if not self.modules:
+            return
         if site.cursor == 0:
             if site.without_grad:
                 raise RuntimeError(f"the embedding ran under no_grad only. If {REENTRANT}")
@@ -276,18 +264,3 @@ class Engine:
         if any(call.delta.grad is not None for call in site.calls):
             raise RuntimeError("the closure called backward: it must only run the forward and return the loss")
         site.end_forward()
-
-    def _hand_over(self, loss: Tensor) -> None:
-        """Give the loss to whoever owns the backward."""
-        if self.backward is not None:
-            self.backward(loss)
-        elif self.scaler is not None:
-            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-        else:
-            loss.backward()  # type: ignore[no-untyped-call]
-
-    def _finish(self, output: Any, loss: Tensor) -> Pass:
-        self.site.idle()
-        done = Pass(loss.detach(), detached(output))
-        self.first = self.first or done
-        return done

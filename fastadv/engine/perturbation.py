@@ -8,7 +8,7 @@ rows themselves; any other module sees one vector per position (`Call.delta`), i
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from fastadv.engine.start import Draw
 from fastadv.ops import ascend, segment_sum, table_step
 from fastadv.ops.ascend import l2_norm
 
+Move = Callable[[int, Tensor, Tensor], Tensor]  # a call's index, its delta and gradient -> its next delta
 SCOPES = ("table", "row", "batch", "sample", "token")
 TABLE_SCOPES = ("table", "row")
 
@@ -50,6 +51,10 @@ class Perturbation:
     def ascend(self, rule: Rule) -> None:
         """One step up the gradient that the last pass left in the calls; consumes it."""
         raise NotImplementedError
+
+    def move(self, step: Move) -> None:
+        """One step of the method's own. Consumes the gradient."""
+        raise NotImplementedError(f"scope={self.scope!r} moves by ascents alone: use scope='sample' or 'token'")
 
     def norm(self, kind: str) -> Tensor:
         """The mean norm of the groups that carry a perturbation; stays on the device."""
@@ -116,6 +121,15 @@ class PositionPerturbation(Perturbation):
             **lookup,
         )
         call.embedded(lookup)
+
+    @torch.no_grad()
+    def move(self, step: Move) -> None:
+        """Each call by itself."""
+        for index, call in enumerate(self.site.calls):
+            if call.grad is not None:
+                moved = step(index, call.delta.detach(), masked(call.grad.to(call.delta.dtype), call.mask))
+                call.delta.copy_(masked(moved, call.mask))
+                call.grad = call.ready = None
 
     def _group(self, delta: Tensor, rule: Rule) -> int:
         if rule.direction == "sign":
@@ -250,6 +264,11 @@ def fill(delta: Tensor, draw: Draw, seed: int, mask: Tensor | None, call: int = 
         what = tuple(drawn.shape) if isinstance(drawn, Tensor) else drawn
         raise ValueError(f"random_start(shape, mask) must return a tensor of shape {tuple(delta.shape)}, not {what!r}")
     delta.copy_(drawn.masked_fill(~mask.unsqueeze(-1).to(drawn.device), 0))
+
+
+def masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Zero where the mask says that nothing is."""
+    return values if mask is None else values.masked_fill(~mask.unsqueeze(-1), 0)
 
 
 def _gradient(call: Call) -> Tensor:

@@ -38,6 +38,7 @@ class Site:
         self.probing = False  # a pass that wants no table's gradient
         self.own: dict[int, Tensor] = {}  # the tables, by module, whose gradient this pass need not leave to autograd
         self.recomputing = False
+        self.held = False  # an earlier pass's graph waits for its backward
         self.groups: Segments | None = None
         self.calls: list[Call] = []
         self.cursor = 0
@@ -62,7 +63,7 @@ class Site:
                 del self.calls[index:]
                 break
             call.mask = None if mask is None else mask.bool()
-        first, module = self.given_mask(0), self.modules[0]
+        first, module = self.given_mask(0), self.modules[0] if self.modules else None
         if not self.calls and first is not None and isinstance(module, nn.Embedding):
             body = not (self.by_row and is_plain_lookup(module))
             delta = new_delta((*first.shape, module.embedding_dim), module.weight.dtype, module.weight.device, body)
@@ -146,6 +147,11 @@ class Site:
 
     def _again(self, shape: Size, ids: Tensor | None) -> Call:
         """The call that a checkpoint recomputes: the same ids, or else the only one of that shape."""
+        if self.held:
+            raise RuntimeError(
+                "activation checkpointing recomputes the perturbed module after the perturbation has moved on, and this "
+                "method goes back through passes before and after: keep it outside of checkpointed segments"
+            )
         alike = [call for call in self.calls[: self.cursor] if call.delta.shape == shape]
         same = [call for call in alike if ids is not None and call.ids is not None and is_same(call.ids, ids)]
         if len(same or alike) != 1:
