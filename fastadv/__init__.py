@@ -7,11 +7,44 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastadv.methods import FGM, FGSM, PGD, YOPO, FreeAT, FreeLB, Method, StepResult, repeat
+from fastadv.methods import (
+    AWP,
+    FGM,
+    FGSM,
+    LLR,
+    PGD,
+    SMART,
+    VAT,
+    YOPO,
+    BregmanProximal,
+    FreeAT,
+    FreeLB,
+    Method,
+    NEFTune,
+    StepResult,
+    repeat,
+)
 
 try:
     __version__ = version("fastadv")
 except PackageNotFoundError:  # run from a source tree that was never installed
     __version__ = "0+unknown"
 
-__all__ = ["FGM", "FGSM", "PGD", "YOPO", "FreeAT", "FreeLB", "Method", "StepResult", "__version__", "repeat"]
+__all__ = [
+    "AWP",
+    "FGM",
+    "FGSM",
+    "LLR",
+    "PGD",
+    "SMART",
+    "VAT",
+    "YOPO",
+    "BregmanProximal",
+    "FreeAT",
+    "FreeLB",
+    "Method",
+    "NEFTune",
+    "StepResult",
+    "__version__",
+    "repeat",
+]

@@ -42,14 +42,14 @@ class Frame:
         self,
         model: nn.Module,
         *,
-        embedding: embeddings.EmbeddingChoice,
-        scope: str,
         dropout: str,
-        tied: str,
         fused: bool | None,
         backward: Backward | None,
         scaler: GradScaler | None,
         atomic: bool,
+        embedding: embeddings.EmbeddingChoice = None,
+        scope: str = "sample",
+        tied: str = "lookup",
         perturbs: bool = True,
     ) -> None:
         self.model = model

@@ -44,6 +44,11 @@ def loss_if_any(output: Any) -> Tensor | None:
     return None if unlabelled and find_logits(output) is not None else loss_of(output)
 
 
+def has_loss(output: Any) -> bool:
+    """Whether what the closure returned has a loss."""
+    return _find(output) is not None
+
+
 def logits_of(output: Any, who: str) -> Tensor:
     """The logits in what the closure returned, for a method that compares them.
 

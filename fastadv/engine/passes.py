@@ -138,6 +138,12 @@ class Engine(Frame):
         self.perturbation.take(grads)
         self.site.idle()
 
+    def look(self, closure: Closure) -> Any:
+        """The unperturbed model's output, without a gradient."""
+        self.dropout.before_pass(self.device)
+        with torch.no_grad():
+            return closure()
+
     def slope(self, loss: Tensor) -> list[Tensor]:
         """The perturbation's gradient of a held loss, with a graph of its own; zeros where there is none."""
         leaves = self.perturbation.leaves()

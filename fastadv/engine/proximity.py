@@ -21,8 +21,8 @@ class Teacher(Protocol):
     def answer(self, closure: Callable[[], Any]) -> Any:
         """The teacher's own, to the closure's batch."""
 
-    def distance(self, output: Any, answer: Any) -> Tensor:
-        """Of the model's output from that answer, weighted: 0-d, with the model's graph."""
+    def term(self, output: Any, answer: Any) -> Tensor:
+        """How far the model's output is from that answer, weighted: 0-d, with the model's graph."""
 
 
 class Proximity:
@@ -59,7 +59,7 @@ class Proximity:
     def compare(self, output: Any) -> None:
         """After that pass's forward: the term, which the next backward takes along."""
         if self._owing and self.teacher is not None:
-            self._term = self.teacher.distance(output, self._answer)
+            self._term = self.teacher.term(output, self._answer)
             self._owing, self._answer = False, None
 
     def joined(self, loss: Tensor | None) -> Tensor | None:

@@ -99,6 +99,13 @@ class Site:
             self.groups = group(self.calls, self.modules, self.fused)
         return self.groups
 
+    def mask_of(self, shape: Size) -> Tensor | None:
+        """The mask of answers of that shape, one per token; None for one per sample. An output's mask comes last."""
+        given = self.masks if isinstance(self.masks, (list, tuple)) else [self.masks]
+        masks = [*given, *(call.mask for call in self.calls)]
+        fitting = [mask for mask in masks if mask is not None and mask.dim() > 1 and mask.shape == shape]
+        return fitting[-1] if fitting else None
+
     def masks_follow_ids(self) -> bool:
         """Whether the masks are known only when the ids are."""
         return self.given_mask(0) is None and any(index is not None for index in self.padding)
@@ -149,8 +156,8 @@ class Site:
         """The call that a checkpoint recomputes: the same ids, or else the only one of that shape."""
         if self.held:
             raise RuntimeError(
-                "activation checkpointing recomputes the perturbed module after the perturbation has moved on, and this "
-                "method goes back through passes before and after: keep it outside of checkpointed segments"
+                "activation checkpointing recomputes the perturbed module after the perturbation has moved on, and "
+                "this method goes back through the passes before that: keep it outside of checkpointed segments"
             )
         alike = [call for call in self.calls[: self.cursor] if call.delta.shape == shape]
         same = [call for call in alike if ids is not None and call.ids is not None and is_same(call.ids, ids)]

@@ -21,8 +21,8 @@ class Draw:
     random: bool = True
 
 
-def resolve(random_start: RandomStart, norm: str, epsilon: float | None) -> Draw | None:
-    """The start; None for zero.
+def resolve(random_start: RandomStart, epsilon: float | None, drawn: Callable[[float], Start]) -> Draw | None:
+    """The start, of which `drawn` makes a magnitude; None for zero.
 
     Raises:
         ValueError: `True` with no epsilon to take the magnitude from, or a magnitude that is negative or not finite.
@@ -40,14 +40,19 @@ def resolve(random_start: RandomStart, norm: str, epsilon: float | None) -> Draw
         raise ValueError(f"random_start must be a finite magnitude of at least 0, not {random_start}")
     if random_start == 0:
         return None
-    return _of_any_call(_uniform_l2(random_start) if norm == "l2" else _uniform_linf(random_start))
+    return _of_any_call(drawn(random_start))
 
 
 def _of_any_call(start: Start) -> Draw:
     return Draw(lambda shape, mask, _: start(shape, mask))
 
 
-def _uniform_l2(magnitude: float) -> Start:
+def uniform(norm: str) -> Callable[[float], Start]:
+    """What most methods draw of a magnitude."""
+    return uniform_l2 if norm == "l2" else uniform_linf
+
+
+def uniform_l2(magnitude: float) -> Start:
     """U(-1, 1) * magnitude / sqrt(length * D), with each sample's true length (FreeLB, Zhu et al. 2020)."""
 
     def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
@@ -58,11 +63,32 @@ def _uniform_l2(magnitude: float) -> Start:
     return draw
 
 
-def _uniform_linf(magnitude: float) -> Start:
+def uniform_linf(magnitude: float) -> Start:
     """U(-magnitude, magnitude) per element."""
 
     def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
         return magnitude * _uniform(shape, mask)
+
+    return draw
+
+
+def normal(deviation: float) -> Start:
+    """N(0, deviation^2) per element (SMART, Jiang et al. 2020)."""
+    return lambda shape, mask: deviation * torch.randn(shape, device=mask.device)
+
+
+def somewhere_at(radius: float, leading: int) -> Start:
+    """In a direction that is uniform over the sphere, at that l2 distance (VAT, Miyato et al. 2019).
+
+    The first `leading` dimensions index the spheres; -1: all but the last.
+    """
+
+    def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
+        drawn = torch.randn(shape, device=mask.device).masked_fill_(~mask.unsqueeze(-1), 0)
+        within = tuple(range(len(shape)))[leading:]
+        norm = torch.linalg.vector_norm(drawn, dim=within, keepdim=True)
+        start: Tensor = radius * drawn / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        return start
 
     return draw
 

@@ -1,12 +1,36 @@
 """The methods, one file each; each reads like its paper."""
 
+from fastadv.methods.awp import AWP
 from fastadv.methods.base import Method, StepResult
+from fastadv.methods.embedded import EmbeddingMethod
 from fastadv.methods.fgm import FGM
 from fastadv.methods.fgsm import FGSM
 from fastadv.methods.freeat import FreeAT
 from fastadv.methods.freelb import FreeLB
+from fastadv.methods.llr import LLR
+from fastadv.methods.neftune import NEFTune
 from fastadv.methods.pgd import PGD
+from fastadv.methods.proximal import BregmanProximal
 from fastadv.methods.replay import repeat
+from fastadv.methods.smart import SMART
+from fastadv.methods.vat import VAT
 from fastadv.methods.yopo import YOPO
 
-__all__ = ["FGM", "FGSM", "PGD", "YOPO", "FreeAT", "FreeLB", "Method", "StepResult", "repeat"]
+__all__ = [
+    "AWP",
+    "FGM",
+    "FGSM",
+    "LLR",
+    "PGD",
+    "SMART",
+    "VAT",
+    "YOPO",
+    "BregmanProximal",
+    "EmbeddingMethod",
+    "FreeAT",
+    "FreeLB",
+    "Method",
+    "NEFTune",
+    "StepResult",
+    "repeat",
+]

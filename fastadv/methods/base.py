@@ -1,23 +1,20 @@
-"""What all methods share: their arguments, the schedule, and the frame in which `run` spends its passes."""
+"""What all methods share: the schedule, and the frame in which `run` spends its passes."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from fastadv.engine.dropout import MODES
-from fastadv.engine.embedding import EmbeddingChoice
 from fastadv.engine.passes import Backward, Closure, Engine, Pass
-from fastadv.engine.perturbation import SCOPES, TABLE_SCOPES
-from fastadv.engine.rule import Rule
 from fastadv.engine.site import Masks
-from fastadv.engine.start import Draw, RandomStart, resolve
+from fastadv.engine.start import Draw
 from fastadv.methods.capturable import Capturable
 from fastadv.native import flags
 from fastadv.ops import dispatch
@@ -38,54 +35,29 @@ class StepResult(NamedTuple):
 
 
 class Method(Capturable):
-    """A schedule of descend, probe and ascend around the user's closure.
+    """A schedule of passes around the user's closure. A subclass writes `run`, and says what `perturbed` finds.
 
-    A subclass writes `run` (a training step) and `climb` (the way from a first gradient to the perturbation).
-    The arguments are described at `fastadv.PGD`.
+    What most methods perturb is embeddings: see `EmbeddingMethod`. The arguments are described at `fastadv.PGD`.
     """
 
-    norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}  # direction, ball
     replays: int = 1  # how many steps in a row see the same batch
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        epsilon: float | None,
-        step_size: float,
-        steps: int,
-        norm: str,
-        scope: str,
-        random_start: RandomStart = False,
-        embedding: EmbeddingChoice = None,
-        adv_weight: float = 1.0,
         start_step: int = 0,
         every: int = 1,
         dropout: str = "fresh",
-        tied: str = "lookup",
         fused: bool | None = None,
         backward: Backward | None = None,
         scaler: GradScaler | None = None,
         atomic: bool = True,
+        **site: Any,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-        one_of("norm", norm, self.norms)
-        one_of("scope", scope, SCOPES)
         one_of("dropout", dropout, MODES)
-        one_of("tied", tied, ("lookup", "both"))
-        if tied == "both" and (scope not in TABLE_SCOPES or random_start is not False):
-            raise ValueError(
-                "tied='both' moves the table itself, from where it is: it needs scope='table' or 'row' and "
-                "random_start=False; tied='lookup' perturbs the lookups alone"
-            )
-        self.epsilon = None if epsilon is None else number("epsilon", epsilon)
-        self.step_size = number("step_size", step_size)
-        self.steps = whole("steps", steps, 1)
-        self.norm = norm
-        self.scope = scope
-        self.random_start = resolve(random_start, norm, self.epsilon)
-        self.adv_weight = number("adv_weight", adv_weight)
         self.start_step = whole("start_step", start_step, 0)
         self.every = whole("every", every, 1)
         self.attacked = 0
@@ -95,15 +67,7 @@ class Method(Capturable):
         self._check_trainable()
         dispatch.require(fused, next(model.parameters()).device.type)
         self.engine = Engine(
-            model,
-            embedding=embedding,
-            scope=scope,
-            dropout=dropout,
-            tied=tied,
-            fused=fused,
-            backward=backward,
-            scaler=scaler,
-            atomic=atomic,
+            model, dropout=dropout, fused=fused, backward=backward, scaler=scaler, atomic=atomic, **site
         )
 
     # What the user calls
@@ -130,12 +94,12 @@ class Method(Capturable):
         self._check_trainable()
         attacking = self.enter(step)
         with self.engine.step(mask, self.draw() if attacking else None):
-            result = self.run(closure, attack) if attacking else self._plain(closure)
+            result = self.run(closure, attack) if attacking else self.plain(closure)
+            self.engine.pay(closure)
         self.count(attacking)
         return result
 
-    @contextlib.contextmanager
-    def perturbed(self, closure: Closure, mask: Masks = None) -> Iterator[None]:
+    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
         """Find the perturbation of one batch, and let every forward inside the block see it: for evaluation.
 
         Parameters and their gradients are not touched.
@@ -144,12 +108,7 @@ class Method(Capturable):
             >>> with adv.perturbed(lambda: model(ids, labels=labels).loss):  # doctest: +SKIP
             ...     logits = model(ids).logits
         """
-        with self.engine.step(mask, self.random_start):
-            self.start()
-            self.probe(closure)
-            self.climb(closure)
-            self.engine.apply()
-            yield
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, Tensor]:
         """What the next step needs to know of the earlier ones; `load_state_dict` takes it back."""
@@ -181,12 +140,12 @@ class Method(Capturable):
     @property
     def skipped(self) -> Tensor:
         """How many groups took no step because their gradient was not finite: int64, 0-d, on the device."""
-        return self.engine.perturbation.skipped
+        raise NotImplementedError
 
     @property
     def perturbation_norm(self) -> Tensor:
         """The last perturbation's norm, the mean over its groups: 0-d, on the device."""
-        return self.engine.perturbation.norm(self.norm)
+        raise NotImplementedError
 
     # What a subclass writes
 
@@ -194,32 +153,20 @@ class Method(Capturable):
         """One attacked training step."""
         raise NotImplementedError
 
-    def climb(self, target: Closure) -> None:
-        """From the gradient at the start to the last perturbation, by ascents and probes on `target`."""
-        raise NotImplementedError
+    def draw(self) -> Draw | None:
+        """Where a training step's perturbation starts; None: at zero."""
+        return None
+
+    def plain(self, closure: Closure) -> StepResult:
+        """One step that is not attacked."""
+        done = self.engine.plain(closure)
+        return StepResult(done.loss, None, done.output)
 
     # What a subclass uses
-
-    def start(self) -> None:
-        """Put the perturbation at its start."""
-        self.engine.start()
-
-    def probe(self, closure: Closure) -> Pass:
-        """The perturbation's gradient alone."""
-        return self.engine.probe(closure)
 
     def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
         """A full pass, whose loss counts `weight`; `more` if another full pass follows in this step."""
         return self.engine.descend(closure, weight, more=more)
-
-    def ascend(self) -> None:
-        """One step up the last gradient, then onto the ball."""
-        direction, ball = self.norms[self.norm]
-        self.engine.ascend(Rule(self.step_size, self.epsilon, direction, ball))
-
-    def draw(self) -> Draw | None:
-        """Where a training step's perturbation starts; None: at zero."""
-        return self.random_start
 
     def result(self, clean: Pass | None, adversarial: Pass) -> StepResult:
         """The step's result, from its clean pass (if there was one) and its last."""
@@ -229,10 +176,6 @@ class Method(Capturable):
     def _check_trainable(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("every parameter of the model is frozen: there is nothing to train. Unfreeze some first")
-
-    def _plain(self, closure: Closure) -> StepResult:
-        done = self.engine.plain(closure)
-        return StepResult(done.loss, None, done.output)
 
 
 def one_of(name: str, value: object, choices: Any) -> None:

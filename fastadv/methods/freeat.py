@@ -14,7 +14,8 @@ from fastadv.engine.passes import Closure
 from fastadv.engine.perturbation import TABLE_SCOPES
 from fastadv.engine.slots import Slots
 from fastadv.engine.start import Draw, RandomStart
-from fastadv.methods.base import Method, StepResult, whole
+from fastadv.methods.base import StepResult, number, whole
+from fastadv.methods.embedded import EmbeddingMethod
 
 NO_STEP = (
     "FreeAT: no parameter has changed since the last replay. One backward is one replay, and optimizer.step() belongs "
@@ -23,7 +24,7 @@ NO_STEP = (
 )
 
 
-class FreeAT(Method):
+class FreeAT(EmbeddingMethod):
     r"""One pass a step, whose gradient trains the model and moves the perturbation for the next step on the same batch.
 
     .. math:: \nabla = w_{adv} \nabla L(x + \delta), \qquad \delta \leftarrow \Pi\big(\delta + \alpha \, d(g)\big)
@@ -83,6 +84,7 @@ class FreeAT(Method):
         scope: str = "sample",
         carry: bool = True,
         random_start: RandomStart = False,
+        adv_weight: float = 1.0,
         dropout: str = "same",
         **common: Any,
     ) -> None:
@@ -97,6 +99,7 @@ class FreeAT(Method):
             if epsilon is None:
                 raise ValueError("FreeAT's step_size is epsilon, which is None: give a step_size")
             step_size = epsilon
+        self.adv_weight = number("adv_weight", adv_weight)
         self.replays = whole("replays", replays, 1)
         self.carry = carry
         super().__init__(

@@ -9,10 +9,11 @@ from torch import nn
 
 from fastadv.engine.passes import Closure, Pass
 from fastadv.engine.start import RandomStart
-from fastadv.methods.base import Method, StepResult
+from fastadv.methods.base import StepResult, number
+from fastadv.methods.embedded import EmbeddingMethod
 
 
-class FreeLB(Method):
+class FreeLB(EmbeddingMethod):
     r"""K passes up the loss, and the mean of all their gradients: a batch K times as large, for one of its size.
 
     .. math:: \delta_{t+1} = \Pi\big(\delta_t + \alpha \, g_t / \lVert g_t \rVert\big), \qquad
@@ -62,9 +63,11 @@ class FreeLB(Method):
         norm: str = "l2",
         scope: str = "sample",
         random_start: RandomStart = 0.1,
+        adv_weight: float = 1.0,
         dropout: str = "same",
         **common: Any,
     ) -> None:
+        self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(
             model,
             epsilon=epsilon,

@@ -7,14 +7,16 @@ from typing import Any
 from torch import nn
 
 from fastadv.engine.passes import Closure, Pass
-from fastadv.methods.base import Method, StepResult, number
+from fastadv.methods.base import StepResult, number
+from fastadv.methods.embedded import EmbeddingMethod
 
 
-class TwoPass(Method):
+class TwoPass(EmbeddingMethod):
     """Trains on the clean and on the adversarial loss, each with its weight."""
 
-    def __init__(self, model: nn.Module, *, clean_weight: float = 1.0, **common: Any) -> None:
+    def __init__(self, model: nn.Module, *, clean_weight: float = 1.0, adv_weight: float = 1.0, **common: Any) -> None:
         self.clean_weight = number("clean_weight", clean_weight)
+        self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(model, **common)
 
     def run(self, closure: Closure, attack: Closure | None) -> StepResult:

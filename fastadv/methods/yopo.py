@@ -9,7 +9,8 @@ from torch import nn
 from fastadv.engine.passes import Closure
 from fastadv.engine.split import SplitChoice
 from fastadv.engine.start import RandomStart
-from fastadv.methods.base import Method, whole
+from fastadv.methods.base import whole
+from fastadv.methods.embedded import EmbeddingMethod
 from fastadv.methods.freelb import FreeLB
 
 
@@ -55,7 +56,7 @@ class YOPO(FreeLB):
         True
     """
 
-    norms: ClassVar[dict[str, tuple[str, str]]] = Method.norms  # linf by the sign, where FreeLB has the largest element
+    norms: ClassVar[dict[str, tuple[str, str]]] = EmbeddingMethod.norms  # linf: the sign; FreeLB: by the largest
 
     def __init__(
         self,

@@ -1,0 +1,139 @@
+"""AWP, adversarial weight perturbation (Wu et al. 2020, https://arxiv.org/abs/2004.05884)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastadv.engine.moved_weights import MovedWeights
+from fastadv.engine.passes import Closure
+from fastadv.engine.site import Masks
+from fastadv.methods.base import Method, StepResult, number, whole
+
+Choice = Callable[[str, nn.Parameter], bool]
+
+
+def matrices(name: str, parameter: nn.Parameter) -> bool:  # noqa: ARG001
+    """Every weight with two dimensions or more: no biases, no layer norms."""
+    return parameter.dim() > 1
+
+
+class AWP(Method):
+    r"""Moves the weights, not the embeddings, up the loss, and adds the gradient that is found there.
+
+    .. math:: v_l = \gamma \, \lVert w_l \rVert \frac{g_l}{\lVert g_l \rVert} \ \text{for every weight } l, \qquad
+        \nabla = w_{clean} \nabla L(w) + w_{adv} \nabla L(w + v)
+
+    Two full passes a step (and a probe where gradients were there before), and memory for a second copy of the weights
+    that move. They are put back bit for bit, in the same memory, before `backward` returns or raises, so that the
+    optimizer never sees them moved (the authors' code takes v away from the updated weights, after the optimizer's step
+    and not exactly).
+
+    With `epsilon`, no element w leaves w +- epsilon |w|, which is the variant of public competition code: there gamma
+    is 1, epsilon 0.01, both norms have 1e-6 added, and `parameters=lambda name, p: "weight" in name`, so that layer
+    norms move as well.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        gamma: length of the movement of each weight, in units of the weight's own norm.
+        epsilon: how far each element may be moved, in units of its own magnitude; None: no bound.
+        steps: how often the weights are moved; each after the first costs a probe.
+        parameters: which weights move: a callable `(name, parameter) -> bool`; None: all matrices.
+        clean_weight: weight of the gradient at the weights as they are; 0: no part of it is kept.
+        adv_weight: weight of the gradient at the moved weights.
+        start_step: attack from this step on. Early on, when the weights move by themselves, it may do harm.
+        **common: `every`, `dropout`, `fused`, `backward`, `scaler`, `atomic`; see `fastadv.PGD`.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, or no weight that moves.
+        RuntimeError: `fused=True` where not every op has a native backend.
+
+    Example:
+        >>> import fastadv, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        >>> adv = fastadv.AWP(model, gamma=0.01)
+        >>> result = adv.backward(lambda: model(torch.ones(2, 4)).square().mean())  # instead of loss.backward()
+        >>> bool(result.adv_loss > result.loss)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        gamma: float = 0.01,
+        epsilon: float | None = None,
+        steps: int = 1,
+        parameters: Choice | None = None,
+        clean_weight: float = 1.0,
+        adv_weight: float = 1.0,
+        **common: Any,
+    ) -> None:
+        self.gamma = number("gamma", gamma)
+        self.epsilon = None if epsilon is None else number("epsilon", epsilon)
+        self.steps = whole("steps", steps, 1)
+        self.clean_weight = number("clean_weight", clean_weight)
+        self.adv_weight = number("adv_weight", adv_weight)
+        super().__init__(model, perturbs=False, **common)
+        choice = matrices if parameters is None else parameters
+        chosen = [p for name, p in model.named_parameters() if p.requires_grad and choice(name, p)]
+        if not chosen:
+            raise ValueError(
+                "no weight moves: parameters=(name, parameter) -> bool chose none of those that require a gradient"
+            )
+        self.weights = MovedWeights(chosen, self.engine.site.fused)
+
+    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+        """The clean pass, the movement up its gradient, and a pass with the weights there."""
+        kept = [weight.grad for weight in self.weights.weights]
+        usable = bool(self.clean_weight) and attack is None and all(grad is None for grad in kept)
+        clean = self.descend(closure, self.clean_weight) if self.clean_weight else None
+        gradients = [weight.grad for weight in self.weights.weights] if usable else None
+        with self.weights.moving():
+            self.climb(attack or closure, gradients)
+            adversarial = self.descend(closure, self.adv_weight)
+        return self.result(clean, adversarial)
+
+    def climb(self, target: Closure, gradients: Sequence[Tensor | None] | None = None) -> None:
+        """The movement, along gradients that are there already or are found by a probe."""
+        for _ in range(self.steps):
+            if gradients is None:
+                gradients = self.engine.weight_gradients(target, self.weights.weights)
+            self.weights.step(gradients, self.gamma, self.epsilon)
+            gradients = None
+
+    @contextlib.contextmanager
+    def perturbed(self, closure: Closure, mask: Masks = None) -> Iterator[None]:
+        """Move the weights up one batch's loss, for every forward inside the block; see `Method.perturbed`."""
+        with self.engine.step(mask), self.weights.moving():
+            self.climb(closure)
+            yield
+
+    @property
+    def skipped(self) -> Tensor:
+        """How many weights were not moved because their gradient was not finite: int64, 0-d, on the device."""
+        return self.weights.skipped
+
+    @property
+    def perturbation_norm(self) -> Tensor:
+        """How far the weights were moved, the mean over them: 0-d, on the device."""
+        return self.weights.norm
+
+    # What a captured step asks
+
+    def memory(self) -> list[Tensor]:
+        """The copies of the weights as well."""
+        return [*super().memory(), *self.weights.saved, self.weights.skipped, self.weights.norm]
+
+    def remember(self) -> Any:
+        """The count of weights that were not moved as well."""
+        return super().remember(), self.weights.skipped.clone()
+
+    def rewind(self, state: Any) -> None:
+        """The same."""
+        counters, skipped = state
+        super().rewind(counters)
+        self.weights.skipped.copy_(skipped, non_blocking=True)

@@ -1,0 +1,91 @@
+"""NEFTune, noisy embedding fine-tuning (Jain et al. 2024, https://arxiv.org/abs/2310.05914)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from fastadv.engine.passes import Closure
+from fastadv.engine.site import Masks
+from fastadv.engine.start import Draw, RandomStart, resolve, uniform_l2
+from fastadv.methods.base import StepResult, number
+from fastadv.methods.embedded import EmbeddingMethod
+
+
+class NEFTune(EmbeddingMethod):
+    r"""Training on embeddings with uniform noise, whose size falls with the length of the sentence. No ascent.
+
+    .. math:: \delta_i \sim U(-1, 1)^{L_i \times D} \cdot \frac{\alpha}{\sqrt{L_i D}}, \qquad
+        \nabla = \nabla L(x + \delta)
+
+    One full pass a step: what plain training costs. L_i is the true length of sentence i, and padding carries no noise,
+    as in the authors' training code. `padded=True` is what their README and transformers' `neftune_noise_alpha` do:
+    noise everywhere, and L the padded length, so that a sentence's noise depends on its neighbours in the batch.
+
+    Noise is float32 (float64 for a float64 model), [B, T, D], in the embedding's own units.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        alpha: the noise's size; its norm is about alpha / sqrt(3) per sentence.
+        padded: noise on padding too, by the padded length.
+        random_start: a callable `(shape, mask) -> tensor` in place of the noise; None: as above.
+        **common: the arguments that all methods take; see `fastadv.PGD`.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, an embedding that cannot be found, or `attack=` in a step.
+        RuntimeError: `fused=True` where not every op has a native backend.
+
+    Example:
+        >>> import fastadv, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
+        >>> adv = fastadv.NEFTune(model, alpha=5.0)
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
+        >>> bool(adv.perturbation_norm < 5.0)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        alpha: float = 5.0,
+        padded: bool = False,
+        random_start: RandomStart | None = None,
+        **common: Any,
+    ) -> None:
+        self.alpha = number("alpha", alpha)
+        self.padded = bool(padded)
+        super().__init__(
+            model,
+            epsilon=None,
+            step_size=0.0,
+            steps=1,
+            norm="l2",
+            scope="sample",
+            random_start=self.alpha if random_start is None else random_start,
+            **common,
+        )
+        if self.padded:
+            self.engine.site.padding = [None] * len(self.engine.modules)
+
+    def backward(
+        self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
+    ) -> StepResult:
+        """As for every method; there is no ascent that `attack` could direct."""
+        if attack is not None:
+            raise ValueError("NEFTune ascends nothing, so that attack= has no use here: leave it out")
+        return super().backward(closure, None if self.padded else mask, None, step)
+
+    def run(self, closure: Closure, attack: Closure | None) -> StepResult:  # noqa: ARG002
+        """One pass, noisy."""
+        self.start()
+        return self.result(None, self.descend(closure))
+
+    def climb(self, target: Closure) -> None:
+        """Noise stays where it was drawn."""
+
+    def resolve(self, random_start: RandomStart) -> Draw | None:
+        """The noise of size alpha."""
+        return resolve(random_start, None, uniform_l2)

@@ -1,0 +1,276 @@
+"""The Bregman proximal point, the other half of SMART (Jiang et al. 2020, https://arxiv.org/abs/1911.03437)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+
+from fastadv.engine.changes import Changes
+from fastadv.engine.passes import Closure
+from fastadv.engine.site import Masks
+from fastadv.methods.base import Method, StepResult, number
+from fastadv.methods.comparison import Comparison, Divergence
+from fastadv.ops.grads import Plan
+
+NEVER_UPDATED = (
+    "the model's weights have changed, and its teacher has never been updated: it would hold the model to where it "
+    "began. Call attach(optimizer) once, or update() after every optimizer.step()"
+)
+PREFIX = "teacher."
+
+
+class BregmanProximal(Method):
+    r"""Holds the model near a moving average of itself: small steps in what it answers, not in its weights.
+
+    .. math:: \nabla = \nabla \Big( F(\theta) + w \, D\big(f(x; \theta), f(x; \bar\theta)\big) \Big), \qquad
+        \bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta \ \text{after each step of the optimizer}
+
+    F is the loss, or whatever `method` trains: SMART with this is the paper's algorithm. D compares clean answers; it
+    is found in the method's own clean pass, and where that has none (FreeLB, NEFTune, ...) costs another. Besides, the
+    teacher answers once per step: a forward without a gradient, with the same dropout masks. The model's weights are
+    not swapped for that: it is a functional call of the closure's model with the teacher's.
+
+    Teacher memory: a copy of every parameter that requires a gradient, in its dtype. One call of the native op averages
+    them all.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        weight: of the proximal term, w.
+        decay: of the average, beta: 0 follows the weights exactly, 1 never moves.
+        method: the method that it holds, made with the same model; None: plain training.
+        divergence: "symmetric_kl", "kl" (from the teacher's answer), "js", "mse" for regression, or a callable
+            `(logits, teacher_logits) -> 0-d tensor`.
+        **common: without a method: `dropout`, `fused`, `backward`, `scaler`, `atomic`, `start_step`, `every`; see
+            `fastadv.PGD`. With one they are the method's.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be; in a step, a closure that returns no logits.
+        RuntimeError: in a step, when the weights have changed and the teacher was never updated.
+
+    Example:
+        >>> import fastadv, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> adv = fastadv.BregmanProximal(model, 1.0, 0.99, method=fastadv.SMART(model, epsilon=0.1)).attach(optimizer)
+        >>> ids, labels = torch.tensor([[1, 2, 3]]), torch.tensor([1])
+        >>> def closure():
+        ...     logits = model(ids)
+        ...     return torch.nn.functional.cross_entropy(logits, labels), logits
+        >>> for _ in range(2):
+        ...     result = adv.backward(closure)  # instead of loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        >>> bool(adv.distance > 0)
+        True
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weight: float = 1.0,
+        decay: float = 0.999,
+        *,
+        method: Method | None = None,
+        divergence: Divergence = "symmetric_kl",
+        **common: Any,
+    ) -> None:
+        self.weight = number("weight", weight)
+        self.decay = number("decay", decay)
+        if self.decay > 1:
+            raise ValueError(f"decay is a share of the old average, at most 1, not {decay}")
+        self.compare = Comparison(divergence, "BregmanProximal")
+        self.method = method
+        if method is None:
+            super().__init__(model, perturbs=False, **common)
+        else:
+            self._take_over(model, method, common)
+        if self.engine.wrapping.sharded:
+            raise ValueError("BregmanProximal cannot call a model with a teacher's weights where FSDP shards it")
+        if self.engine.proximity.teacher is not None:
+            raise ValueError("this method is held by a BregmanProximal already")
+        self._check_resolution()
+        self.students = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.teacher = {name: p.detach().clone() for name, p in self.students.items()}
+        self.buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        lenient = False if self.engine.site.fused is False else None
+        self._plan = Plan(list(self.teacher.values()), list(self.students.values()), lenient)
+        self._run = _Run(model)
+        self._changes = Changes(model)
+        self._changed = self._changes.count()
+        self.updates = 0
+        self.distance = torch.zeros((), device=self.engine.device)  # D of the last step
+        self._attached: Any = None
+        self.engine.proximity.teacher = self
+
+    def _take_over(self, model: nn.Module, method: Method, common: Mapping[str, Any]) -> None:
+        if not isinstance(method, Method) or isinstance(method, BregmanProximal):
+            raise TypeError(f"method= takes another method of fastadv, not {type(method).__name__}")
+        if common:
+            raise TypeError(f"{', '.join(common)} belong to the method: give them to {type(method).__name__}")
+        if method.model is not model:
+            raise ValueError("method= was made with another model: make both with the same one")
+        self.model, self.engine, self.replays = model, method.engine, method.replays
+
+    def __getattr__(self, name: str) -> Any:
+        """What is asked of the schedule is asked of the method: `attacked`, `start_step`, `now`."""
+        method = self.__dict__.get("method")
+        if method is None or name not in ("attacked", "start_step", "every", "now", "_calls"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(method, name)
+
+    def _check_resolution(self) -> None:
+        least = max((torch.finfo(p.dtype).eps for p in self.model.parameters() if p.requires_grad), default=0.0)
+        if 0 < 1 - self.decay < least:
+            raise ValueError(
+                f"with decay={self.decay} an average in the precision of these weights (1 + {least:.2g} is the next "
+                "number) would never move: keep the weights in float32 under autocast, or take a smaller decay"
+            )
+
+    # The teacher
+
+    def attach(self, optimizer: Optimizer) -> BregmanProximal:
+        """Update the teacher after every step of `optimizer` (of accelerate's wrapper: of what is inside)."""
+        self._detach()
+        inner = getattr(optimizer, "optimizer", optimizer)
+        self._attached = inner.register_step_post_hook(lambda *_: self.update())
+        return self
+
+    def update(self) -> None:
+        """Move the teacher towards the weights: on the device, in one call, and without waiting for it."""
+        self._plan.average(self.decay)
+        for name, buffer in self.model.named_buffers():
+            if name in self.buffers:
+                self.buffers[name].copy_(buffer)
+        self.updates += 1
+
+    def answer(self, closure: Callable[[], Any]) -> Tensor:
+        """What the teacher says to the closure's batch."""
+        with torch.no_grad():
+            return self.compare.logits(functional_call(self._run, self._named(), (closure,)))
+
+    def term(self, output: Any, answer: Tensor) -> Tensor:
+        """W D, for the backward."""
+        term = self.compare(self.compare.logits(output), answer, self.engine, self.weight)
+        self.distance = term.detach() / (self.weight or 1)
+        return term
+
+    def _named(self) -> dict[str, Tensor]:
+        return {f"model.{name}": tensor for name, tensor in (*self.teacher.items(), *self.buffers.items())}
+
+    # A step
+
+    def backward(
+        self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
+    ) -> StepResult:
+        """The method's step, or plain training's, and the term."""
+        self._look_at_the_weights()
+        step_of = super().backward if self.method is None else self.method.backward
+        result = step_of(closure, mask, attack, step)
+        self._changed = self._changes.count()
+        return result
+
+    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+        """Without a method, every step is a plain one."""
+        if attack is not None:
+            raise ValueError("BregmanProximal without a method attacks nothing: leave attack= out, or give it a method")
+        done = self.engine.plain(closure)
+        return StepResult(done.loss, self.distance, done.output)
+
+    def _look_at_the_weights(self) -> None:
+        """A teacher that is never updated is a mistake; weights that were loaded before the first step are none."""
+        if self.updates or self._changes.count() == self._changed:
+            return
+        if self._attached is None or self._changes.steps:
+            raise RuntimeError(NEVER_UPDATED)
+        self._plan.copy()
+
+    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
+        """What the method finds; without one, nothing."""
+        return contextlib.nullcontext() if self.method is None else self.method.perturbed(closure, mask)
+
+    @property
+    def skipped(self) -> Tensor:
+        """The method's."""
+        return self.engine.perturbation.skipped if self.method is None else self.method.skipped
+
+    @property
+    def perturbation_norm(self) -> Tensor:
+        """The method's; without one, zero."""
+        return torch.zeros((), device=self.engine.device) if self.method is None else self.method.perturbation_norm
+
+    def close(self) -> None:
+        """Take the method out of the model, and the hook off the optimizer."""
+        self._detach()
+        self._changes.close()
+        self.engine.proximity.teacher = None
+        super().close()
+
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
+
+    # What a captured step asks
+
+    def capture(self, fn: Callable[[Any], Any], example_batch: Any) -> Callable[[Any], Any]:
+        """As for every method; the teacher is updated outside, by the optimizer's hook.
+
+        Raises:
+            ValueError: with dropout="fresh", where the teacher's masks would not be the model's.
+        """
+        if self.engine.dropout.mode == "fresh":
+            raise ValueError("capture() needs dropout='same' or 'off' here: the teacher sees the clean pass's masks")
+        return super().capture(fn, example_batch)
+
+    def enter(self, step: int | None = None) -> bool:
+        """The method's next step, or the next."""
+        return super().enter(step) if self.method is None else self.method.enter(step)
+
+    def count(self, attacked: bool) -> None:
+        """The step is done."""
+        (super().count if self.method is None else self.method.count)(attacked)
+
+    def memory(self) -> list[Tensor]:
+        """The teacher as well."""
+        own = super().memory() if self.method is None else self.method.memory()
+        return [*own, *self.teacher.values(), *self.buffers.values()]
+
+    def remember(self) -> Any:
+        """What the method remembers."""
+        return super().remember() if self.method is None else self.method.remember()
+
+    def rewind(self, state: Any) -> None:
+        """The method's."""
+        (super().rewind if self.method is None else self.method.rewind)(state)
+
+    # What a checkpoint needs
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The method's state, and the teacher."""
+        own = super().state_dict() if self.method is None else self.method.state_dict()
+        teacher = {f"{PREFIX}{name}": tensor for name, tensor in (*self.teacher.items(), *self.buffers.items())}
+        return {**own, **teacher, "updates": torch.tensor(self.updates)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another run was when `state_dict` was called."""
+        (super().load_state_dict if self.method is None else self.method.load_state_dict)(state)
+        for name, tensor in (*self.teacher.items(), *self.buffers.items()):
+            tensor.copy_(state[PREFIX + name])
+        self.updates = int(state["updates"])
+
+
+class _Run(nn.Module):
+    """A module whose forward is a closure's, so that the model in the closure can be called with other weights."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, closure: Callable[[], Any]) -> Any:
+        return closure()

@@ -1,0 +1,180 @@
+"""SMART, smoothness-inducing adversarial regularisation (Jiang et al. 2020, https://arxiv.org/abs/1911.03437)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.passes import Closure
+from fastadv.engine.start import Draw, RandomStart, normal, resolve
+from fastadv.methods.base import StepResult, number, one_of
+from fastadv.methods.comparison import Comparison, Divergence
+from fastadv.methods.embedded import EmbeddingMethod
+
+UPDATES = ("paper", "mt-dnn")
+STEP, DEVIATION, GUARD = 1e-3, 1e-5, 1e-6  # of the public code
+
+
+class SMART(EmbeddingMethod):
+    r"""The loss, and a penalty on how far a perturbation can move the model's answer.
+
+    .. math:: \nabla = \nabla L(x) + w \, \nabla D\big(f(x + \delta_K), f(x)\big), \qquad
+        \delta_{t+1} = \Pi_{\lVert \delta \rVert_\infty \le \epsilon}
+        \Big(\delta_t + \alpha \frac{g_t}{\lVert g_t \rVert_\infty}\Big), \quad
+        g_t = \nabla_\delta D\big(f(x + \delta_t), f(x)\big), \quad \delta_0 \sim N(0, \epsilon^2 / 100)
+
+    Two full passes and K probes a step; the ball and the norms are each token's own. D is the symmetric KL divergence
+    of the two answers for classification and the squared error for regression, and both of its sides are trained. The
+    gradient at zero is zero, so the ascent needs its random start. The other half of the paper is
+    `fastadv.BregmanProximal`.
+
+    `update="mt-dnn"` reproduces the authors' public code: delta <- (delta + 0.001 g) / largest, with noise of 1e-5 and
+    a stand-in for the KL divergence in the search. Its step adds some 1e-6 to noise that is then brought to length one,
+    so that the perturbation is random, and not adversarial.
+
+    Perturbations are float32 (float64 for a float64 model), [B, T, D], in the embedding's own units. The closure
+    returns an output with logits [B, C] or, for tokens, [B, T, C], of which those count that the mask has.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        epsilon: radius of the ball; not used by "mt-dnn", whose perturbation has length one.
+        step_size: length of one ascent step, alpha; None: epsilon ("mt-dnn": 0.001 of the gradient).
+        steps: number of ascent steps, K.
+        norm: "linf" (steps by g / max|g|, then clips) or "l2".
+        scope: what the norm is over: "token", "sample", "batch", "row", "table".
+        weight: of the penalty, w.
+        divergence: "symmetric_kl", "kl" (from the clean answer), "js", "mse" for regression, or a callable
+            `(perturbed_logits, clean_logits) -> 0-d tensor`.
+        search: what the ascent maximises where that is not `divergence`; the clean logits are detached there.
+        update: "paper" or "mt-dnn".
+        random_start: True: normal with a tenth of epsilon ("mt-dnn": 1e-5) as standard deviation; that deviation; or a
+            callable `(shape, mask) -> tensor`.
+        dropout: the "same" masks in all passes of a step, "fresh" ones in each, or "off".
+        **common: the arguments that all methods take; see `fastadv.PGD`.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found. In a step: the closure
+            returned no logits, or those of one class where distributions are compared.
+        RuntimeError: `fused=True` where not every op has a native backend.
+
+    Example:
+        >>> import fastadv, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
+        >>> adv = fastadv.SMART(model, epsilon=0.1)
+        >>> ids, labels = torch.tensor([[1, 2, 3]]), torch.tensor([1])
+        >>> def closure():
+        ...     logits = model(ids)
+        ...     return torch.nn.functional.cross_entropy(logits, labels), logits
+        >>> result = adv.backward(closure)  # instead of loss.backward(); result.adv_loss is the divergence
+        >>> bool(result.adv_loss > 0)
+        True
+    """
+
+    norms: ClassVar[dict[str, tuple[str, str]]] = {"linf": ("max", "linf"), "l2": ("l2", "l2")}
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epsilon: float = 0.01,
+        step_size: float | None = None,
+        steps: int = 1,
+        norm: str = "linf",
+        scope: str = "token",
+        weight: float = 1.0,
+        divergence: Divergence = "symmetric_kl",
+        search: Divergence | None = None,
+        update: str = "paper",
+        random_start: RandomStart = True,
+        tied: str = "lookup",
+        dropout: str = "same",
+        **common: Any,
+    ) -> None:
+        refuse_tied("SMART", tied)
+        one_of("update", update, UPDATES)
+        self.update = update
+        self.weight = number("weight", weight)
+        self.compare = Comparison(divergence, "SMART")
+        if search is None:
+            search = stable_kl if update == "mt-dnn" and divergence != "mse" else divergence
+        self.search = Comparison(search, "SMART", "search")
+        if update == "mt-dnn":
+            epsilon, step_size = 1.0, STEP if step_size is None else step_size
+        super().__init__(
+            model,
+            epsilon=number("epsilon", epsilon),
+            step_size=epsilon if step_size is None else step_size,
+            steps=steps,
+            norm=norm,
+            scope=scope,
+            random_start=random_start,
+            dropout=dropout,
+            **common,
+        )
+
+    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+        """The clean forward, the climb away from its answer, and one backward through both."""
+        clean = self.engine.hold(closure)  # L(x) and f(x), whose graph stays
+        answer = self.compare.logits(clean.output)
+        target = attack or self.away_from(answer, closure)
+        self.start()
+        self.probe(target)
+        self.climb(target)
+        penalties: list[Tensor] = []
+
+        def total() -> Tensor:
+            moved = self.compare.logits(closure())
+            penalties.append(self.compare(moved, answer, self.engine, self.weight))
+            return clean.loss + penalties[-1]
+
+        done = self.descend(total)
+        first = self.engine.first or done
+        return StepResult(first.loss, penalties[-1].detach() / (self.weight or 1), first.output)
+
+    def away_from(self, answer: Tensor, closure: Closure) -> Closure:
+        """D(f(x + delta), f(x)) by delta: what the ascent maximises."""
+        fixed = answer.detach()
+        return lambda: self.search(self.search.logits(closure()), fixed, self.engine)
+
+    def target(self, closure: Closure) -> Closure:
+        """The same for `perturbed`."""
+        return self.away_from(self.compare.logits(self.engine.look(closure)), closure)
+
+    def climb(self, target: Closure) -> None:
+        """K steps, with a probe between each two."""
+        for left in reversed(range(self.steps)):
+            if self.update == "paper":
+                self.ascend()
+            else:
+                self.engine.move(self._renormalised)
+            if left:
+                self.probe(target)
+
+    def _renormalised(self, call: int, delta: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG002
+        """The public code's step: what is divided is brought to length one, per token."""
+        moved = delta + self.step_size * grad
+        size = moved.abs().amax(-1, keepdim=True) if self.norm == "linf" else moved.norm(dim=-1, keepdim=True)
+        return moved / (size + GUARD)
+
+    def resolve(self, random_start: RandomStart) -> Draw | None:
+        """Normal noise."""
+        deviation = DEVIATION if self.update == "mt-dnn" else (self.epsilon or 0.0) / 10
+        return resolve(random_start, deviation, normal)
+
+
+def stable_kl(logits: Tensor, target: Tensor) -> Tensor:
+    """What mt-dnn ascends in place of the KL divergence: 2 sum p (logit p - logit q), the logits of p held fixed."""
+    p, q = (x.float().log_softmax(-1).exp() for x in (logits, target))
+    odds_p, odds_q = (-torch.log(1 / (x + GUARD) - 1 + GUARD).detach() for x in (p, q))
+    return (p * (odds_p - odds_q) * 2).sum()
+
+
+def refuse_tied(who: str, tied: str) -> None:
+    """Raises ValueError for `tied="both"`: the weights would move under the graph of the clean pass."""
+    if tied != "lookup":
+        raise ValueError(
+            f"{who} goes back through its clean pass after the attack, and tied={tied!r} moves the weights that pass "
+            "was computed with: use tied='lookup', which perturbs the lookups alone"
+        )
