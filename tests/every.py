@@ -14,6 +14,10 @@ EVERY: dict[str, Callable[..., fastadv.Method]] = {
     "freeat": partial(fastadv.FreeAT, epsilon=0.3),
     "yopo": partial(fastadv.YOPO, split="ff1", step_size=1.0, random_start=False),
     "freelb": partial(fastadv.FreeLB, step_size=1.0, random_start=False),
+    "neftune": fastadv.NEFTune,
+    "llr": partial(fastadv.LLR, epsilon=0.3),
+    "smart": partial(fastadv.SMART, epsilon=0.3),
+    "vat": fastadv.VAT,
 }
 """By name; a position scope or another argument may be given on top."""
 

@@ -63,12 +63,14 @@ class Encoder(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """A classifier with the names of a small BERT."""
+    """A classifier with the names of a small BERT; of one class, a regression."""
 
-    def __init__(self, kind: str = "mlp", dropout: float = 0.0, padding_idx: int | None = None) -> None:
+    def __init__(
+        self, kind: str = "mlp", dropout: float = 0.0, padding_idx: int | None = None, classes: int = CLASSES
+    ) -> None:
         super().__init__()
         self.bert = Encoder(kind, dropout, padding_idx)
-        self.classifier = nn.Linear(D, CLASSES)
+        self.classifier = nn.Linear(D, classes)
 
     @property
     def word_embeddings(self) -> nn.Embedding:
@@ -86,7 +88,10 @@ class TinyModel(nn.Module):
         inputs_embeds: Tensor | None = None,
     ) -> Output:
         logits = self.classifier(self.bert(input_ids, attention_mask, inputs_embeds))
-        return Output(None if labels is None else F.cross_entropy(logits, labels), logits)
+        if labels is None:
+            return Output(None, logits)
+        regression = logits.shape[-1] == 1
+        return Output(F.mse_loss(logits[:, 0], labels) if regression else F.cross_entropy(logits, labels), logits)
 
 
 class RobertaLayer(nn.Module):

@@ -67,7 +67,6 @@ class Frame:
         self.split: Split | None = None
         self.first: Pass | None = None
         self._busy = False
-        self._moved = False  # whether the perturbation is anything but zero
         self._draw: Draw | None = None
         self._seed = 0
         entered = [] if self.perturbation.in_place else self.modules
@@ -127,7 +126,6 @@ class Frame:
                 self.perturbation.begin()
                 self.tables.begin(watched=self._watched or self.wrapping.reduces())
                 self.proximity.begin()
-                self._moved = False
                 self._draw, self._seed = start, rng.new_seed() if start is not None and start.random else 0
                 yield
         finally:

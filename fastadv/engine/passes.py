@@ -54,7 +54,6 @@ class Engine(Frame):
         calls, perturbation, draw, seed = self.site.calls, self.perturbation, self._draw, self._seed
         for call in calls:
             call.grad = None
-        self._moved = draw is not None
         if draw is None:
             self.level()
             return
@@ -67,20 +66,25 @@ class Engine(Frame):
 
     def level(self) -> None:
         """Put the perturbation at zero; the gradient that the last pass left stays."""
-        self._moved = False
         self.perturbation.reset()
         for call in self.site.calls:
             call.to_zero()
 
     # Full passes
 
-    def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False, labelled: bool = True) -> Pass:
-        """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet.
+    def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
+        """A full pass. `more`: another full pass follows, so data parallelism need not reduce gradients yet."""
+        return self._descend(closure, loss_of, weight, more=more)
 
-        Where a batch need not be `labelled`, a closure without a loss is only looked at.
-        """
+    def descend_or_look(self, closure: Closure, weight: float = 1.0) -> Pass:
+        """A clean pass before another, whose gradient no ascent follows: where the batch has no loss, only a look."""
+        return self._descend(closure, loss_if_any, weight, more=True, paying=True)
+
+    def _descend(
+        self, closure: Closure, read: Callable[[Any], Loss], weight: float, *, more: bool, paying: bool = False
+    ) -> Pass:
         with self.perturbation.watch(), self.wrapping.synchronised(not more):
-            output, loss = self._full(closure, loss_of if labelled else loss_if_any)
+            output, loss = self._full(closure, read, paying)
             self._hand_over(loss, weight)
         self._check_split()
         self.tables.collect(last=not more)
@@ -89,16 +93,16 @@ class Engine(Frame):
     def hold(self, closure: Closure, read: Callable[[Any], Tensor] = loss_of) -> Held:
         """A full pass's forward, whose graph stays: the next `descend` is of a loss that is made of it too."""
         with self.wrapping.synchronised(False):
-            output, loss = self._full(closure, read)
+            output, loss = self._full(closure, read, paying=True)
         self.site.held = True
         self._finish(output, loss.mean())
         return Held(loss, output)
 
     def pay(self, closure: Closure) -> None:
-        """Where the step owes a term that needs an unperturbed pass, and has had none: that pass."""
+        """Where the step owes a term that needs an unperturbed pass, and none could pay: that pass."""
         if self.proximity.owing:
             self.level()
-            self.descend(closure, 0.0)
+            self._descend(closure, loss_of, 0.0, more=False, paying=True)
 
     def plain(self, closure: Closure, *, labelled: bool = True) -> Pass:
         """Plain training: the model as it is, no perturbation."""
@@ -167,13 +171,11 @@ class Engine(Frame):
     def ascend(self, rule: Rule) -> None:
         """One step of the perturbation up the gradient that the last pass left."""
         self._check_gradient()
-        self._moved = True
         self.perturbation.ascend(rule)
 
     def move(self, step: Move) -> None:
         """One step that is no ascent by a rule: delta <- step(call, delta, gradient), zero where a mask says so."""
         self._check_gradient()
-        self._moved = True
         self.perturbation.move(step)
 
     def apply(self) -> None:
@@ -198,13 +200,13 @@ class Engine(Frame):
                 raise RuntimeError(REENTRANT) from error
             raise
 
-    def _full(self, closure: Closure, read: Callable[[Any], Loss]) -> tuple[Any, Loss]:
-        """The forward of a full pass; of an unperturbed one, a teacher has something to say."""
-        if not self._moved:
+    def _full(self, closure: Closure, read: Callable[[Any], Loss], paying: bool) -> tuple[Any, Loss]:
+        """The forward of a full pass; an unperturbed one may pay what is owed, if no ascent follows its gradient."""
+        if paying:
             self.proximity.ask(closure, self.device)
         self.site.own = self.tables.own
         output, loss = self._forward(closure, read)
-        if not self._moved:
+        if paying:
             self.proximity.compare(output)
         return output, loss
 

@@ -1,6 +1,7 @@
 """A term that a step owes besides its losses: how far the unperturbed model has moved from a teacher.
 
-It is found in the step's first full pass without a perturbation, and in a pass of its own where there is none.
+It is found in an unperturbed full pass whose gradient no ascent follows, which it would turn; where a method has none,
+in a pass of its own.
 """
 
 from __future__ import annotations

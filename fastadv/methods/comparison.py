@@ -56,10 +56,12 @@ class Comparison:
         """Weight * D: 0-d, in float32 (float64 for float64)."""
         if callable(self.kind):
             return weight * self.kind(logits, target)
+        wide = torch.promote_types(logits.dtype, torch.float32)
         mask = engine.site.mask_of(logits.shape[:-1])
         if mask is None:
             count = max(logits[..., 0].numel(), 1)
-            weights = torch.full(logits.shape[:-1], weight / count, device=logits.device)
+            weights = torch.full(logits.shape[:-1], weight / count, dtype=wide, device=logits.device)
         else:
-            weights = mask * (weight / mask.sum().clamp(min=1))
+            weights = mask.to(wide)
+            weights = weights * (weight / weights.sum().clamp(min=1))
         return op(logits, target, self.kind, weights=weights, fused=engine.site.fused)

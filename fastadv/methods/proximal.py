@@ -31,10 +31,11 @@ class BregmanProximal(Method):
     .. math:: \nabla = \nabla \Big( F(\theta) + w \, D\big(f(x; \theta), f(x; \bar\theta)\big) \Big), \qquad
         \bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta \ \text{after each step of the optimizer}
 
-    F is the loss, or whatever `method` trains: SMART with this is the paper's algorithm. D compares clean answers; it
-    is found in the method's own clean pass, and where that has none (FreeLB, NEFTune, ...) costs another. Besides, the
-    teacher answers once per step: a forward without a gradient, with the same dropout masks. The model's weights are
-    not swapped for that: it is a functional call of the closure's model with the teacher's.
+    F is the loss, or whatever `method` trains: SMART with this is the paper's algorithm. D compares clean answers. It
+    is found in the clean pass of plain training, SMART, VAT and LLR; elsewhere it costs a full pass of its own, since
+    an ascent follows the clean pass's gradient (FGM, PGD, AWP), or there is no such pass (FreeLB, NEFTune). Besides,
+    the teacher answers once per step: a forward without a gradient, with the same dropout masks. The model's weights
+    are not swapped for that: it is a functional call of the closure's model with the teacher's.
 
     Teacher memory: a copy of every parameter that requires a gradient, in its dtype. One call of the native op averages
     them all.

@@ -98,7 +98,7 @@ class SMART(EmbeddingMethod):
         self.weight = number("weight", weight)
         self.compare = Comparison(divergence, "SMART")
         if search is None:
-            search = stable_kl if update == "mt-dnn" and divergence != "mse" else divergence
+            search = divergence if update == "paper" else squared_error if divergence == "mse" else stable_kl
         self.search = Comparison(search, "SMART", "search")
         if update == "mt-dnn":
             epsilon, step_size = 1.0, STEP if step_size is None else step_size
@@ -169,6 +169,11 @@ def stable_kl(logits: Tensor, target: Tensor) -> Tensor:
     p, q = (x.float().log_softmax(-1).exp() for x in (logits, target))
     odds_p, odds_q = (-torch.log(1 / (x + GUARD) - 1 + GUARD).detach() for x in (p, q))
     return (p * (odds_p - odds_q) * 2).sum()
+
+
+def squared_error(logits: Tensor, target: Tensor) -> Tensor:
+    """What mt-dnn ascends for regression: a sum, where the penalty is a mean."""
+    return (logits - target).square().sum()
 
 
 def refuse_tied(who: str, tied: str) -> None:

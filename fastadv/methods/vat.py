@@ -108,7 +108,7 @@ class VAT(EmbeddingMethod):
 
     def run(self, closure: Closure, attack: Closure | None) -> StepResult:
         """The clean pass (a look, if there are no labels), the power iterations, and the divergence at epsilon d."""
-        clean = self.engine.descend(closure, more=True, labelled=False)
+        clean = self.engine.descend_or_look(closure)
         answer = self.compare.logits(clean.output)
         target = attack or self.away_from(answer, closure)
         self.start()  # xi d, d random
