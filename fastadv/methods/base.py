@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from fastadv.engine.dropout import MODES
+from fastadv.engine.embedding import EmbeddingChoice
 from fastadv.engine.passes import Backward, Closure, Engine, Pass
 from fastadv.engine.site import Masks
 from fastadv.engine.start import Draw
@@ -53,10 +54,12 @@ class Method(Capturable):
         backward: Backward | None = None,
         scaler: GradScaler | None = None,
         atomic: bool = True,
-        **site: Any,
+        embedding: EmbeddingChoice = None,
+        scope: str = "sample",
+        tied: str = "lookup",
+        perturbs: bool = True,
     ) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+        check_module(model)
         one_of("dropout", dropout, MODES)
         self.start_step = whole("start_step", start_step, 0)
         self.every = whole("every", every, 1)
@@ -67,7 +70,16 @@ class Method(Capturable):
         self._check_trainable()
         dispatch.require(fused, next(model.parameters()).device.type)
         self.engine = Engine(
-            model, dropout=dropout, fused=fused, backward=backward, scaler=scaler, atomic=atomic, **site
+            model,
+            embedding=embedding,
+            scope=scope,
+            tied=tied,
+            perturbs=perturbs,
+            dropout=dropout,
+            fused=fused,
+            backward=backward,
+            scaler=scaler,
+            atomic=atomic,
         )
 
     # What the user calls
@@ -176,6 +188,12 @@ class Method(Capturable):
     def _check_trainable(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("every parameter of the model is frozen: there is nothing to train. Unfreeze some first")
+
+
+def check_module(model: object) -> None:
+    """Raises TypeError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
 
 
 def one_of(name: str, value: object, choices: Any) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from fastadv.engine.passes import Closure
+from fastadv.engine.perturbation import TABLE_SCOPES
 from fastadv.engine.site import Masks
 from fastadv.engine.start import Draw, RandomStart, resolve, uniform_l2
 from fastadv.methods.base import StepResult, number
@@ -29,6 +30,7 @@ class NEFTune(EmbeddingMethod):
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
         alpha: the noise's size; its norm is about alpha / sqrt(3) per sentence.
         padded: noise on padding too, by the padded length.
+        scope: over what `perturbation_norm` is taken: "sample", "token", "batch".
         random_start: a callable `(shape, mask) -> tensor` in place of the noise; None: as above.
         **common: the arguments that all methods take; see `fastadv.PGD`.
 
@@ -52,18 +54,21 @@ class NEFTune(EmbeddingMethod):
         *,
         alpha: float = 5.0,
         padded: bool = False,
+        scope: str = "sample",
         random_start: RandomStart | None = None,
         **common: Any,
     ) -> None:
         self.alpha = number("alpha", alpha)
         self.padded = bool(padded)
+        if scope in TABLE_SCOPES:
+            raise ValueError(f"NEFTune's noise is each position's own: use scope='sample', not {scope!r}")
         super().__init__(
             model,
             epsilon=None,
             step_size=0.0,
             steps=1,
             norm="l2",
-            scope="sample",
+            scope=scope,
             random_start=self.alpha if random_start is None else random_start,
             **common,
         )

@@ -178,6 +178,7 @@ def squared_error(logits: Tensor, target: Tensor) -> Tensor:
 
 def refuse_tied(who: str, tied: str) -> None:
     """Raises ValueError for `tied="both"`: the weights would move under the graph of the clean pass."""
+    one_of("tied", tied, ("lookup", "both"))
     if tied != "lookup":
         raise ValueError(
             f"{who} goes back through its clean pass after the attack, and tied={tied!r} moves the weights that pass "

@@ -11,7 +11,7 @@ from fastadv.engine.loss import has_loss
 from fastadv.engine.passes import Closure
 from fastadv.engine.rule import Rule
 from fastadv.engine.start import Draw, RandomStart, resolve, somewhere_at
-from fastadv.methods.base import StepResult, number
+from fastadv.methods.base import StepResult, check_module, number
 from fastadv.methods.comparison import Comparison, Divergence
 from fastadv.methods.embedded import EmbeddingMethod
 from fastadv.methods.smart import refuse_tied
@@ -147,7 +147,8 @@ class VAT(EmbeddingMethod):
 
 def by_dtype(model: nn.Module) -> float:
     """How far to probe, by the precision in which `model` computes here."""
-    device = next(model.parameters()).device.type
+    check_module(model)
+    device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     if torch.is_autocast_enabled(device) or len(dtypes) != 1:
         return 1.0

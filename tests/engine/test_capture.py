@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 
 
 def stepping(model: Any, adv: fastadv.Method) -> Callable[[dict[str, Tensor]], fastadv.StepResult]:
-    return lambda data: adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])
+    return lambda data: adv.backward(lambda: model(**data), mask=data["attention_mask"])
 
 
 @pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
@@ -113,7 +113,7 @@ def test_warming_up_leaves_no_trace(method: Callable[..., fastadv.Method], fails
     with contextlib.suppress(ArithmeticError), _undone(adv, CPU):
         assert all(parameter.grad is None for parameter in model.parameters())
         adv.enter()
-        adv.backward(lambda: model(data["input_ids"], data["labels"]).loss)
+        adv.backward(lambda: model(data["input_ids"], data["labels"]))
         assert adv.attacked == 1
         if fails:
             raise ArithmeticError

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.engine.rng import apart
-from fastadv.engine.start import resolve
+from fastadv.engine.start import resolve, uniform
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
 
 
 def test_l2_is_scaled_by_each_samples_true_length() -> None:
-    start = resolve(0.5, "l2", None)
+    start = resolve(0.5, None, uniform("l2"))
     assert start is not None
     noise = start.at((3, 4, 1000), MASK, 0)
     for sample, length in zip(noise, (4, 2, 1), strict=True):
@@ -25,13 +25,13 @@ def test_l2_is_scaled_by_each_samples_true_length() -> None:
 
 
 def test_linf_is_the_magnitude_itself() -> None:
-    start = resolve(True, "linf", 0.25)
+    start = resolve(True, 0.25, uniform("linf"))
     assert start is not None
     assert 0.249 < start.at((3, 4, 1000), MASK, 0).abs().max() <= 0.25
 
 
 def test_rows_of_a_table_are_one_sample() -> None:
-    start = resolve(1.0, "l2", None)
+    start = resolve(1.0, None, uniform("l2"))
     assert start is not None
     assert start.at((4, 1000), torch.tensor([True, True, False, False]), 0).abs().max() <= 1 / math.sqrt(2000)
 
@@ -48,12 +48,12 @@ def test_rows_of_a_table_are_one_sample() -> None:
 )
 def test_refuses(value: object, epsilon: float | None, error: type[Exception], phrase: str) -> None:
     with pytest.raises(error, match=phrase):
-        resolve(value, "l2", epsilon)  # type: ignore[arg-type]
+        resolve(value, epsilon, uniform("l2"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [False, 0, 0.0])
 def test_no_start(value: float) -> None:
-    assert resolve(value, "l2", 1.0) is None
+    assert resolve(value, 1.0, uniform("l2")) is None
 
 
 def test_apart_leaves_the_generator_alone() -> None:

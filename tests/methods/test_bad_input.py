@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastadv
 from fastadv.ops.dispatch import Backend
-from tests.every import EVERY, every_but
+from tests.every import EVERY, in_scopes
 from tests.models import TinyModel
 from tests.support import assert_unchanged, batch, refused, seeded, snapshot
 
@@ -105,6 +105,8 @@ def closures(model: TinyModel) -> dict[str, tuple[Callable[[], Any], type[Except
 @pytest.mark.parametrize("name", list(closures(tiny())))
 @pytest.mark.parametrize("method", [*EVERY, "fgm-last", "pgd-last"])
 def test_closures(method: str, name: str) -> None:
+    if (method, name) in (("llr", "a-vector"), ("vat", "no-labels"), ("vat", "a-dict-without-loss")):
+        pytest.skip("what this method takes")
     model = tiny()
     options = {"clean_weight": 0} if method.endswith("-last") else {}
     adv = EVERY[method.removesuffix("-last")](model, embedding=model.word_embeddings, **options)
@@ -181,12 +183,13 @@ def test_reentrant_checkpointing(clean_weight: float, whole: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(4, 5), (2, 7)], ids=str)
-@pytest.mark.parametrize("scope", ["table", "sample"])
-@pytest.mark.parametrize("method", every_but("freeat").values(), ids=every_but("freeat"))
-def test_a_closure_that_runs_another_batch_in_another_pass(method: Any, scope: str, shape: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("name", "scope"), in_scopes("table", "sample", without="freeat"))
+def test_a_closure_that_runs_another_batch_in_another_pass(name: str, scope: str, shape: tuple[int, int]) -> None:
     """A closure that draws from the loader: the perturbation of one batch says nothing about the next."""
+    if name == "neftune":
+        return  # it runs one pass
     model = tiny()
-    adv = method(model, embedding=model.word_embeddings, scope=scope)
+    adv = EVERY[name](model, embedding=model.word_embeddings, scope=scope)
     batches = iter([batch(), batch(*shape), batch(), batch()])
     refused(model, lambda: adv.backward(lambda: model(**next(batches))), RuntimeError, "(4, 7", str(shape)[:-1])
     assert adv.attacked == 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 import fastadv
 from tests import oracles
 from tests.bert import text, tiny_bert
-from tests.every import EVERY, every_but
+from tests.every import EVERY, every_but, in_scopes
 from tests.models import TinyModel
 from tests.support import assert_gradients, batch, gradients, same_bits, seeded
 
@@ -23,10 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-WHERE = [
-    (name, scope) for name, scope in itertools.product(EVERY, oracles.SCOPES)
-    if name != "freeat" or scope not in ("table", "row")
-]  # fmt: skip
+WHERE = in_scopes(*oracles.SCOPES)
 
 
 def moved(data: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -34,7 +30,7 @@ def moved(data: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def stepping(model: nn.Module, adv: fastadv.Method) -> Callable[[dict[str, Tensor]], fastadv.StepResult]:
-    return lambda data: adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])
+    return lambda data: adv.backward(lambda: model(**data), mask=data["attention_mask"])
 
 
 @contextlib.contextmanager
@@ -106,8 +102,8 @@ def test_waiting_would_be_noticed() -> None:
 @pytest.mark.parametrize(("name", "scope"), [case for case in WHERE if case[1] in ("sample", "table")])
 def test_replays_are_the_steps_bit_for_bit(name: str, scope: str, options: dict[str, Any]) -> None:
     """Losses, gradients and weights of six batches, with dropout; the second half without clearing gradients."""
-    if name == "freeat" and "random_start" in options:
-        pytest.skip("FreeAT begins where the last batch ended")
+    if name in ("freeat", "neftune") and "random_start" in options:
+        pytest.skip("its start is its own")
     found = []
     for captured in (False, True):
         model = seeded(lambda: TinyModel("tfm", dropout=0.2), dtype=torch.float32).cuda()

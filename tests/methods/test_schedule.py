@@ -12,14 +12,14 @@ from torch import Tensor
 import fastadv
 from fastadv import reference
 from tests import oracles
-from tests.every import every_but
+from tests.every import EVERY, every_but, in_scopes
 from tests.models import TinyModel
 from tests.support import assert_close, assert_gradients, batch, clear, gradients, record, relative, same_bits, seeded
 
 
-def ready(dtype: torch.dtype = torch.float64) -> tuple[TinyModel, dict[str, Tensor], Callable[[], Tensor]]:
+def ready(dtype: torch.dtype = torch.float64) -> tuple[TinyModel, dict[str, Tensor], Callable[[], Any]]:
     model, data = seeded(lambda: TinyModel("tfm"), dtype=dtype), batch()
-    return model, data, lambda: model(**data).loss
+    return model, data, lambda: model(**data)
 
 
 @pytest.mark.parametrize("method", every_but("freeat").values(), ids=every_but("freeat"))
@@ -38,7 +38,7 @@ def test_start_step_and_every(method: Any, options: dict[str, int], attacked: li
     """Other steps are plain training, to the bit."""
     model, _, closure = ready()
     adv = method(model, embedding=model.word_embeddings, **options)
-    closure().backward()
+    closure().loss.backward()
     plain = gradients(model)
     done = []
     for step in range(8):
@@ -46,11 +46,12 @@ def test_start_step_and_every(method: Any, options: dict[str, int], attacked: li
         result = adv.backward(closure)
         if result.adv_loss is not None:
             done.append(step)
-            assert relative(*(g["classifier.weight"] for g in (gradients(model), plain))) > 0.1
+            assert relative(*(g["classifier.weight"] for g in (gradients(model), plain))) > 0.01
         else:
             assert all(same_bits(grad, plain[name]) for name, grad in gradients(model).items())
-        assert same_bits(result.loss, closure().detach())
-        assert result.output.requires_grad is False
+        if method is not EVERY["neftune"]:  # no pass of it is clean
+            assert same_bits(result.loss, closure().loss.detach())
+        assert result.output.logits.requires_grad is False
     assert done == attacked
     assert adv.attacked == len(attacked)
     assert isinstance(adv.attacked, int)
@@ -75,7 +76,7 @@ def test_backward_takes_every_full_pass_and_no_probe(method: Any, passes: int, c
         losses.append(loss.detach())
         loss.backward()
 
-    def counted() -> Tensor:
+    def counted() -> Any:
         forwards.append(1)
         return closure()
 
@@ -96,10 +97,10 @@ def test_backward_takes_every_full_pass_and_no_probe(method: Any, passes: int, c
     assert_gradients(mine, gradients(twin), 1e-12)
 
 
-@pytest.mark.parametrize("scope", ["table", "sample"])
-@pytest.mark.parametrize("method", every_but("freeat").values(), ids=every_but("freeat"))
-def test_scaler(method: Any, scope: str) -> None:
+@pytest.mark.parametrize(("name", "scope"), in_scopes("table", "sample", without="freeat"))
+def test_scaler(name: str, scope: str) -> None:
     """Gradients come out scaled, as after `scaler.scale(loss).backward()`; the perturbation is the same."""
+    method = EVERY[name]
     model, _, closure = ready(torch.float32)
     plain = method(model, embedding=model.word_embeddings, scope=scope)
     with record(model) as seen:
@@ -131,19 +132,18 @@ def test_a_scaler_reaches_the_probes() -> None:
         clean_weight=0,
         scaler=torch.amp.GradScaler("cpu", init_scale=2.0**100),
     )
-    adv.backward(lambda: closure() * 2.0**-149)
+    adv.backward(lambda: closure().loss * 2.0**-149)
     assert float(adv.perturbation_norm) > 0.5
 
 
-@pytest.mark.parametrize("scope", ["table", "sample"])
-@pytest.mark.parametrize("method", every_but("freeat").values(), ids=every_but("freeat"))
-def test_accumulation_follows_the_direction_of_the_micro_batch_alone(method: Any, scope: str) -> None:
+@pytest.mark.parametrize(("name", "scope"), in_scopes("table", "sample", without="freeat"))
+def test_accumulation_follows_the_direction_of_the_micro_batch_alone(name: str, scope: str) -> None:
     model, _, first = ready()
     second_batch = batch(seed=9)
     runs = []
-    for closures in ([first], [lambda: model(**second_batch).loss], [first, lambda: model(**second_batch).loss]):
+    for closures in ([first], [lambda: model(**second_batch)], [first, lambda: model(**second_batch)]):
         clear(model)
-        adv = method(model, embedding=model.word_embeddings, scope=scope)
+        adv = EVERY[name](model, embedding=model.word_embeddings, scope=scope)
         with record(model) as seen:
             for closure in closures:
                 adv.backward(closure)
@@ -160,13 +160,13 @@ def test_the_reference_follows_the_accumulated_gradient_as_the_script_does() -> 
     model, _, first = ready()
     second_batch = batch(seed=9)
     weight = model.word_embeddings.weight
-    first().backward()
+    first().loss.backward()
     with record(model) as seen:
         reference.fgm(model, lambda: model(**second_batch).loss, model.word_embeddings, epsilon=0.5)
     ids = second_batch["input_ids"]
     moved = (seen[1] - seen[0]).detach()
     clear(model)
-    first().backward()
+    first().loss.backward()
     model(**second_batch).loss.backward()
     assert_close(moved, (0.5 * weight.grad / weight.grad.norm())[ids], 1e-9, "the script's direction")
     clear(model)
@@ -206,7 +206,7 @@ def test_attack_follows_another_loss(scope: str, clean_weight: float) -> None:
     assert_gradients(gradients(model), oracles.gradients_of(model, total), 1e-9)
     assert_close(result.adv_loss, adversarial, 1e-9, "adv_loss")
     if clean_weight:
-        assert_close(result.loss, closure(), 1e-9, "loss")
+        assert_close(result.loss, closure().loss, 1e-9, "loss")
 
 
 def returns(model: TinyModel, data: dict[str, Tensor]) -> dict[str, Callable[[], Any]]:
