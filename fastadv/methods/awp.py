@@ -78,6 +78,8 @@ class AWP(Method):
         self.clean_weight = number("clean_weight", clean_weight)
         self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(model, perturbs=False, **common)
+        if self.engine.wrapping.sharded:
+            raise ValueError("AWP moves each weight as a whole, and FSDP shards them: train with DDP, or without")
         choice = matrices if parameters is None else parameters
         chosen = [p for name, p in model.named_parameters() if p.requires_grad and choice(name, p)]
         if not chosen:

@@ -116,7 +116,17 @@ def test_gradients_are_reduced_where_they_are_needed(ddp: Path, name: str) -> No
     assert int(found["step"]) == int(found["plain"]) > 0
 
 
-@pytest.mark.parametrize("name", workers.METHODS)
+def test_awp_moves_by_the_gradient_of_all(ddp: Path) -> None:
+    model = workers.build()
+    workers.step(fastadv.AWP(model, gamma=0.05), model, batch())
+    assert_gradients(outcome(ddp, "awp"), gradients(model), TOLERANCE)
+
+
+def test_what_fsdp2_does_not_allow(fsdp: Path) -> None:
+    assert {name: bool(told) for name, told in outcome(fsdp, "refused").items()} == {"awp": True, "bregman": True}
+
+
+@pytest.mark.parametrize("name", [name for name in workers.METHODS if not name.startswith("held")])
 def test_fsdp2(fsdp: Path, name: str) -> None:
     assert_gradients(outcome(fsdp, f"sharded-{name}"), halves(name), TOLERANCE)
 

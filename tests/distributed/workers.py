@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,6 +29,22 @@ DDP_FORMS: dict[str, dict[str, Any]] = {
     "bucket-views": {"gradient_as_bucket_view": True},
     "find-unused": {"find_unused_parameters": True},
 }
+
+
+def waves(shape: tuple[int, ...], mask: Tensor) -> Tensor:
+    """A start that does not depend on who else is in the batch."""
+    del mask
+    return 0.1 * torch.sin(torch.arange(shape[1] * shape[2])).view(shape[1:]).expand(shape)
+
+
+def held(model: nn.Module, **options: Any) -> fastadv.Method:
+    """SMART near a teacher that is somewhere else."""
+    adv = fastadv.BregmanProximal(model, 2.0, 0.5, method=fastadv.SMART(model, **options))
+    for tensor in adv.teacher.values():
+        tensor.mul_(0.9)
+    return adv
+
+
 METHODS: dict[str, tuple[Callable[..., fastadv.Method], dict[str, Any]]] = {
     "fgm-table": (fastadv.FGM, {"epsilon": 0.5}),
     "fgm-sample": (fastadv.FGM, {"epsilon": 0.5, "scope": "sample"}),
@@ -38,6 +55,11 @@ METHODS: dict[str, tuple[Callable[..., fastadv.Method], dict[str, Any]]] = {
     "freelb-table": (fastadv.FreeLB, {**LB, "scope": "table", "norm": "linf"}),
     "yopo-sample": (fastadv.YOPO, {**LB, "split": "bert.embeddings"}),
     "yopo-table": (fastadv.YOPO, {**LB, "split": "bert.embeddings", "scope": "table"}),
+    "smart": (fastadv.SMART, {"epsilon": 0.1, "steps": 2, "random_start": waves}),
+    "vat": (fastadv.VAT, {"epsilon": 0.5, "steps": 2, "random_start": waves}),
+    "llr": (fastadv.LLR, {"epsilon": 0.1, "steps": 2, "random_start": waves}),
+    "neftune": (fastadv.NEFTune, {"random_start": waves}),
+    "held-smart": (held, {"epsilon": 0.1, "random_start": waves}),
 }
 
 
@@ -70,7 +92,12 @@ def half(rank: int, seed: int = 1) -> dict[str, Tensor]:
 
 
 def step(adv: fastadv.Method, model: nn.Module, data: dict[str, Tensor]) -> None:
-    adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])
+    def closure() -> dict[str, Tensor]:
+        output = model(**data)
+        losses = F.cross_entropy(output.logits, data["labels"], reduction="none")
+        return {"loss": output.loss, "logits": output.logits, "losses": losses}
+
+    adv.backward(closure, mask=data["attention_mask"])
 
 
 def gradient(rank: int, form: str, name: str, on: str) -> dict[str, Tensor]:
@@ -151,6 +178,14 @@ def fault(rank: int, name: str, index: int) -> dict[str, Tensor]:
     assert_unchanged(model, before)
     assert len(passes) == index + 1
     step(adv, ddp, data)
+    return gradients(model)
+
+
+def moved_weights(rank: int, clean_weight: float) -> dict[str, Tensor]:
+    """AWP: every process moves the weights by the gradient of all."""
+    model = build()
+    ddp = DistributedDataParallel(model)
+    step(fastadv.AWP(ddp, gamma=0.05, clean_weight=clean_weight), ddp, half(rank))
     return gradients(model)
 
 
@@ -235,6 +270,20 @@ def told(rank: int) -> dict[str, Tensor]:
     return {}
 
 
+def refused(rank: int) -> dict[str, Tensor]:
+    """What FSDP2 does not let a method do."""
+    del rank
+    model = build()
+    shard(model)
+    found = {}
+    for name, make in {"awp": fastadv.AWP, "bregman": fastadv.BregmanProximal}.items():
+        try:
+            make(model)
+        except ValueError as error:
+            found[name] = torch.tensor("FSDP" in str(error))
+    return found
+
+
 DDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{f"{name}-{on}": (gradient, ("plain", name, on)) for name in METHODS for on in ("wrapper", "model")},
     **{
@@ -248,12 +297,14 @@ DDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] =
     **{f"fault-{name}-{index}": (fault, (name, index)) for name, index in FAULTS},
     **{f"reductions-{name}": (reductions, (name,)) for name in SAMPLE},
     "replays": (replays, ("ddp",)),
+    "awp": (moved_weights, (1.0,)),
 }
 FSDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
-    **{f"sharded-{name}": (sharded, (name, 1)) for name in METHODS},
+    **{f"sharded-{name}": (sharded, (name, 1)) for name in METHODS if not name.startswith("held")},
     **{f"sharded-accumulation-{name}": (sharded, (name, 2)) for name in SAMPLE},
     **{f"layers-{unit}-{split}": (by_layers, (unit, split)) for unit in UNITS for split in SPLITS},
     "told": (told, ()),
+    "refused": (refused, ()),
     "sharded-replays": (replays, ("fsdp",)),
 }
 SUITES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES}
