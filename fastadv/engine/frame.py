@@ -42,15 +42,15 @@ class Frame:
         self,
         model: nn.Module,
         *,
-        embedding: embeddings.EmbeddingChoice,
-        scope: str,
-        tied: str,
-        perturbs: bool,
         dropout: str,
         fused: bool | None,
         backward: Backward | None,
         scaler: GradScaler | None,
         atomic: bool,
+        embedding: embeddings.EmbeddingChoice = None,
+        scope: str = "sample",
+        tied: str = "lookup",
+        perturbs: bool = True,
     ) -> None:
         self.model = model
         self.modules = embeddings.find(model, embedding) if perturbs else []

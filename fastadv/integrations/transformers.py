@@ -211,8 +211,9 @@ class AdversarialMixin(_Trainer):
                 model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
             )
         loss, output = computed if isinstance(computed, tuple) else (computed, None)
-        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-        return {"loss": self._scaled(loss, num_items_in_batch), "logits": logits}
+        passed = {"loss": self._scaled(loss, num_items_in_batch), "logits": _field(output, "logits")}
+        losses = _field(output, "losses")  # of single samples, for LLR
+        return passed if losses is None else {**passed, "losses": self._scaled(losses, num_items_in_batch)}
 
     def _scaled(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
         """Divided by the micro-batches of the step, unless it was normalised over all of them already."""
@@ -274,6 +275,11 @@ def _factory(adversary: Adversary) -> tuple[Callable[[nn.Module], Method], int]:
         "adversary= takes a method class with its arguments, (fastadv.FGM, {'epsilon': 0.1}), "
         f"or a callable that takes the model and returns a method, not {adversary!r}"
     )
+
+
+def _field(output: Any, name: str) -> Any:
+    """One field of a model's output, which may be a dict; None where it has none."""
+    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
 
 def _refuse(trainer: Trainer) -> None:

@@ -77,7 +77,7 @@ class AWP(Method):
         self.steps = whole("steps", steps, 1)
         self.clean_weight = number("clean_weight", clean_weight)
         self.adv_weight = number("adv_weight", adv_weight)
-        super().__init__(model, perturbs=False, **common)
+        super().__init__(model, site={"perturbs": False}, **common)
         if self.engine.wrapping.sharded:
             raise ValueError("AWP moves each weight as a whole, and FSDP shards them: train with DDP, or without")
         choice = matrices if parameters is None else parameters

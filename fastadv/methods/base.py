@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from fastadv.engine.dropout import MODES
-from fastadv.engine.embedding import EmbeddingChoice
 from fastadv.engine.passes import Backward, Closure, Engine, Pass
 from fastadv.engine.site import Masks
 from fastadv.engine.start import Draw
@@ -38,7 +37,8 @@ class StepResult(NamedTuple):
 class Method(Capturable):
     """A schedule of passes around the user's closure. A subclass writes `run`, and says what `perturbed` finds.
 
-    What most methods perturb is embeddings: see `EmbeddingMethod`. The arguments are described at `fastadv.PGD`.
+    What most methods perturb is embeddings: see `EmbeddingMethod`. The arguments are described at `fastadv.PGD`; `site`
+    is where the subclass perturbs the model.
     """
 
     replays: int = 1  # how many steps in a row see the same batch
@@ -54,10 +54,7 @@ class Method(Capturable):
         backward: Backward | None = None,
         scaler: GradScaler | None = None,
         atomic: bool = True,
-        embedding: EmbeddingChoice = None,
-        scope: str = "sample",
-        tied: str = "lookup",
-        perturbs: bool = True,
+        site: Mapping[str, Any],
     ) -> None:
         check_module(model)
         one_of("dropout", dropout, MODES)
@@ -70,16 +67,7 @@ class Method(Capturable):
         self._check_trainable()
         dispatch.require(fused, next(model.parameters()).device.type)
         self.engine = Engine(
-            model,
-            embedding=embedding,
-            scope=scope,
-            tied=tied,
-            perturbs=perturbs,
-            dropout=dropout,
-            fused=fused,
-            backward=backward,
-            scaler=scaler,
-            atomic=atomic,
+            model, dropout=dropout, fused=fused, backward=backward, scaler=scaler, atomic=atomic, **site
         )
 
     # What the user calls

@@ -54,7 +54,7 @@ class EmbeddingMethod(Method):
         self.norm = norm
         self.scope = scope
         self.random_start = self.resolve(random_start)
-        super().__init__(model, embedding=embedding, scope=scope, tied=tied, **common)
+        super().__init__(model, site={"embedding": embedding, "scope": scope, "tied": tied}, **common)
 
     @contextlib.contextmanager
     def perturbed(self, closure: Closure, mask: Masks = None) -> Iterator[None]:

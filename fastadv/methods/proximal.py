@@ -88,7 +88,7 @@ class BregmanProximal(Method):
         self.compare = Comparison(divergence, "BregmanProximal")
         self.method = method
         if method is None:
-            super().__init__(model, perturbs=False, **common)
+            super().__init__(model, site={"perturbs": False}, **common)
         else:
             self._take_over(model, method, common)
         if self.engine.wrapping.sharded:

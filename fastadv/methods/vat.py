@@ -16,7 +16,7 @@ from fastadv.methods.comparison import Comparison, Divergence
 from fastadv.methods.embedded import EmbeddingMethod
 from fastadv.methods.smart import refuse_tied
 
-XI = {torch.float64: 1e-5, torch.float32: 1e-1}  # by the dtype that the model computes in; any other: 1
+XI = {torch.float64: 1e-5, torch.float32: 1e-2}  # by the dtype that the model computes in; any other: 1
 LEADING = {"batch": 0, "sample": 1, "token": -1, "table": 0, "row": 1}
 
 
@@ -40,8 +40,8 @@ class VAT(EmbeddingMethod):
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
         epsilon: length of the perturbation.
-        xi: length of the probing step; None: by the dtype in which the model computes: 1e-5 in float64, 0.1 in float32,
-            1 in lower precision or under autocast. Too short, and rounding hides what it changes.
+        xi: length of the probing step; None: by the dtype in which the model computes: 1e-5 in float64, 0.01 in
+            float32, 1 in lower precision or under autocast. Too short, and rounding hides what it changes.
         steps: number of power iterations, K.
         norm: "l2"; "linf" takes the sign of the gradient in place of its direction.
         scope: what the norm is over: "sample", "token", "batch", "row", "table".

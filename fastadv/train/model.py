@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,11 +25,19 @@ class MeanPoolConfig(PreTrainedConfig):
     """The encoder's own configuration, and the head's."""
 
     model_type = "fastadv-mean-pool"
+    keys_to_ignore_at_inference = ("losses",)
 
     def __init__(self, encoder: dict[str, Any] | None = None, head_dropout: float = 0.1, **kwargs: Any) -> None:
         self.encoder = encoder
         self.head_dropout = head_dropout
         super().__init__(**kwargs)
+
+
+@dataclass
+class Answer(SequenceClassifierOutput):
+    """What the classifier returns: as transformers has it, and each sample's loss [B], which LLR asks for."""
+
+    losses: Tensor | None = None
 
 
 class MeanPoolClassifier(PreTrainedModel):
@@ -55,18 +64,18 @@ class MeanPoolClassifier(PreTrainedModel):
         self.head = nn.Linear(inner.hidden_size, len(config.id2label or {}))
         self.post_init()
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
-    ) -> SequenceClassifierOutput:
-        """Logits [B, classes] of ids [B, T], and the mean cross entropy where labels [B] are given."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Answer:
+        """Logits [B, classes] of ids [B, T]; where labels [B] are given, the cross entropy, mean and of each sample."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
         logits = self.head(self.dropout(pooled))
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        if labels is None:
+            return Answer(logits=logits)
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        return Answer(loss=F.cross_entropy(logits, labels), logits=logits, losses=losses)
 
 
 def _without_pooler(config: Any) -> dict[str, bool]:

@@ -16,7 +16,7 @@ from fastadv.methods import Method
 from fastadv.train.errors import UserError
 
 # What the job decides itself, or what only a program can give.
-INTERNAL = {"model", "backward", "scaler", "atomic"}
+INTERNAL = {"self", "model", "method", "parameters", "backward", "scaler", "atomic"}
 TAKEN = {
     "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "disable_tqdm", "local_rank", "deepspeed",
     "do_train", "do_eval", "do_predict", "eval_strategy", "eval_on_start", "load_best_model_at_end",
@@ -77,7 +77,8 @@ def parameters(method: type[Method]) -> dict[str, inspect.Parameter]:
             passes_on |= parameter.kind is parameter.VAR_KEYWORD
             # What a base class requires, its subclass decides.
             decided = level > 0 and parameter.default is parameter.empty
-            if parameter.kind is parameter.KEYWORD_ONLY and not decided and name not in INTERNAL:
+            named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+            if named and not decided and name not in INTERNAL:
                 found.setdefault(name, parameter)
         if not passes_on:
             break

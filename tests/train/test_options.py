@@ -55,7 +55,10 @@ def test_literal(text: str | None, value: object) -> None:
     ("given", "message"),
     [
         (["--epsilom", "1"], "there is no option --epsilom: did you mean --epsilon?"),
-        (["--steps", "3"], "--steps is no parameter of FGM (of PGD, YOPO, FreeLB); it takes --epsilon"),
+        (
+            ["--steps", "3"],
+            "--steps is no parameter of FGM (of AWP, LLR, PGD, SMART, VAT, YOPO, FreeLB); it takes --epsilon",
+        ),
         (["--xyzzy"], "there is no option --xyzzy: see"),
         (["--epsilon", "1", "2"], "'2' belongs to no option"),
         (["--eval-strategy", "epoch"], "--eval-strategy is decided by this job"),
