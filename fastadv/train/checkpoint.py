@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from fastadv.train import data, phase, plots
-from fastadv.train.compare import SETTINGS, settings_of, versions
 from fastadv.train.data import DataSettings, Sample, Tokens
 from fastadv.train.errors import UserError
 from fastadv.train.evaluate import Evaluator
 from fastadv.train.job import quiet, read_json, write_json
 from fastadv.train.model import label_names, load_checkpoint, tokenizer_of
 from fastadv.train.phase import device_name, measured
+from fastadv.train.run import SETTINGS, settings_of, versions
 
 
 def evaluate(

@@ -68,17 +68,17 @@ def train(
     Ends with a table, and writes result.json, report.html, log.jsonl and both models to the run's folder. A method's
     parameters and TrainingArguments are options too, by their own names. Ctrl-C saves a checkpoint; --resume goes on.
     """
-    from fastadv.train import compare, report, tables
+    from fastadv.train import report, run, tables
     from fastadv.train.job import Settings, prepare
     from fastadv.train.log import read_log
 
     if resume:
         _only(context, "resume", "output_dir")
-        folder, settings, command = compare.to_resume(RUNS, output_dir)
+        folder, settings, command = run.to_resume(RUNS, output_dir)
     else:
         folder = output_dir or RUNS / datetime.now().strftime("%Y%m%d-%H%M%S")
         command = _command(context)
-        compare.claim(folder)
+        run.claim(folder)
         settings = Settings(
             model=model,
             data=_data(data, test_data, text_column, label_column, group_column, test_fraction, train_samples),
@@ -93,12 +93,12 @@ def train(
     job = prepare(settings)
     print(f"{folder}: {len(job.samples.train):,} training and {len(job.samples.test):,} test samples, {job.model_path}")
     try:
-        result = compare.run(job, folder, command)
+        result = run.run(job, folder, command)
     except Interrupted as stopped:
         raise Interrupted(f"{stopped}; to continue: fastadv train --resume --output-dir {folder}") from None
-    report.write(result, read_log(folder / compare.LOG), folder / compare.REPORT)
+    report.write(result, read_log(folder / run.LOG), folder / run.REPORT)
     tables.show(tables.comparison(result))
-    print(f"{folder / compare.REPORT}\n{folder / compare.RESULT}")
+    print(f"{folder / run.REPORT}\n{folder / run.RESULT}")
 
 
 @app.command()
@@ -166,12 +166,53 @@ def sweep(
     print(output)
 
 
+@app.command(context_settings=TRAIN)
+def compare(
+    context: typer.Context,
+    output_dir: Annotated[Path, typer.Option(help="Folder of the comparison; what it holds already is not run again.")],
+    methods: Annotated[str, typer.Option(help="Methods, with commas between, at this job's defaults.")] = "all",
+    tries: Annotated[
+        list[str] | None, typer.Option("--try", help='A setting besides: "smart epsilon=0.01 weight=5".')
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
+    model: Model = "minilm-l6-v2",
+    data: Data = "rotten-tomatoes",
+    text_column: Text = "text",
+    label_column: Label = "label",
+    train_samples: Annotated[int | None, typer.Option(help="As in `fastadv train`.")] = None,
+    attack_radii: Radii = "0.1,0.2",
+    attack_samples: Annotated[int, typer.Option(help="Test samples that are attacked.")] = 500,
+) -> None:
+    """Train plainly and with every method, for every seed, and compare accuracy, robustness, time and memory.
+
+    Ends with a table; the folder gets compare.json, compare.md and compare.svg. Stop it with Ctrl-C whenever you like:
+    the same command goes on. TrainingArguments as in `fastadv train`.
+    """
+    from fastadv.train import compare as comparing
+    from fastadv.train import tables
+    from fastadv.train.job import Settings
+
+    settings = Settings(
+        model=model,
+        data=_data(data, None, text_column, label_column, train_samples=train_samples),
+        attack_radii=_numbers("--attack-radii", attack_radii),
+        attack_samples=attack_samples,
+        extra=tuple(context.args),
+    )
+    grid = comparing.grid_of(methods, tries or [])
+    whole = tuple(int(seed) for seed in _numbers("--seeds", seeds))
+    result = comparing.run(settings, grid, whole, output_dir, _command(context))
+    rows = comparing.summary(result["runs"])
+    tables.show(tables.methods(comparing.headings(rows), [comparing.cells(row) for row in rows]))
+    print("\n".join(str(output_dir / name) for name in (comparing.RESULT, comparing.TABLE, comparing.PICTURE)))
+
+
 @app.command()
 def info() -> None:
     """What is available here, and why the rest is not."""
     from fastadv.__main__ import aligned
     from fastadv.__main__ import main as describe
-    from fastadv.train.compare import default_packages, versions
+    from fastadv.train.run import default_packages, versions
 
     describe()
     print()

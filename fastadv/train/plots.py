@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import matplotlib as mpl
@@ -46,7 +46,7 @@ def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
         if axes.lines:
             axes.legend()
 
-    return _svg(draw, "losses")
+    return _svg(_axes(draw), "losses")
 
 
 def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
@@ -67,13 +67,44 @@ def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
         axes.set_xticks(sorted({cell["radius"] for cells in models.values() for cell in cells}))
         axes.legend()
 
-    return _svg(draw, "radii")
+    return _svg(_axes(draw), "radii")
 
 
-def _svg(draw: Any, salt: str) -> str:
+def methods(rows: Sequence[Any]) -> str:
+    """Every method on a line of its own: clean and attacked accuracy of each seed and their mean, and the time."""
+    names = [row.setting for row in rows]
+    radii = list(rows[0].accuracy)
+    panels = [("clean accuracy" if radius == 0 else f"under attack, radius {radius:g}", "%") for radius in radii]
+    panels.append(("time of a step", "s"))
+
+    def draw(figure: Figure) -> None:
+        for index, (axes, (title, unit)) in enumerate(
+            zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True)
+        ):
+            spreads = [row.accuracy[radii[index]] if index < len(radii) else row.seconds for row in rows]
+            scale = 100 if unit == "%" else 1
+            axes.axvline(scale * spreads[0].mean, color=COLOURS["plain"], lw=1, ls=":")
+            for y, spread in enumerate(spreads):
+                colour = COLOURS["plain"] if y == 0 else COLOURS["adversarial"]
+                axes.plot([scale * value for value in spread.values], [y] * len(spread.values), "o", color=colour, ms=3,
+                          alpha=0.45)  # fmt: skip
+                axes.plot([scale * spread.mean], [y], "|", color=colour, ms=14, mew=2)
+            axes.set_title(title, fontsize=10)
+            axes.set_xlabel(unit)
+            axes.set_yticks(range(len(names)), names)
+            axes.invert_yaxis() if index == 0 else None
+
+    return _svg(draw, "methods", (9.6, 1.2 + 0.3 * len(rows)))
+
+
+def _axes(draw: Callable[[Axes], None]) -> Callable[[Figure], None]:
+    return lambda figure: draw(figure.add_subplot())
+
+
+def _svg(draw: Callable[[Figure], None], salt: str, size: tuple[float, float] = (5.6, 3.6)) -> str:
     with mpl.rc_context(cast("Any", {**STYLE, "svg.hashsalt": salt})):
-        figure = Figure(figsize=(5.6, 3.6), layout="constrained")
-        draw(figure.add_subplot())
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = file.getvalue()

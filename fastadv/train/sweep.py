@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -45,15 +46,31 @@ def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], output: 
     `output` (JSON) is written after each training.
     """
     grid: list[Point] = [("plain", {}), *points(tries)]
-    first = next((point for point in grid[1:]), None)
-    job = prepare(settings if first is None else replace(settings, method=first[0]))
-    common = {name: value for name, value in job.description().items() if not name.startswith("method")}
-    fresh: dict[str, Any] = {"command": command, "job": common, "runs": []}
+    return train_all(ready(settings, grid), grid, seeds, output, command)
+
+
+def ready(settings: Settings, grid: Sequence[Point]) -> Job:
+    """The job, with the first of the methods in it."""
+    first = next((name for name, _ in grid if name != "plain"), None)
+    return prepare(settings if first is None else replace(settings, method=first))
+
+
+def common(job: Job) -> dict[str, Any]:
+    """What all trainings of a file share, as JSON has it."""
+    described = {name: value for name, value in job.description().items() if not name.startswith("method")}
+    shared: dict[str, Any] = json.loads(json.dumps(described, default=str))
+    return shared
+
+
+def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Path, command: str) -> dict[str, Any]:
+    """Every point of the grid with every seed that `output` does not have yet."""
+    fresh: dict[str, Any] = {"command": command, "job": common(job), "runs": []}
     result: dict[str, Any] = read_json(output) or fresh
-    for seed, (name, arguments) in itertools.product(seeds, grid):
+    everything = list(itertools.product(seeds, grid))
+    for index, (seed, (name, arguments)) in enumerate(everything, 1):
         done = any((one["method"], one["arguments"], one["seed"]) == (name, arguments, seed) for one in result["runs"])
         if not done:
-            finished = _one(job, name, arguments, seed)
+            finished = _one(job, name, arguments, seed, f"[{index}/{len(everything)}] ")
             result = read_json(output) or fresh  # another process may have added to it
             result["runs"].append(finished)
             output.parent.mkdir(parents=True, exist_ok=True)
@@ -61,8 +78,8 @@ def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], output: 
     return result
 
 
-def _one(job: Job, name: str, arguments: dict[str, Any], seed: int) -> dict[str, Any]:
-    title = label(name, arguments) + f", seed {seed}"
+def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) -> dict[str, Any]:
+    title = f"{place}{label(name, arguments)}, seed {seed}"
     adversary = None
     if name != "plain":
         full = {**options.METHOD_DEFAULTS.get(name, {}), **arguments}
@@ -78,6 +95,7 @@ def _one(job: Job, name: str, arguments: dict[str, Any], seed: int) -> dict[str,
         "arguments": arguments,
         "seed": seed,
         "seconds_per_step": cost.seconds_per_step,
+        "peak_memory": cost.peak_memory,
         "steps": cost.steps,
         "accuracy": accuracy,
     }

@@ -88,6 +88,14 @@ def sweep(rows: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
+def methods(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    """One row per method, mean and standard deviation over its seeds."""
+    table = _table("accuracy, mean ± standard deviation over seeds", headings)
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def _table(title: str, headings: Sequence[str]) -> Table:
     table = Table(title=title, title_justify="left", title_style="dim")
     for index, heading in enumerate(headings):

