@@ -34,12 +34,12 @@ def measure(contestant: str, size: Size, rounds: int) -> dict[str, Any]:
     for _ in range(rounds):
         if not accumulating:
             model.zero_grad()
-        _release()
-        _reset_peak()
+        release()
+        reset_peak()
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-        peaks.append(_peak())
+        peaks.append(peak())
     return {"peaks": peaks, "seconds": seconds}
 
 
@@ -48,17 +48,17 @@ def perturbation_bytes(size: Size) -> int:
     return 4 * size.batch * size.length * size.model[0]
 
 
-def _release() -> None:
+def release() -> None:
     """Give freed memory back, so that a step's peak holds nothing of the step before."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # VmHWM <- VmRSS
 
 
-def _peak() -> int:
+def peak() -> int:
     found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
     assert found is not None
     return 1024 * int(found[1])

@@ -17,11 +17,19 @@ ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- results: written by bench/report.py -->", "<!-- end of results -->"
 OURS, LIMIT = "fastadv", "physical limit"
 MACHINE = ("processor", "cores", "threads", "torch", "python", "libc", "size")
-MEMORY = ("peak_mib", "over_plain_mib", "over_plain_perturbations")
+MEMORY = {
+    "peak_mib": "peak, MiB",
+    "over_plain_mib": "over plain, MiB",
+    "over_plain_perturbations": "in perturbation-sized buffers",
+    "over_inputs_mib": "over what is there before, MiB",
+    "over_inputs_logits": "in tensors like the logits",
+}
 HEAPS = {"users": "heap as users have it", "retained": "heap retained"}
 COLOURS = {
     "classic script": "#6b7280",
     "plain, index_add": "#0e7490",
+    "textbook": "#6b7280",
+    "plain, autograd": "#0e7490",
     "plain PyTorch": "#c2410c",
     "torch.compile": "#a16207",
     "plain": "#9ca3af",
@@ -108,10 +116,11 @@ def _time(row: dict[str, Any]) -> str:
 
 
 def _memory_table(heaps: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
-    head = ["contestant", "peak, MiB", "over plain, MiB", "in perturbation-sized buffers"]
+    measured = [figure for figure in MEMORY if any(figure in row for rows in heaps.values() for row in rows.values())]
+    head = ["contestant", *(MEMORY[figure] for figure in measured)]
     lines = [_line(head), _line(["---"] * len(head))]
     for rows in heaps.values():
-        lines += [_line([name, *(f"{row[figure]:,.1f}" for figure in MEMORY)]) for name, row in rows.items()]
+        lines += [_line([name, *(f"{row[figure]:,.1f}" for figure in measured)]) for name, row in rows.items()]
     return lines
 
 

@@ -43,12 +43,27 @@ struct Exponential<double> {
   static constexpr double kLn2High = 0x1.62e42fefap-1, kLn2Low = 0x1.cf79abc9e3b39p-40;
 };
 
-// 1 + x / k + x^2 / (k (k + 1)) + ..., k = kFirst: for 1 that is e^x.
+// 1 / (first (first + 1) ... (first + k - 1)): for first = 1, 1 / k!.
+template <class Real>
+constexpr Real one_over(int first, int k) {
+  double product = 1;
+  for (int i = 0; i < k; ++i) product *= first + i;
+  return Real(1 / product);
+}
+
+// 1 + x / first + x^2 / (first (first + 1)) + ..., first = kFirst: for 1 that is e^x.
 template <class Real, int kTerms, int kFirst>
 FASTADV_HD Real series(Real x) {
-  Real sum = 1;
+  constexpr auto kFactors = [] {
+    struct {
+      Real at[kTerms];
+    } factors = {};
+    for (int k = 0; k < kTerms; ++k) factors.at[k] = one_over<Real>(kFirst, k);
+    return factors;
+  }();
+  Real sum = kFactors.at[kTerms - 1];
 #pragma GCC unroll 16
-  for (int k = kTerms - 1; k > 0; --k) sum = 1 + x * sum * (Real(1) / Real(kFirst + k - 1));
+  for (int k = kTerms - 2; k >= 0; --k) sum = kFactors.at[k] + x * sum;
   return sum;
 }
 
