@@ -78,7 +78,7 @@ class SMART(EmbeddingMethod):
         self,
         model: nn.Module,
         *,
-        epsilon: float = 0.01,
+        epsilon: float = 0.005,
         step_size: float | None = None,
         steps: int = 1,
         norm: str = "linf",
