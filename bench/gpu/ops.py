@@ -136,6 +136,18 @@ def gradients(what: str, tensors: int) -> Callable[[Workload], Case]:
     return build
 
 
+def divergence(wants: int) -> Callable[[Workload], Case]:
+    """Symmetric KL of a table's worth of classes, with the gradients by both sides or by one."""
+
+    def build(work: Workload) -> Case:
+        logits = work.randn(4 * work.size.length, work.size.vocabulary).requires_grad_()
+        target = (logits.detach() + 0.1).requires_grad_(wants == 2)
+        moved = 2 * (2 + wants) * logits.numel()
+        return Case(lambda: ops.divergence(logits, target), moved)
+
+    return build
+
+
 CASES: dict[str, Callable[[Workload], Case]] = {
     "gather_perturb": gather,
     "gather_perturb_backward": backward,
@@ -147,6 +159,8 @@ CASES: dict[str, Callable[[Workload], Case]] = {
     "segments": segments,
     "segment_sum": segment_sum,
     "table_step": table_step,
+    "divergence": divergence(2),
+    "divergence from a constant": divergence(1),
     "rows back_up": row("back_up", some=False),
     "rows back_up, every third": row("back_up", some=True),
     "rows restore": row("restore", some=False),

@@ -66,6 +66,7 @@ class Frame:
         self.proximity = Proximity(self.dropout)
         self.split: Split | None = None
         self.first: Pass | None = None
+        self.share = 1.0  # of an optimizer step that one batch is; terms that methods add are multiplied with it
         self._busy = False
         self._draw: Draw | None = None
         self._seed = 0

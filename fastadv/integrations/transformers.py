@@ -193,6 +193,7 @@ class AdversarialMixin(_Trainer):
         def closure() -> dict[str, Any]:
             return self._adversarial_pass(model, inputs, num_items_in_batch)
 
+        self.adversary.share = 1 / self.current_gradient_accumulation_steps
         step = self.state.global_step
         result = self.adversary.backward(closure, mask=self.adversarial_mask(inputs), step=step)
         self._adversarial_steps += 1

@@ -138,6 +138,18 @@ class Method(Capturable):
         self.engine.close()
 
     @property
+    def share(self) -> float:
+        """The part of an optimizer step that one batch is: 1, or 1 / n where a closure divides its loss by n.
+
+        Under gradient accumulation the terms that SMART, VAT and BregmanProximal add are multiplied with it.
+        """
+        return self.engine.share
+
+    @share.setter
+    def share(self, part: float) -> None:
+        self.engine.share = number("share", part)
+
+    @property
     def skipped(self) -> Tensor:
         """How many groups took no step because their gradient was not finite: int64, 0-d, on the device."""
         raise NotImplementedError

@@ -157,7 +157,7 @@ class BregmanProximal(Method):
 
     def term(self, output: Any, answer: Tensor) -> Tensor:
         """W D, for the backward."""
-        term = self.compare(self.compare.logits(output), answer, self.engine, self.weight)
+        term = self.compare(self.compare.logits(output), answer, self.engine, self.weight * self.share)
         self.distance = term.detach() / (self.weight or 1)
         return term
 

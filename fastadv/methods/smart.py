@@ -126,7 +126,7 @@ class SMART(EmbeddingMethod):
 
         def total() -> Tensor:
             moved = self.compare.logits(closure())
-            penalties.append(self.compare(moved, answer, self.engine, self.weight))
+            penalties.append(self.compare(moved, answer, self.engine, self.weight * self.share))
             return clean.loss + penalties[-1]
 
         done = self.descend(total)

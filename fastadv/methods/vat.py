@@ -114,7 +114,7 @@ class VAT(EmbeddingMethod):
         self.start()  # xi d, d random
         self.probe(target)
         self.climb(target)
-        penalty = self.descend(self.away_from(answer, closure, self.weight)).loss
+        penalty = self.descend(self.away_from(answer, closure, self.weight * self.share)).loss
         loss = clean.loss if has_loss(clean.output) else penalty
         return StepResult(loss, penalty / (self.weight or 1), clean.output)
 

@@ -19,6 +19,7 @@ from fastadv.native.flags import flag_on
 from fastadv.ops import gather_perturb_backward
 from tests.integrations.by_hand import (
     EPSILON,
+    RATE,
     arguments,
     assert_same,
     bert,
@@ -233,3 +234,74 @@ def test_lomo_and_data_parallel_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="torchrun"):
         trainer.begin_adversary()
     assert "forward" not in vars(trainer.model.get_input_embeddings())
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_regularisers_and_a_teacher(tmp_path: Path, accumulate: int) -> None:
+    """SMART near a teacher: the terms are scaled as the loss is, and the teacher moves with the optimizer's steps."""
+
+    def adversary(model: nn.Module) -> fastadv.Method:
+        start = {"random_start": lambda shape, _: 0.01 * torch.sin(torch.arange(shape[2])).expand(shape)}
+        return fastadv.BregmanProximal(model, 2.0, 0.5, method=fastadv.SMART(model, epsilon=0.1, weight=3.0, **start))
+
+    model, want = bert(), bert()
+    trainer = train(model, tmp_path, samples(8), adversary=adversary, gradient_accumulation_steps=accumulate)
+    adv, optimizer = adversary(want), torch.optim.SGD(want.parameters(), lr=RATE)
+    adv.attach(optimizer)
+    adv.share = 1 / accumulate
+    rows = samples(8)
+    for first in range(0, 8, 2):
+        data = {key: torch.stack([row[key] for row in rows[first : first + 2]]) for key in rows[0]}
+
+        def closure(data: dict[str, Tensor] = data) -> tuple[Tensor, Tensor]:
+            output = want(**data)
+            return output.loss / accumulate, output.logits
+
+        adv.backward(closure, mask=data["attention_mask"])
+        if (first // 2 + 1) % accumulate == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(model, want)
+    assert trainer.adversary.updates == adv.updates == 4 // accumulate
+    assert float(adv.distance) > 0
+    for name, tensor in trainer.adversary.teacher.items():
+        assert torch.allclose(tensor, adv.teacher[name], atol=1e-6), name
+
+
+def test_a_teacher_is_in_the_checkpoint(tmp_path: Path) -> None:
+    def adversary(model: nn.Module) -> fastadv.Method:
+        return fastadv.BregmanProximal(model, 2.0, 0.5, method=fastadv.FGM(model, epsilon=0.1))
+
+    whole = train(bert(), tmp_path / "whole", samples(8), adversary=adversary, save_strategy="steps", save_steps=2)
+    again = AdversarialTrainer(
+        model=bert(), args=arguments(tmp_path / "again"), train_dataset=samples(8), adversary=adversary
+    )
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert again.adversary.updates == whole.adversary.updates == 4
+    for (name, got), want in zip(again.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(got, want), name
+    for name, tensor in again.adversary.teacher.items():
+        assert torch.equal(tensor, whole.adversary.teacher[name]), name
+
+
+def test_samples_losses_reach_llr(tmp_path: Path) -> None:
+    """A model whose output has `losses`: each sample has a gap of its own."""
+    seen: list[int] = []
+
+    class Counts(fastadv.LLR):
+        def along(self, deltas: Any, slope: Any, losses: Tensor) -> Tensor:
+            seen.append(len(losses))
+            return super().along(deltas, slope, losses)
+
+    class Tells(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = bert()
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.inner(input_ids, attention_mask).logits
+            losses = F.cross_entropy(logits, labels, reduction="none")
+            return {"loss": losses.mean(), "logits": logits, "losses": losses}
+
+    train(Tells(), tmp_path, samples(4), adversary=(Counts, {"embedding": "word_embeddings"}))
+    assert set(seen) == {2}
