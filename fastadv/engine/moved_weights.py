@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fastadv.ops.ascend import l2_norm
 from fastadv.ops.grads import Plan
 
+SAFE = {torch.float32: 1e-15, torch.float64: 1e-130}  # of a norm whose squares have lost nothing that matters
 GUARD = 1e-6  # of the public code that clamps: on the weight's norm and on the gradient's
 
 
@@ -48,17 +49,34 @@ class MovedWeights:
     def _move(self, index: int, grad: Tensor, gamma: float, epsilon: float | None) -> Tensor:
         weight, saved = self.weights[index], self.saved[index]
         guard = 0.0 if epsilon is None else GUARD
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        g, w = grad.to(wide), weight.to(wide)
-        size = l2_norm(g.reshape(1, -1)).squeeze()
-        finite = size.isfinite()
-        self.skipped += (~finite).to(self.skipped)
-        live = finite & (size > 0)
-        length = gamma * (l2_norm(w.reshape(1, -1)).squeeze() + guard)
+        size, length = norm(grad), gamma * (norm(weight) + guard)
+        self.skipped += (~size.isfinite()).to(self.skipped)
+        live = size.isfinite() & (size > 0)
+        if weight.is_cpu and not live.item():
+            return torch.zeros_like(size)
         share = torch.where(live, length / torch.where(live, size + guard, 1), 0)
-        moved = torch.where(live, w + share * g, w)
+        _add(weight, grad if weight.is_cpu else torch.where(live, grad, 0), share)
         if epsilon is not None:
-            reach = epsilon * saved.to(wide).abs()
-            moved = torch.clamp(moved, saved - reach, saved + reach)
-        weight.copy_(moved)
+            reach = epsilon * saved.abs()
+            torch.clamp(weight, saved - reach, saved + reach, out=weight)
         return share * torch.where(live, size, 0)
+
+
+def _add(weight: Tensor, grad: Tensor, share: Tensor) -> None:
+    """In place; in float32 at least, rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    if weight.dtype == wide:
+        weight.addcmul_(grad, share.to(wide))
+    else:
+        weight.copy_(torch.addcmul(weight.to(wide), grad.to(wide), share.to(wide)))
+
+
+def norm(x: Tensor) -> Tensor:
+    """The l2 norm of all of `x`, 0-d, for numbers of any size; on the CPU without memory for a scaled copy, mostly."""
+    if x.is_cuda and x.dtype != torch.float64:  # its squares have room in float64
+        on_device: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
+        return on_device
+    plain: Tensor = torch.linalg.vector_norm(x)
+    if x.is_cpu and x.dtype in SAFE and SAFE[x.dtype] < plain.item() < 1 / SAFE[x.dtype]:
+        return plain.double()
+    return l2_norm(x.to(torch.promote_types(x.dtype, torch.float32)).reshape(1, -1)).squeeze().double()
