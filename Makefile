@@ -22,7 +22,7 @@ train: $(VENV)/.train
 
 # Then the Triton kernels, interpreted: what they have of their own and the ops' tests, and in test-slow the matrix of methods.
 INTERPRETED := --backend triton tests/kernels tests/ops
-MATRIX := --backend triton $(addprefix tests/methods/test_,oracles.py papers.py goldens.py numbers.py)
+MATRIX := --backend triton $(addprefix tests/methods/test_,oracles.py papers.py goldens.py numbers.py regularisers.py goldens_regularisers.py)
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 	$(BIN)/python -m pytest -m "not slow" $(INTERPRETED)

@@ -31,6 +31,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "freeat": {"replays": 2},
     "freelb": {"epsilon": 0.1, "step_size": 0.05, "random_start": 0.05},
     "yopo": {"epsilon": 0.1, "step_size": 0.02, "random_start": 0.03},
+    "vat": {"epsilon": 0.3},
 }
 
 # TrainingArguments of this job where it wants other defaults than transformers.
