@@ -20,21 +20,30 @@ class MovedWeights:
 
     def __init__(self, weights: Sequence[nn.Parameter], fused: bool | None) -> None:
         self.weights = list(weights)
-        self.saved = [torch.empty_like(weight, requires_grad=False) for weight in self.weights]
-        lenient = False if fused is False else None
-        self._save = Plan(self.saved, self.weights, lenient)
-        self._restore = Plan(self.weights, self.saved, lenient)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=self.weights[0].device)
-        self.norm = torch.zeros((), device=self.weights[0].device)  # of the last step's movements, the mean
+        self.saved: list[Tensor] = []
+        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.norm = torch.zeros(())  # of the last step's movements, the mean
+        self._lenient = False if fused is False else None
+        self._save, self._restore = Plan([], [], self._lenient), Plan([], [], self._lenient)
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
         """Inside, the weights may be moved; afterwards they are what they were, whatever has happened."""
+        if not all(map(_alike, self.saved, self.weights)) or not self.saved:
+            self._make_room()
         self._save.copy()
         try:
             yield
         finally:
             self._restore.copy()
+
+    def _make_room(self) -> None:
+        """In a first step, or after the model has gone to another device or precision."""
+        device = self.weights[0].device
+        self.saved = [torch.empty_like(weight, requires_grad=False) for weight in self.weights]
+        self.skipped, self.norm = self.skipped.to(device), self.norm.to(device)
+        self._save = Plan(self.saved, self.weights, self._lenient)
+        self._restore = Plan(self.weights, self.saved, self._lenient)
 
     @torch.no_grad()
     def step(self, gradients: Sequence[Tensor | None], gamma: float, epsilon: float | None) -> None:
@@ -42,40 +51,49 @@ class MovedWeights:
 
         One without a gradient stays where it is; one whose gradient is not finite does too, and is counted.
         """
-        norms = [self._move(index, grad, gamma, epsilon) for index, grad in enumerate(gradients) if grad is not None]
-        if norms:
-            self.norm.copy_(torch.stack(norms).mean())
-
-    def _move(self, index: int, grad: Tensor, gamma: float, epsilon: float | None) -> Tensor:
-        weight, saved = self.weights[index], self.saved[index]
+        moving = [(w, s, g) for w, s, g in zip(self.weights, self.saved, gradients, strict=True) if g is not None]
+        if not moving:
+            return
         guard = 0.0 if epsilon is None else GUARD
-        size, length = norm(grad), gamma * (norm(weight) + guard)
-        self.skipped += (~size.isfinite()).to(self.skipped)
-        live = size.isfinite() & (size > 0)
-        if weight.is_cpu and not live.item():
-            return torch.zeros_like(size)
-        share = torch.where(live, length / torch.where(live, size + guard, 1), 0)
-        _add(weight, grad if weight.is_cpu else torch.where(live, grad, 0), share)
-        if epsilon is not None:
-            reach = epsilon * saved.abs()
-            torch.clamp(weight, saved - reach, saved + reach, out=weight)
-        return share * torch.where(live, size, 0)
+        sizes, lengths = (norms([group[index] for group in moving]).to(self.norm.device) for index in (2, 0))
+        finite = sizes.isfinite()
+        live = finite & (sizes > 0)
+        shares = torch.where(live, gamma * (lengths + guard) / torch.where(live, sizes + guard, 1), 0)
+        self.skipped += (~finite).sum()
+        self.norm.copy_((shares * torch.where(live, sizes, 0)).mean())
+        for (weight, saved, grad), share, lives in zip(moving, shares, live, strict=True):
+            if weight.is_cpu and not lives.item():
+                continue
+            _add(weight, grad if weight.is_cpu else torch.where(lives.to(grad.device), grad, 0), share)
+            if epsilon is not None:
+                reach = epsilon * saved.abs()
+                torch.clamp(weight, saved - reach, saved + reach, out=weight)
+
+
+def _alike(saved: Tensor, weight: Tensor) -> bool:
+    """Whether one can hold the other."""
+    return (saved.device, saved.dtype, saved.shape) == (weight.device, weight.dtype, weight.shape)
 
 
 def _add(weight: Tensor, grad: Tensor, share: Tensor) -> None:
     """In place; in float32 at least, rounded once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
+    share = share.to(weight.device, wide)
     if weight.dtype == wide:
-        weight.addcmul_(grad, share.to(wide))
+        weight.addcmul_(grad, share)
     else:
-        weight.copy_(torch.addcmul(weight.to(wide), grad.to(wide), share.to(wide)))
+        weight.copy_(torch.addcmul(weight.to(wide), grad.to(wide), share))
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The l2 norm of each [n], in float64."""
+    if tensors[0].is_cuda and all(tensor.dtype != torch.float64 for tensor in tensors):
+        return torch.stack(list(torch._foreach_norm(list(tensors), 2, torch.float64)))  # squares have room there
+    return torch.stack([norm(tensor) for tensor in tensors])
 
 
 def norm(x: Tensor) -> Tensor:
     """The l2 norm of all of `x`, 0-d, for numbers of any size; on the CPU without memory for a scaled copy, mostly."""
-    if x.is_cuda and x.dtype != torch.float64:  # its squares have room in float64
-        on_device: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)
-        return on_device
     plain: Tensor = torch.linalg.vector_norm(x)
     if x.is_cpu and x.dtype in SAFE and SAFE[x.dtype] < plain.item() < 1 / SAFE[x.dtype]:
         return plain.double()

@@ -397,3 +397,15 @@ def test_compiled(name: str) -> None:
         found.append(gradients(model))
         adv.close()
     assert_gradients(found[1], found[0], 1e-9)
+
+
+def test_awp_goes_where_the_model_goes() -> None:
+    """To another precision, after it was made and after a step."""
+    model, data = seeded(lambda: TinyModel("tfm"), dtype=torch.float32), batch()
+    adv = fastadv.AWP(model)
+    for dtype in (torch.float64, torch.float32):
+        model.to(dtype)
+        clear(model)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        assert adv.backward(lambda: model(**data)).adv_loss > 0
+        assert all(same_bits(p.detach(), before[name]) for name, p in model.named_parameters())
