@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fastadv.engine.adam import Adam
 from fastadv.engine.loss import losses_of
 from fastadv.engine.passes import Closure, Held
 from fastadv.engine.perturbation import TABLE_SCOPES
 from fastadv.engine.site import Masks
 from fastadv.engine.start import RandomStart
-from fastadv.methods.adam import Adam
 from fastadv.methods.base import StepResult, number, one_of
 from fastadv.methods.embedded import EmbeddingMethod
 from fastadv.methods.smart import refuse_tied

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastadv
 from fastadv import reference
+from fastadv.engine.adam import Adam
 from fastadv.ops import divergence
 from tests import regularisers as papers
 from tests.models import TinyModel
@@ -229,7 +230,7 @@ def test_llr_by_adam() -> None:
     assert float(moved.abs().isclose(torch.tensor(0.05).double()).double().mean()) > 0.9
     optimizer = torch.optim.Adam([torch.zeros(3, dtype=torch.float64, requires_grad=True)], lr=0.1, maximize=True)
     [mine] = optimizer.param_groups[0]["params"]
-    steps = fastadv.methods.adam.Adam(0.1)
+    steps = Adam(0.1)
     total = torch.zeros(3, dtype=torch.float64)
     for _ in range(4):
         mine.grad = torch.randn(3, dtype=torch.float64)
