@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from fastadv.train import options, plots
 from fastadv.train.errors import Interrupted, UserError
-from fastadv.train.job import Settings, read_json
+from fastadv.train.job import Settings, read_json, write_json
 from fastadv.train.sweep import Point, common, label, points, ready, train_all
 
 RESULT, PICTURE, TABLE = "compare.json", "compare.svg", "compare.md"
@@ -67,6 +67,8 @@ def run(settings: Settings, grid: Sequence[Point], seeds: Sequence[int], folder:
         result = train_all(job, grid, seeds, folder / RESULT, command)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped; the same command goes on, without the trainings in {folder / RESULT}") from None
+    result["command"] = command  # the last of several, which asked for all that is there
+    write_json(folder / RESULT, result)
     write(result, folder)
     return result
 

@@ -409,3 +409,10 @@ def test_awp_goes_where_the_model_goes() -> None:
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         assert adv.backward(lambda: model(**data)).adv_loss > 0
         assert all(same_bits(p.detach(), before[name]) for name, p in model.named_parameters())
+
+
+def test_a_step_by_the_gradients_size_and_a_scaler_do_not_go_together() -> None:
+    model, data = tiny()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    adv = fastadv.SMART(model, embedding=model.word_embeddings, update="mt-dnn", scaler=scaler)
+    refused(model, lambda: adv.backward(lambda: model(**data)), ValueError, "GradScaler", "'paper'")
