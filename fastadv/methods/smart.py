@@ -117,9 +117,7 @@ class SMART(EmbeddingMethod):
     def run(self, closure: Closure, attack: Closure | None) -> StepResult:
         """The clean forward, the climb away from its answer, and one backward through both."""
         if self.update == "mt-dnn" and self.engine.scaler is not None:
-            raise ValueError(
-                "update='mt-dnn' steps by the gradient's size, which a GradScaler changes: use 'paper'"
-            )
+            raise ValueError("update='mt-dnn' steps by the gradient's size, which a GradScaler changes: use 'paper'")
         clean = self.engine.hold(closure)  # L(x) and f(x), whose graph stays
         answer = self.compare.logits(clean.output)
         target = attack or self.away_from(answer, closure)
