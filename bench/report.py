@@ -56,7 +56,8 @@ def condense(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
             _add_ratios(rows)
     commits = {(run.get("commit_info") or {}).get("id") for run in runs}
     commit = ", ".join(sorted(commit[:10] for commit in commits if commit)) or None
-    return {"machine": machines[0], "date": runs[0].get("datetime"), "commit": commit, "groups": groups}
+    run = {"date": runs[0].get("datetime"), "commit": commit, "groups": list(groups)}
+    return {"machine": machines[0], "runs": [run], "groups": groups}
 
 
 def _figures(stats: dict[str, Any], info: dict[str, Any]) -> dict[str, Any]:
@@ -80,8 +81,10 @@ def markdown(condensed: dict[str, Any]) -> str:
     copies = [row["copy_bandwidth"] for row in _rows(condensed) if "copy_bandwidth" in row]
     bandwidth = f"; a large copy moves {min(copies) / 1e9:.1f} to {max(copies) / 1e9:.1f} GB/s" if copies else ""
     setup = f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}, {machine['libc']}"
-    origin = f"{condensed['date'] or 'no date'}, commit {condensed['commit'] or 'unknown'}"
-    lines = [f"{setup}{bandwidth}. Size `{machine['size']}`; {origin}."]
+    lines = [f"{setup}{bandwidth}. Size `{machine['size']}`.", ""]
+    for run in condensed["runs"]:
+        part = "" if len(condensed["runs"]) == 1 else f": {'; '.join(run['groups'])}"
+        lines.append(f"- {run['date'] or 'no date'}, commit {run['commit'] or 'unknown'}{part}")
     for name, heaps in condensed["groups"].items():
         table = _memory_table(heaps) if name.startswith("peak memory") else _time_table(heaps)
         lines += ["", f"### {name[0].upper()}{name[1:]}", "", *table]
@@ -169,13 +172,24 @@ def between_markers(page: str, text: str) -> str:
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
 
 
+def merged(kept: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of earlier runs on the same machine, with the groups of a new one in their place."""
+    if kept["machine"] != new["machine"]:
+        return new
+    runs = [{**run, "groups": [name for name in run["groups"] if name not in new["groups"]]} for run in kept["runs"]]
+    runs = [*(run for run in runs if run["groups"]), *new["runs"]]
+    return {"machine": new["machine"], "runs": runs, "groups": {**kept["groups"], **new["groups"]}}
+
+
 def write(condensed: dict[str, Any], root: Path = ROOT) -> None:
-    """Keep a run in the repository. A tiny or a partial one is not worth keeping."""
+    """Keep a run in the repository, beside the groups of earlier ones that it has not. A tiny one is not worth it."""
     heaps = {heap for found in condensed["groups"].values() for heap in found}
     if condensed["machine"]["size"] != "minilm" or heaps != set(HEAPS):
         raise ValueError("not kept: only a run of size minilm with both heaps is")
     results, page = root / "bench/results/cpu.json", root / "docs/benchmarks.md"
     results.parent.mkdir(exist_ok=True)
+    if results.exists():
+        condensed = merged(json.loads(results.read_text(encoding="utf-8")), condensed)
     results.write_text(json.dumps(condensed, indent=1) + "\n", encoding="utf-8")
     (root / "docs/results/benchmarks.svg").write_text(picture(condensed), encoding="utf-8")
     text = f"![Times over fastadv's](results/benchmarks.svg)\n\n{markdown(condensed)}"

@@ -101,6 +101,21 @@ def test_report_writes_results_page_and_picture(runs: list[dict[str, Any]], tmp_
     assert "<svg" in (tmp_path / "docs/results/benchmarks.svg").read_text()
 
 
+def test_a_run_of_some_groups_leaves_the_others_as_they_were(runs: list[dict[str, Any]]) -> None:
+    """Each group says when it was measured; another machine's figures are never beside it."""
+    kept = report.condense(runs)
+    new = json.loads(json.dumps(kept))
+    new["runs"][0].update(date="2026-02-02", groups=[GROUP])
+    new["groups"] = {GROUP: {"users": {"fastadv": {"median": 0.5, "iqr": 0.1, "rounds": 3}}}}
+    both = report.merged(kept, new)
+    assert both["groups"] == {MEMORY: kept["groups"][MEMORY], **new["groups"]}
+    assert [(run["date"][:10], run["groups"]) for run in both["runs"]] == [
+        ("2026-01-01", [MEMORY]), ("2026-02-02", [GROUP]),
+    ]  # fmt: skip
+    assert f"- 2026-02-02, commit 0123456789: {GROUP}" in report.markdown(both)
+    assert report.merged(kept, {**new, "machine": {"cores": 4}}) == {**new, "machine": {"cores": 4}}
+
+
 def test_report_keeps_no_partial_run(tmp_path: Path) -> None:
     for partial in ([run_of("users", MEDIANS)], [run_of(heap, MEDIANS, size="tiny") for heap in report.HEAPS]):
         with pytest.raises(ValueError, match="not kept"):

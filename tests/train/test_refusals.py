@@ -24,7 +24,10 @@ from tests.train.conftest import write_csv
         (["--data", "TABLE", "--epsilon", "-1"], "FGM: epsilon must be finite and at least 0, not -1"),
         (["--data", "TABLE", "--scope", "page"], "FGM: scope must be one of"),
         (["--data", "TABLE", "--method", "pgd", "--steps", "0"], "PGD: steps must be at least 1"),
-        (["--data", "TABLE", "--steps", "3"], "--steps is no parameter of FGM (of AWP, LLR, PGD, SMART, VAT, YOPO, FreeLB)"),
+        (
+            ["--data", "TABLE", "--steps", "3"],
+            "--steps is no parameter of FGM (of AWP, LLR, PGD, SMART, VAT, YOPO, FreeLB)",
+        ),
         (["--data", "TABLE", "--learning-rate", "fast"], "invalid float value: 'fast'"),
         (["--data", "TABLE", "--attack-radii", "a,b"], "--attack-radii takes numbers"),
         (["--data", "TABLE", "--attack-radii", "0"], "--attack-radii must be one or more numbers above 0"),
