@@ -32,6 +32,8 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "freelb": {"epsilon": 0.1, "step_size": 0.05, "random_start": 0.05},
     "yopo": {"epsilon": 0.1, "step_size": 0.02, "random_start": 0.03},
     "vat": {"epsilon": 0.3},
+    "awp": {"gamma": 0.001},
+    "bregmanproximal": {"decay": 0.99},
 }
 
 # TrainingArguments of this job where it wants other defaults than transformers.
