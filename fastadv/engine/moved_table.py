@@ -36,6 +36,7 @@ class MovedTable:
             fused=self.fused,
             **rule._asdict(),
         )
+        torch.clear_autocast_cache()  # it keeps casts by tensor, and does not see that one was written to
 
     def perturbation(self) -> Tensor | None:
         """What has been added, [R, D], to the rows that have moved."""
@@ -49,6 +50,7 @@ class MovedTable:
         """Put back what has moved."""
         if self.saved is not None:
             rows.restore(self.table, self.saved, self.rows, fused=self.fused)
+            torch.clear_autocast_cache()
         self.rows = self.saved = None
 
     def _back_up(self, grad: Tensor) -> None:

@@ -36,6 +36,7 @@ class MovedWeights:
             yield
         finally:
             self._restore.copy()
+            torch.clear_autocast_cache()  # it keeps casts by tensor, and does not see that one was written to
 
     def _make_room(self) -> None:
         """In a first step, or after the model has gone to another device or precision."""
@@ -68,6 +69,7 @@ class MovedWeights:
             if epsilon is not None:
                 reach = epsilon * saved.abs()
                 torch.clamp(weight, saved - reach, saved + reach, out=weight)
+        torch.clear_autocast_cache()
 
 
 def _alike(saved: Tensor, weight: Tensor) -> bool:
