@@ -18,8 +18,8 @@ from tests.support import assert_gradients, batch, gradients, seeded
 
 MAKES: dict[str, Callable[..., fastadv.Method]] = {
     **EVERY,
-    "awp": lambda model, embedding: fastadv.AWP(model, gamma=0.3),  # noqa: ARG005
-    "awp, clamped": lambda model, embedding: fastadv.AWP(model, gamma=0.3, epsilon=0.2),  # noqa: ARG005
+    "awp": lambda model, embedding: fastadv.AWP(model, gamma=0.3),
+    "awp, clamped": lambda model, embedding: fastadv.AWP(model, gamma=0.3, epsilon=0.2),
     "bregman": lambda model, embedding: fastadv.BregmanProximal(
         model, decay=0.9, method=fastadv.FGM(model, embedding=embedding)
     ),
