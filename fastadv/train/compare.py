@@ -82,8 +82,8 @@ def write(result: dict[str, Any], folder: Path) -> list[Row]:
 
 
 def summary(runs: Iterable[dict[str, Any]]) -> list[Row]:
-    """One row per setting, in the order in which they were asked for."""
-    runs = list(runs)
+    """One row per setting: plain training first, then by name."""
+    runs = sorted(runs, key=lambda one: (one["method"] != "plain", one["method"]))
     plain = {one["seed"]: one["accuracy"][0]["accuracy"] for one in runs if one["method"] == "plain"}
     rows = []
     for name in dict.fromkeys(label(one["method"], one["arguments"]) for one in runs):

@@ -1,5 +1,4 @@
-"""A training loop that has autocast around the whole step, not in the closure: the casts that it keeps are no older than
-the weights."""
+"""Autocast around the whole step, not in the closure: the casts that it keeps are no older than the weights."""
 
 from __future__ import annotations
 
