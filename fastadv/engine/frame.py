@@ -17,6 +17,7 @@ from fastadv.engine.guard import Guard
 from fastadv.engine.interception import install
 from fastadv.engine.moved_tables import MovedTables
 from fastadv.engine.perturbation import TABLE_SCOPES, Perturbation, PositionPerturbation, TablePerturbation
+from fastadv.engine.precision import Precision
 from fastadv.engine.proximity import Proximity
 from fastadv.engine.site import Masks, Site
 from fastadv.engine.split import Split, SplitChoice
@@ -47,6 +48,7 @@ class Frame:
         backward: Backward | None,
         scaler: GradScaler | None,
         atomic: bool,
+        probe_dtype: torch.dtype | None,
         embedding: embeddings.EmbeddingChoice = None,
         scope: str = "sample",
         tied: str = "lookup",
@@ -62,6 +64,7 @@ class Frame:
         self.backward = backward
         self._watched = backward is not None  # what the user wrote may look at gradients as soon as it has run
         self.scaler = scaler
+        self.precision = Precision(model, probe_dtype)
         self.tables = TableGradients(self.site)
         self.proximity = Proximity(self.dropout)
         self.split: Split | None = None

@@ -120,7 +120,8 @@ class Engine(Frame):
         """The perturbation's gradient alone."""
         self.site.probing = True  # autograd would compute the tables' gradients and throw them away
         with self._quiet():
-            output, loss = self._forward(closure, loss_of)
+            with self.precision.lowered(self.device):
+                output, loss = self._forward(closure, loss_of)
             grads = self._gradients([loss if self.scaler is None else self.scaler.scale(loss)])
         self._check_split()
         self.perturbation.take(grads)
@@ -134,7 +135,8 @@ class Engine(Frame):
         with self._quiet():
             self.dropout.before_pass(self.device)
             self.site.begin_pass()
-            ends, weights = split.run(closure, whole=self.wrapping.sharded)
+            with self.precision.lowered(self.device):
+                ends, weights = split.run(closure, whole=self.wrapping.sharded)
             self.site.recomputing = True  # what runs the embedding from here on is a checkpoint
             grads = self._gradients(ends, weights)
         if all(grad is None for grad in grads):
@@ -159,7 +161,8 @@ class Engine(Frame):
     def weight_gradients(self, closure: Closure, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The gradient of these parameters; no perturbation has part in it."""
         with self.wrapping.synchronised(False):
-            output, loss = self._forward(closure, loss_of)
+            with self.precision.lowered(self.device):
+                output, loss = self._forward(closure, loss_of)
             grads = torch.autograd.grad(
                 loss if self.scaler is None else self.scaler.scale(loss), parameters, allow_unused=True
             )

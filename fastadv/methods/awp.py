@@ -45,7 +45,7 @@ class AWP(Method):
         clean_weight: weight of the gradient at the weights as they are; 0: no part of it is kept.
         adv_weight: weight of the gradient at the moved weights.
         start_step: attack from this step on. Early on, when the weights move by themselves, it may do harm.
-        **common: `every`, `dropout`, `fused`, `backward`, `scaler`, `atomic`; see `fastadv.PGD`.
+        **common: `every`, `dropout`, `fused`, `backward`, `scaler`, `atomic`, `probe_dtype`; see `fastadv.PGD`.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or no weight that moves.

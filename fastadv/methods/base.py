@@ -54,6 +54,7 @@ class Method(Capturable):
         backward: Backward | None = None,
         scaler: GradScaler | None = None,
         atomic: bool = True,
+        probe_dtype: torch.dtype | None = None,
         site: Mapping[str, Any],
     ) -> None:
         check_module(model)
@@ -67,7 +68,14 @@ class Method(Capturable):
         self._check_trainable()
         dispatch.require(fused, next(model.parameters()).device.type)
         self.engine = Engine(
-            model, dropout=dropout, fused=fused, backward=backward, scaler=scaler, atomic=atomic, **site
+            model,
+            dropout=dropout,
+            fused=fused,
+            backward=backward,
+            scaler=scaler,
+            atomic=atomic,
+            probe_dtype=probe_dtype,
+            **site,
         )
 
     # What the user calls

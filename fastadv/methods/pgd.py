@@ -47,6 +47,9 @@ class PGD(ClassicPGD, TwoPass):
         backward: who takes a full pass's loss, `accelerator.backward` for example; None: `loss.backward()`.
         scaler: a `torch.amp.GradScaler`, which then scales probes as well.
         atomic: keep a copy of gradients that were there before, to put back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it, full passes as you have them;
+            None: all alike. float16 loses small gradients without a `scaler`, and where that has grown too far none is
+            finite (`skipped` counts them). The masks of dropout="same" are the same in both on the CPU.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.

@@ -41,7 +41,8 @@ class VAT(EmbeddingMethod):
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
         epsilon: length of the perturbation.
         xi: length of the probing step; None: by the dtype in which the model computes: 1e-5 in float64, 0.01 in
-            float32, 1 in lower precision or under autocast. Too short, and rounding hides what it changes.
+            float32, 1 in lower precision, under autocast or with `probe_dtype`. Too short, and rounding hides what it
+            changes.
         steps: number of power iterations, K.
         norm: "l2"; "linf" takes the sign of the gradient in place of its direction.
         scope: what the norm is over: "sample", "token", "batch", "row", "table".
@@ -88,7 +89,7 @@ class VAT(EmbeddingMethod):
     ) -> None:
         refuse_tied("VAT", tied)
         self.weight = number("weight", weight)
-        self.xi = by_dtype(model) if xi is None else number("xi", xi)
+        self.xi = by_dtype(model, common.get("probe_dtype")) if xi is None else number("xi", xi)
         if not self.xi:
             raise ValueError("xi must be above 0: at a distance of 0 the divergence has no gradient")
         if random_start is False or random_start == 0:
@@ -145,11 +146,11 @@ class VAT(EmbeddingMethod):
         return resolve(random_start, self.xi, lambda radius: somewhere_at(radius, LEADING[self.scope]))
 
 
-def by_dtype(model: nn.Module) -> float:
-    """How far to probe, by the precision in which `model` computes here."""
+def by_dtype(model: nn.Module, probe_dtype: torch.dtype | None) -> float:
+    """How far to probe, by the precision in which `model` is probed here."""
     check_module(model)
     device = next((parameter.device.type for parameter in model.parameters()), "cpu")
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
-    if torch.is_autocast_enabled(device) or len(dtypes) != 1:
+    if torch.is_autocast_enabled(device) or probe_dtype is not None or len(dtypes) != 1:
         return 1.0
     return XI.get(dtypes.pop(), 1.0)

@@ -11,6 +11,8 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
+import torch
+
 import fastadv
 from fastadv.methods import Method
 from fastadv.train.errors import UserError
@@ -105,10 +107,10 @@ def pairs(arguments: Sequence[str]) -> dict[str, str | None]:
 
 
 def literal(text: str | None) -> Any:
-    """A parameter's value as it would be written in Python, more or less: none, true, 3, 0.5, l2."""
+    """A parameter's value as it would be written in Python, more or less: none, true, 3, 0.5, l2, bfloat16."""
     if text is None:
         return True
-    constants = {"none": None, "true": True, "false": False}
+    constants = {"none": None, "true": True, "false": False, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if text.lower() in constants:
         return constants[text.lower()]
     for kind in (int, float):

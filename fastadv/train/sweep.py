@@ -58,8 +58,13 @@ def ready(settings: Settings, grid: Sequence[Point]) -> Job:
 def common(job: Job) -> dict[str, Any]:
     """What all trainings of a file share, as JSON has it."""
     described = {name: value for name, value in job.description().items() if not name.startswith("method")}
-    shared: dict[str, Any] = json.loads(json.dumps(described, default=str))
+    shared: dict[str, Any] = as_read(described)
     return shared
+
+
+def as_read(value: Any) -> Any:
+    """What `read_json` gives back of it: a dtype comes back as its name."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Path, command: str) -> dict[str, Any]:
@@ -68,7 +73,8 @@ def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Pat
     result: dict[str, Any] = read_json(output) or fresh
     everything = list(itertools.product(seeds, grid))
     for index, (seed, (name, arguments)) in enumerate(everything, 1):
-        done = any((one["method"], one["arguments"], one["seed"]) == (name, arguments, seed) for one in result["runs"])
+        wanted = (name, as_read(arguments), seed)
+        done = any((one["method"], one["arguments"], one["seed"]) == wanted for one in result["runs"])
         if not done:
             finished = _one(job, name, arguments, seed, f"[{index}/{len(everything)}] ")
             result = read_json(output) or fresh  # another process may have added to it

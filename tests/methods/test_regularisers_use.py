@@ -186,7 +186,6 @@ def test_arguments(method: Any, options: dict[str, Any], error: type[Exception],
         ({"embedding": "word_embeddings"}, TypeError, ["embedding"]),
         ({"scope": "sample"}, TypeError, ["scope"]),
     ],
-    ids=str,
 )
 def test_arguments_of_awp(options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
     model, _ = tiny()

@@ -165,7 +165,7 @@ def test_small_divergences_in_float32(kind: str) -> None:
     assert abs(divergence(logits, target, kind).item() / want - 1) < 2e-3
     plain = float(F.kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean"))
     if kind == "kl":
-        assert abs(plain / want - 1) > 0.5  # what F.kl_div makes of it
+        assert abs(plain / want - 1) > 0.1  # what F.kl_div makes of it: half, or the double, as the machine rounds
 
 
 def test_gradcheck_and_gradgradcheck() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 import fastadv
 from fastadv.train import options
@@ -23,6 +24,11 @@ def test_parameters_are_the_signatures() -> None:
     assert pgd["step_size"].default == 0.3
     assert not {"step_size", "steps"} & set(fgm), "FGM decides these itself"
     assert not {"model", "backward", "scaler"} & set(pgd)
+
+
+@pytest.mark.parametrize("method", options.methods().values())
+def test_every_method_takes_the_dtype_of_its_probes(method: type[fastadv.Method]) -> None:
+    assert options.split(["--probe-dtype", "bfloat16"], method).method == {"probe_dtype": torch.bfloat16}
 
 
 def test_split() -> None:
@@ -44,7 +50,16 @@ def test_split() -> None:
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3", 3), ("0.5", 0.5), ("1e-3", 1e-3), ("none", None), ("True", True), ("l2", "l2"), (None, True)],
+    [
+        ("3", 3),
+        ("0.5", 0.5),
+        ("1e-3", 1e-3),
+        ("none", None),
+        ("True", True),
+        ("l2", "l2"),
+        ("bfloat16", torch.bfloat16),
+        (None, True),
+    ],
 )
 def test_literal(text: str | None, value: object) -> None:
     assert options.literal(text) == value
