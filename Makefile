@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install
 REPAIR = for d in $(VENV)/lib/python*/site-packages/*.dist-info; do \
 	[ -e "$$d/INSTALLER" ] || { echo "repairing $$d"; rm -rf "$$d"; }; done
 
-.PHONY: train test test-slow test-all lint bench gpu-check docs asan clean
+.PHONY: train test test-slow test-all lint bench report bench-compare bench-profile gpu-check docs asan clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -23,13 +23,15 @@ train: $(VENV)/.train
 # Then the Triton kernels, interpreted: what they have of their own and the ops' tests, and in test-slow the matrix of methods.
 INTERPRETED := --backend triton tests/kernels tests/ops
 MATRIX := --backend triton $(addprefix tests/methods/test_,oracles.py papers.py goldens.py numbers.py regularisers.py goldens_regularisers.py)
+# A process for every core: each test runs on one thread. Slow ones are few and long, so that they are handed out one by one.
+PYTEST := $(BIN)/python -m pytest -n $(shell getconf _NPROCESSORS_ONLN)
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
-	$(BIN)/python -m pytest -m "not slow" $(INTERPRETED)
+	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow" $(INTERPRETED)
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow $(ARGS)
-	$(BIN)/python -m pytest $(MATRIX)
+	$(PYTEST) -m slow --maxschedchunk=1 $(ARGS)
+	$(PYTEST) $(MATRIX)
 
 test-all:
 	$(MAKE) test
@@ -43,13 +45,25 @@ lint: $(VENV)/.test
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run -Werror csrc/*.h csrc/*.cpp csrc/*.cu
 
-# Both heaps, then the report, which keeps a run of full size (bench/results, docs/benchmarks.md).
-RUNS := build/bench
+# Everything, and then the report, which keeps the run (bench/results, docs/benchmarks.md). ARGS="-m quick" takes two minutes.
+RUN := build/bench.json
 bench: $(VENV)/.bench
-	mkdir -p $(RUNS)
-	for heap in users retained; do \
-		$(BIN)/python -m pytest bench --benchmark-only --heap $$heap --benchmark-json=$(RUNS)/$$heap.json $(ARGS) || exit; done
-	$(BIN)/python -m bench.report $(RUNS)/users.json $(RUNS)/retained.json --write
+	mkdir -p build
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-json=$(RUN) $(ARGS)
+	$(BIN)/python -m bench.report $(RUN) $(if $(ARGS),,--write)
+
+# What is shown of the runs that are kept: CSV, tables and pictures.
+report: $(VENV)/.bench
+	$(BIN)/python -m bench.report
+
+# This working tree against BASE, a revision of git, in turns.
+BASE ?= HEAD
+bench-compare: $(VENV)/.bench
+	$(BIN)/python -m bench.compare $(BASE) $(ARGS)
+
+# Where the time of a PGD-3 step goes.
+bench-profile: $(VENV)/.bench
+	$(BIN)/python -m bench.profile_step --all --output docs/results/profile.json --picture docs/results/profile.svg $(ARGS)
 
 # On a machine with a GPU, with what its own python3 has (torch, triton, pytest, hypothesis, transformers) and no network:
 # tests, sanitizers and figures in under ten minutes; it prints tables and writes bench/results/<gpu>.json.
@@ -106,7 +120,14 @@ $(VENV)/.test: $(VENV)/.train
 	$(INSTALL) 'fastadv[test,lint]'
 	touch $@
 
-$(VENV)/.bench $(VENV)/.docs: $(VENV)/.%: $(VENV)/.train
+# A contestant whose dependency brings stubs that are not matplotlib's and numpy's own.
+$(VENV)/.bench: $(VENV)/.train
 	@$(REPAIR)
-	$(INSTALL) 'fastadv[$*]'
+	$(INSTALL) 'fastadv[bench]'
+	$(INSTALL) --no-deps smart-pytorch
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.train
+	@$(REPAIR)
+	$(INSTALL) 'fastadv[docs]'
 	touch $@

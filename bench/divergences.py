@@ -95,11 +95,11 @@ def _compiled(a: Tensor, b: Tensor) -> Found:
 
 
 CONTESTANTS: dict[str, Compare] = {
-    "textbook": by_autograd(textbook),
-    "plain, autograd": by_autograd(shorter),
-    "plain PyTorch": given(by_hand),
-    "torch.compile": given(_compiled),
-    "fastadv": by_autograd(lambda a, b: ops.divergence(a, b, fused=True)),
+    "reference": by_autograd(textbook),
+    "torch, autograd": by_autograd(shorter),
+    "torch": given(by_hand),
+    "compiled": given(_compiled),
+    "fused": by_autograd(lambda a, b: ops.divergence(a, b, fused=True)),
 }
 
 
@@ -110,7 +110,7 @@ def moved(rows: int, classes: int) -> int:
 
 def measure(contestant: str, rows: int, classes: int, rounds: int) -> dict[str, Any]:
     """Each round's peak resident bytes above what is there before, and its seconds; a first round warms up."""
-    from bench.memory import peak, release, reset_peak
+    from bench.peaks import peak, release, reset_peak
 
     logits, target = inputs(rows, classes)
     compare = CONTESTANTS[contestant]

@@ -1,37 +1,67 @@
-"""The machine, and the environment that a run asks for: glibc's heap and the number of threads."""
+"""The machine: what stands beside every figure, glibc's heap, and the environment that a run needs."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# A heap that keeps what was freed: nothing is mapped by itself, and nothing is given back.
-RETAINED = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(64 << 20)}
 TUNED = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # mallopt's numbers, from malloc.h
+SAME = ("processor", "cores", "threads", "torch", "python", "libc", "size")  # runs that agree in these may be mixed
 
 
-def environment(heap: str, threads: int, current: Mapping[str, str]) -> dict[str, str]:
-    """`current` with the heap and threads that are asked for; "users" is glibc untouched."""
+def environment(threads: int, current: Mapping[str, str]) -> dict[str, str]:
+    """`current` with that many threads, and with a heap that nobody has tuned."""
     kept = {name: value for name, value in current.items() if not name.startswith(TUNED)}
-    return {**kept, "OMP_NUM_THREADS": str(threads), **(RETAINED if heap == "retained" else {})}
+    return {**kept, "OMP_NUM_THREADS": str(threads)}
 
 
-def describe(heap: str) -> dict[str, Any]:
+def retain_heap() -> bool:
+    """From now on glibc keeps what is freed: it maps nothing by itself, and gives nothing back. Is it glibc?"""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, TypeError, OSError):  # musl, macOS, Windows
+        return False
+    return all(mallopt(name, value) == 1 for name, value in ((MMAP_MAX, 0), (TRIM_THRESHOLD, -1), (TOP_PAD, 64 << 20)))
+
+
+def describe(device: str = "cpu") -> dict[str, Any]:
     """What stands beside every figure."""
     return {
-        "heap": heap,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "processor": _processor(),
+        "processor": _processor() if device == "cpu" else torch.cuda.get_device_name(),
         "cores": os.cpu_count(),
         "libc": " ".join(platform.libc_ver()),
     }
+
+
+def name(machine: Mapping[str, Any]) -> str:
+    """Of the file that keeps a machine's figures."""
+    cores = "" if "nvidia" in str(machine["processor"]).lower() else f" {machine['cores']} cores"
+    return slug(f"{machine['processor']}{cores}")
+
+
+def slug(text: str) -> str:
+    """Small letters and digits, with dashes between."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def available() -> int:
+    """Bytes of memory that nobody uses; where that cannot be told, as many as there may be."""
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(encoding="ascii"))
+    except OSError:
+        found = None
+    return 1024 * int(found[1]) if found else 1 << 62
 
 
 def _processor() -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import gc
 import itertools
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 LIMIT = "physical limit"
-WARMUP = 2
+WARMUP, FEWEST = 2, 3
 
 
 class Entry(NamedTuple):
@@ -20,6 +21,8 @@ class Entry(NamedTuple):
 
     setup: Callable[[], object]
     run: Callable[[], object]
+    answer: Callable[[], object] | None = None  # runs it and says what it found, if that is not what `run` returns
+    compared: bool = True  # with the others; what stands there for scale alone does other work
 
 
 class Copy:
@@ -34,7 +37,7 @@ class Copy:
 
 
 class Result(NamedTuple):
-    """The rounds of each contestant in seconds, and of the copy."""
+    """The rounds of each contestant in seconds, and of the copy before each of them."""
 
     seconds: dict[str, list[float]]
     copy: list[float]
@@ -56,32 +59,41 @@ Reading = Callable[[], tuple[float, float]]  # seconds of the copy and of the ru
 
 
 def race(
-    entries: dict[str, Entry], rounds: int, copy: Copy, clock: Callable[[Run, Run], Reading] | None = None
+    entries: dict[str, Entry],
+    rounds: int,
+    copy: Copy,
+    clock: Callable[[Run, Run], Reading] | None = None,
+    *,
+    warmup: int = WARMUP,
+    budget: float = math.inf,
+    taken: Mapping[str, float] | None = None,
 ) -> Result:
     """Time `rounds` of each; every round begins with the next contestant, and each run with the copy.
 
-    `clock(copy, run)` runs both; the default is the host's.
+    `clock(copy, run)` runs both; the default is the host's. A contestant that has taken `budget` seconds sits out the
+    rest, once it has `FEWEST` rounds; `taken` says what it has taken before.
     """
     clock = clock or _host_clock
-    readings: list[tuple[str, Reading]] = []
+    readings: dict[str, list[Reading]] = {name: [] for name in entries}
+    spent = {**dict.fromkeys(entries, 0.0), **(taken or {})}
     gc.collect()
     gc.disable()
     try:
-        for index in range(-WARMUP, rounds):
+        for index in range(-warmup, rounds):
             for name in _rotated(list(entries), index):
+                if spent[name] > budget and (index < 0 or len(readings[name]) >= FEWEST):
+                    continue
+                start = time.perf_counter()
                 entries[name].setup()
                 reading = clock(copy, entries[name].run)
+                spent[name] += time.perf_counter() - start
                 if index >= 0:
-                    readings.append((name, reading))
+                    readings[name].append(reading)
     finally:
         gc.enable()
-    seconds: dict[str, list[float]] = {name: [] for name in entries}
-    copied = []
-    for name, reading in readings:
-        copy_seconds, run_seconds = reading()
-        copied.append(copy_seconds)
-        seconds[name].append(run_seconds)
-    return Result(seconds, copied, copy.bytes)
+    both = {name: [reading() for reading in mine] for name, mine in readings.items()}
+    copied = [copy_seconds for mine in both.values() for copy_seconds, _ in mine]
+    return Result({name: [run for _, run in mine] for name, mine in both.items()}, copied, copy.bytes)
 
 
 def _host_clock(copy: Run, run: Run) -> Reading:

@@ -1,55 +1,60 @@
-"""Peak resident memory of a PGD-3 step on the largest table, over plain training: numbers, not an assertion."""
+"""Peak resident memory, each contestant in a process of its own: a PGD-3 step, and a divergence."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import pytest
 
-from bench.memory import CONTESTANTS, MIB, perturbation_bytes
-from bench.race import replay_clock, report
+from bench import divergences, memory, processes
+from bench.contest import Contests
+from bench.peaks import MIB
+from bench.race import report
 from bench.workloads import Size
 
-ROOT = Path(__file__).parent.parent
+pytestmark = [pytest.mark.steps, pytest.mark.once]
+ROUNDS = 1  # each after a run that warms up; they agree to a MiB
 
 
 @pytest.fixture(scope="module")
-def measured(request: pytest.FixtureRequest, rounds: Callable[[int], int]) -> dict[str, dict[str, Any]]:
-    """Every contestant in a process of its own."""
-    if request.config.getoption("--heap") != "users":
-        pytest.skip("peak memory means glibc's heap as users have it")
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("needs Linux: /proc/self/clear_refs resets the peak")
-    options = ["--size", request.config.getoption("--size"), "--rounds", str(rounds(3))]
-    return {name: _in_a_process([name, *options]) for name in CONTESTANTS}
+def steps(request: pytest.FixtureRequest, contests: Contests) -> dict[str, dict[str, Any]]:
+    options = ["--size", request.config.getoption("--size"), "--rounds", contests.rounds or ROUNDS]
+    return processes.each("bench.memory", memory.CONTESTANTS, *options)
 
 
-def _in_a_process(arguments: list[str]) -> dict[str, Any]:
-    command = [sys.executable, "-m", "bench.memory", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+@pytest.fixture(scope="module")
+def comparisons(size: Size, contests: Contests) -> dict[str, dict[str, Any]]:
+    rows, classes = size.logits[-1]
+    options = ["--rows", rows, "--classes", classes, "--rounds", contests.rounds or ROUNDS]
+    return processes.each("bench.divergences", divergences.CONTESTANTS, *options)
 
 
-@pytest.mark.benchmark(timer=replay_clock)
-@pytest.mark.parametrize("contestant", CONTESTANTS)
-def test_peak_memory(
-    benchmark: Any, contestant: str, size: Size, measured: dict[str, dict[str, Any]], info: dict[str, Any]
+@pytest.mark.parametrize("contestant", memory.CONTESTANTS)
+def test_training_step(
+    benchmark: Any, heap: str, contestant: str, size: Size, steps: dict[str, dict[str, Any]], contests: Contests
 ) -> None:
-    peak = median(measured[contestant]["peaks"])
-    over = peak - median(measured["plain"]["peaks"])
+    """Over plain training."""
+    peak = median(steps[contestant]["peaks"])
+    over = peak - median(steps["plain"]["peaks"])
     found = {
-        "contestant": contestant,
         "peak_mib": round(peak / MIB, 1),
         "over_plain_mib": round(over / MIB, 1),
-        "over_plain_perturbations": round(over / perturbation_bytes(size), 1),
+        "over_plain_perturbations": round(over / memory.perturbation_bytes(size), 1),
     }
     group = f"peak memory, PGD-3, V {size.vocabularies[-1]:,}"
-    report(benchmark, group, measured[contestant]["seconds"], {**info, **found})
+    info = {**contests.info, "heap": heap, "contestant": contestant}
+    report(benchmark, group, steps[contestant]["seconds"], {**info, **found})
+
+
+@pytest.mark.parametrize("contestant", divergences.CONTESTANTS)
+def test_divergence(
+    benchmark: Any, heap: str, contestant: str, size: Size, comparisons: dict[str, dict[str, Any]], contests: Contests
+) -> None:
+    """Over what is there before: the results are two tensors like the logits."""
+    rows, classes = size.logits[-1]
+    over = median(comparisons[contestant]["peaks"])
+    found = {"over_inputs_mib": round(over / MIB, 1), "over_inputs_logits": round(over / (4 * rows * classes), 2)}
+    group = f"peak memory, symmetric KL, {rows} x {classes:,} logits"
+    info = {**contests.info, "heap": heap, "contestant": contestant}
+    report(benchmark, group, comparisons[contestant]["seconds"], {**info, **found})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from bench import machine
 from bench.gpu import ops, stages, steps
 from bench.gpu.clock import device_race
 from bench.race import Copy, Entry
@@ -64,11 +64,12 @@ def figures(found: dict[str, Any], size: str, device: torch.device) -> Iterable[
 
 
 def keep(found: Mapping[str, Any], folder: Path) -> Path:
-    """Write what there is so far."""
-    name = re.sub(r"[^a-z0-9]+", "-", str(found["gpu"]).lower()).strip("-")
+    """Write what there is so far, beside what `bench.report` keeps of the same GPU."""
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{name}.json"
-    path.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    path = folder / f"{machine.slug(str(found['gpu']))}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    reported = {name: before[name] for name in ("machine", "runs", "groups") if name in before}
+    path.write_text(json.dumps({**found, **reported}, indent=1) + "\n", encoding="utf-8")
     return path
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from bench.race import Copy, Entry, Reading, Result, Run, race
@@ -25,12 +27,13 @@ def captured(run: Run) -> Run:
     return graph.replay
 
 
-def device_race(entries: dict[str, Entry], rounds: int, copy: Copy) -> Result:
+def device_race(entries: dict[str, Entry], rounds: int, copy: Copy, **limits: Any) -> Result:
     """`bench.race.race`, by the device's clock: what waits for the device in its middle pays for that as well.
 
     While the device copies, the host is ahead and prepares what comes next.
     """
-    return race(entries, rounds, copy, _device_clock if torch.cuda.is_available() else None)
+    clock = _device_clock if copy.source.is_cuda else None
+    return race(entries, rounds, copy, clock, **limits)
 
 
 def _device_clock(copy: Run, run: Run) -> Reading:

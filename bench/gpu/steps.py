@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.linalg import vector_norm
 
 import fastadv
-from bench import contestants as who
-from bench.check import same_embeddings, same_gradients
-from bench.contestants import Ball
+from bench import attack_steps as who
+from bench import training
+from bench.attack_steps import Ball
+from bench.contest import check
 from bench.gpu.clock import captured, device_race, microseconds
 from bench.race import Copy, Entry, Run
 from bench.workloads import classifier, gradient, table, zipf
@@ -71,14 +72,14 @@ def _compiled_whole(
 
 
 ATTACKS: dict[str, tuple[str, Any]] = {
-    "classic script": ("classic_us", who.ClassicStep),
-    "plain, index_add": ("torch_us", who.IndexAddStep),
-    "plain PyTorch": ("torch_us", DeviceStep),
-    "torch.compile": ("compiled_us", who.CompiledStep),
-    "torch.compile of all": ("compiled_us", WholeCompiledStep),
-    "fastadv": ("fused_us", who.FastadvStep),
+    "reference": ("classic_us", who.ClassicStep),
+    "torch, index_add": ("torch_us", who.IndexAddStep),
+    "torch": ("torch_us", DeviceStep),
+    "compiled": ("compiled_us", who.CompiledStep),
+    "compiled, all of it": ("compiled_us", WholeCompiledStep),
+    "fused": ("fused_us", who.FusedStep),
 }
-WAITS = ("classic script",)  # reads norms on the host, so that it cannot be captured
+WAITS = ("reference",)  # reads norms on the host, so that it cannot be captured
 
 
 def attack_steps(size: Size, device: torch.device, copy: Copy, rounds: int) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -90,7 +91,7 @@ def attack_steps(size: Size, device: torch.device, copy: Copy, rounds: int) -> I
         second = first.flip(0)
         torch._dynamo.reset()
         made = {name: build(weight, ids, BALL) for name, (_, build) in ATTACKS.items()}
-        same_embeddings(made, weight[ids.flatten()], first, second, 1e-4)
+        check(who.entries(made, weight[ids.flatten()], first, second), 1e-4)
         entries = {name: _attack(name, step, first, second) for name, step in made.items()}
         found = microseconds(device_race(entries, rounds, copy))
         yield str(vocabulary), {**_best(found), "contestants": found}
@@ -117,10 +118,10 @@ def _best(found: dict[str, float]) -> dict[str, float]:
 # Training steps
 
 
-class PassesAlone(who.BestTraining):
+class PassesAlone(training.BestTraining):
     """The passes of PGD without its attack: what no engine can do without."""
 
-    def backward(self, closure: who.Closure) -> None:
+    def backward(self, closure: training.Closure) -> None:
         self.live = True
         try:
             for left in range(self.steps, -1, -1):
@@ -144,7 +145,7 @@ def training_steps(size: Size, device: torch.device, copy: Copy, rounds: int) ->
 
 
 def _training(model: nn.Module, ids: Tensor, copy: Copy, rounds: int) -> dict[str, Any]:
-    ball, steps = who.METHODS["PGD-3"]
+    ball, steps = training.schedule("PGD-3")
     labels = torch.arange(len(ids), device=ids.device) % 2
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -153,13 +154,12 @@ def _training(model: nn.Module, ids: Tensor, copy: Copy, rounds: int) -> dict[st
             loss: Tensor = model(**given).loss
         return loss
 
-    names = {"plain": "plain_us", "classic script": "classic_us", "plain, index_add": "index_add_us"}
-    names["plain PyTorch"] = "torch_us"
-    made: dict[str, Run] = {short: who.training(name, "PGD-3", model, closure) for name, short in names.items()}
+    names = {"plain": "plain_us", "reference": "classic_us", "torch, index_add": "index_add_us", "torch": "torch_us"}
+    made: dict[str, Run] = {short: training.step(name, "PGD-3", model, closure) for name, short in names.items()}
     adv = fastadv.PGD(model, epsilon=ball.epsilon, step_size=ball.step_size, steps=steps)
     made["fastadv_us"] = lambda: adv.backward(closure)
-    others = {name: made[name] for name in ("index_add_us", "torch_us", "fastadv_us")}
-    same_gradients(model, made["classic_us"], others, 5e-2)  # in bfloat16 the order of sums shows
+    compared = {name: made[name] for name in ("classic_us", "index_add_us", "torch_us", "fastadv_us")}
+    check(training.entries(model, compared), 5e-2)  # in bfloat16 the order of sums shows
     passes = PassesAlone(model, ball, steps)
     made["passes_us"] = lambda: passes.backward(closure)
     if ids.device.type == "cuda":

@@ -46,7 +46,7 @@ def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
         if axes.lines:
             axes.legend()
 
-    return _svg(_axes(draw), "losses")
+    return svg(_axes(draw), "losses")
 
 
 def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
@@ -67,7 +67,7 @@ def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
         axes.set_xticks(sorted({cell["radius"] for cells in models.values() for cell in cells}))
         axes.legend()
 
-    return _svg(_axes(draw), "radii")
+    return svg(_axes(draw), "radii")
 
 
 def methods(rows: Sequence[Any]) -> str:
@@ -94,19 +94,25 @@ def methods(rows: Sequence[Any]) -> str:
             axes.set_yticks(range(len(names)), names)
             axes.invert_yaxis() if index == 0 else None
 
-    return _svg(draw, "methods", (9.6, 1.2 + 0.3 * len(rows)))
+    return svg(draw, "methods", (9.6, 1.2 + 0.3 * len(rows)))
 
 
 def _axes(draw: Callable[[Axes], None]) -> Callable[[Figure], None]:
     return lambda figure: draw(figure.add_subplot())
 
 
-def _svg(draw: Callable[[Figure], None], salt: str, size: tuple[float, float] = (5.6, 3.6)) -> str:
+def svg(
+    draw: Callable[[Figure], None], salt: str, size: tuple[float, float] = (5.6, 3.6), *, opaque: bool = False
+) -> str:
+    """A figure of `size` inches in this project's style. Equal drawings with equal `salt` give equal text.
+
+    `opaque`: on white, for pages whose background is not known.
+    """
     with mpl.rc_context(cast("Any", {**STYLE, "svg.hashsalt": salt})):
         figure = Figure(figsize=size, layout="constrained")
         draw(figure)
         file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        figure.savefig(file, format="svg", transparent=not opaque, metadata={"Date": None, "Creator": None})
     text = file.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     return text[text.index("<svg") :]

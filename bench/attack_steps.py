@@ -1,4 +1,4 @@
-"""Who competes, in float32 on the CPU: the classic script, the best plain PyTorch we could write, and fastadv.
+"""Attack steps in float32: the classic script's, the best plain PyTorch we could write, and fastadv's.
 
 An attack step goes from dE, the gradient at the embedding's output, to the E of the next forward: one step of PGD of
 length `step_size`, projected onto a ball of radius `epsilon`. What depends on the batch alone (its sort, the rows of
@@ -7,7 +7,7 @@ the table that it touches) is `prepare`, and has a benchmark of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
-import fastadv
+from bench.race import Entry
 from fastadv import ops, reference
-
-Closure = Callable[[], Tensor]
 
 
 class Ball(NamedTuple):
@@ -28,7 +26,20 @@ class Ball(NamedTuple):
     epsilon: float
 
 
-# Attack steps, table scope: step(dE [N, D]) -> E [N, D]
+def entries(steps: Mapping[str, Any], start: Tensor, first: Tensor, second: Tensor) -> dict[str, Entry]:
+    """The second step of each, along `second`; its answer is how far both have moved the embeddings from `start`."""
+
+    def entry(step: Any) -> Entry:
+        return Entry(
+            lambda: (step.reset(), step.step(first)),
+            lambda: step.step(second),
+            lambda: step.step(second).reshape(start.shape) - start,
+        )
+
+    return {name: entry(step) for name, step in steps.items()}
+
+
+# Table scope: step(dE [N, D]) -> E [N, D]
 
 
 class ClassicStep:
@@ -129,7 +140,7 @@ def _compiled(
     return r, base + r
 
 
-class FastadvStep:
+class FusedStep:
     """The engine's ops, on buffers that serve every step."""
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
@@ -158,7 +169,7 @@ def _rule(step: Any) -> dict[str, Any]:
     return {"skipped": step.skipped, "step_size": length, "epsilon": radius, "direction": "l2", "ball": "l2"}
 
 
-# Attack steps, sample scope: step(dE [B, T, D]) -> E [B, T, D]
+# Sample scope: step(dE [B, T, D]) -> E [B, T, D]
 
 
 class BestSampleStep:
@@ -198,7 +209,7 @@ def _norms(x: Tensor) -> Tensor:
     return vector_norm(x, dim=(1, 2), keepdim=True)
 
 
-class FastadvSampleStep:
+class FusedSampleStep:
     """The engine's op: one call from dE to E."""
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
@@ -214,120 +225,3 @@ class FastadvSampleStep:
         room = {"weight": self.weight, "ids": self.ids, "embedded": self.out}
         ops.ascend(self.delta, grad, group=1, fused=True, **_rule(self), **room)
         return self.out
-
-
-# Training steps: the gradients of one step, accumulated in .grad
-
-
-class BestTraining:
-    """The engine's schedule in plain PyTorch: a full pass, probes, a full pass; the embedding's output is a leaf.
-
-    What autograd does not compute for the table (its dense gradient, in every full pass) is made once, at the end.
-    """
-
-    def __init__(self, model: nn.Module, ball: Ball, steps: int) -> None:
-        self.embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
-        self.ball, self.steps = ball, steps
-        self.embedding.register_forward_hook(self._replace)
-        self.leaf: Tensor | None = None
-        self.live = False
-
-    def _replace(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not self.live:
-            return None
-        if self.leaf is None:
-            self.ids, self.leaf = args[0], output.detach().requires_grad_()
-        return self.leaf
-
-    def backward(self, closure: Closure) -> None:
-        self.live = True
-        try:
-            first = self._full(closure)
-            attack = BestStep(self.embedding.weight.detach(), self.ids, self.ball)
-            grad = first
-            for left in range(self.steps - 1, -1, -1):
-                moved = attack.step(grad.reshape(-1, grad.shape[-1]))
-                self.leaf = moved.reshape(first.shape).detach().requires_grad_()
-                grad = self._probe(closure) if left else self._full(closure)
-            self._accumulate(first.add_(grad).reshape(-1, grad.shape[-1]), attack.rows)
-        finally:
-            self.live, self.leaf = False, None
-
-    def _full(self, closure: Closure) -> Tensor:
-        closure().backward()  # type: ignore[no-untyped-call]
-        assert self.leaf is not None and self.leaf.grad is not None
-        return self.leaf.grad
-
-    def _probe(self, closure: Closure) -> Tensor:
-        loss = closure()
-        assert self.leaf is not None
-        return torch.autograd.grad(loss, self.leaf)[0]
-
-    def _accumulate(self, grad: Tensor, rows: Rows) -> None:
-        weight = self.embedding.weight
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        summed = F.embedding_bag(rows.order, grad, rows.starts, mode="sum")
-        weight.grad.index_add_(0, rows.unique, summed)
-
-
-class HookTraining:
-    """The same schedule as most would write it: delta is added in a hook, and autograd brings the table's gradient."""
-
-    def __init__(self, model: nn.Module, ball: Ball, steps: int) -> None:
-        self.embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
-        self.ball, self.steps = ball, steps
-        self.embedding.register_forward_hook(self._add)
-        self.delta: Tensor | None = None
-        self.live = False
-
-    def _add(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not self.live:
-            return None
-        if self.delta is None:
-            self.ids, self.words = args[0], output.detach()
-            self.delta = torch.zeros_like(output).requires_grad_()
-        return output + self.delta
-
-    def backward(self, closure: Closure) -> None:
-        self.live = True
-        try:
-            grad = self._full(closure)
-            attack = IndexAddStep(self.embedding.weight.detach(), self.ids, self.ball)
-            for left in range(self.steps - 1, -1, -1):
-                moved = attack.step(grad.reshape(-1, grad.shape[-1]))
-                self.delta = (moved.view_as(self.words) - self.words).requires_grad_()
-                grad = torch.autograd.grad(closure(), self.delta)[0] if left else self._full(closure)
-        finally:
-            self.live, self.delta = False, None
-
-    def _full(self, closure: Closure) -> Tensor:
-        closure().backward()  # type: ignore[no-untyped-call]
-        assert self.delta is not None and self.delta.grad is not None
-        return self.delta.grad
-
-
-SCHEDULED: dict[str, Any] = {"plain, index_add": HookTraining, "plain PyTorch": BestTraining}
-METHODS = {"FGM": (Ball(1.0, float("inf")), 1), "PGD-3": (Ball(0.3, 1.0), 3)}
-
-
-def training(contestant: str, method: str, model: nn.Module, closure: Closure) -> Callable[[], object]:
-    """A training step without its optimizer."""
-    ball, steps = METHODS[method]
-    if contestant == "plain":
-        return lambda: closure().backward()  # type: ignore[no-untyped-call]
-    if contestant in SCHEDULED:
-        scheduled = SCHEDULED[contestant](model, ball, steps)
-        return lambda: scheduled.backward(closure)
-    if method == "FGM":
-        adv: Any = fastadv.FGM
-        script: Any = reference.fgm
-        numbers: dict[str, Any] = {"epsilon": ball.step_size}
-    else:
-        adv, script = fastadv.PGD, reference.pgd
-        numbers = {"epsilon": ball.epsilon, "step_size": ball.step_size, "steps": steps}
-    if contestant == "classic script":
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-        return lambda: script(model, closure, embedding, **numbers)
-    ours = adv(model, **numbers)
-    return lambda: ours.backward(closure)

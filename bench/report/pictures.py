@@ -1,0 +1,148 @@
+"""The figures as pictures: SVG, of the heap as users have it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from bench.report.condense import OURS, Rows
+from fastadv.train.plots import svg
+
+COLOURS = {
+    "plain": "#9ca3af",
+    "reference": "#6b7280",
+    "torch, index_add": "#0e7490",
+    "torch, autograd": "#0e7490",
+    "torch": "#c2410c",
+    "compiled": "#a16207",
+    "bert4torch": "#7e22ce",
+    "smart-pytorch": "#7e22ce",
+    "transformers": "#7e22ce",
+    OURS: "#1d5fbf",
+}
+MEANING = {"reference": "reference (classic script)", "torch": "torch (best plain PyTorch)", OURS: "fastadv"}
+METHOD = "step of a method, "
+AXES = {  # of test_scaling: what the panel shows, and its unit
+    "vocabulary": ("attack step", "vocabulary"),
+    "tokens": ("attack step", "tokens in the batch"),
+    "dimension": ("attack step", "dimension of the embeddings"),
+    "steps": ("training step, PGD-K", "steps K"),
+    "whole step": ("training step, PGD-3", "vocabulary"),
+}
+
+
+def every(condensed: Mapping[str, Any]) -> dict[str, str]:
+    """By file name: those for which there are figures."""
+    users = {name: heaps["users"] for name, heaps in condensed["groups"].items() if "users" in heaps}
+    methods = {name.removeprefix(METHOD): rows for name, rows in users.items() if name.startswith(METHOD)}
+    growth = {axis: found for axis in AXES if (found := along(users, axis))}
+    made = {"benchmarks.svg": ratios(users)}
+    if methods:
+        made["step_time.svg"] = step_time(methods)
+    if "vocabulary" in growth:
+        made["attack_cost.svg"] = lines({"vocabulary": growth["vocabulary"]})
+    if growth:
+        made["scaling.svg"] = lines(growth)
+    return made
+
+
+def along(users: Mapping[str, Rows], axis: str) -> dict[str, list[tuple[float, float]]]:
+    """Points (value, median) of every contestant."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for rows in users.values():
+        for name, row in rows.items():
+            if row.get("axis") == axis:
+                found.setdefault(name, []).append((row["value"], row["median"]))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def ratios(users: Mapping[str, Rows]) -> str:
+    """Every contestant's time over fastadv's, group by group."""
+    timed = {
+        name: rows
+        for name, rows in users.items()
+        if OURS in rows and not name.startswith("peak memory") and "axis" not in rows[OURS]
+    }
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        for contestant, colour in COLOURS.items():
+            found = [(rows[contestant]["over_fused"], y) for y, rows in enumerate(timed.values()) if contestant in rows]
+            if found and contestant != OURS:
+                axes.scatter(*zip(*found, strict=True), color=colour, s=32, label=contestant, zorder=3)
+        axes.axvline(1, color=COLOURS[OURS], lw=2, label="fastadv")
+        axes.set_yticks(range(len(timed)), list(timed))
+        axes.invert_yaxis()
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set_xlabel("median time over fastadv's (log scale); right of the line is slower")
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+    return svg(draw, "benchmarks", (9.4, 0.9 + 0.3 * len(timed)), opaque=True)
+
+
+def step_time(methods: Mapping[str, Rows]) -> str:
+    """A bar for every contestant of every method, and a line where plain training is."""
+    shown = ("reference", "torch", OURS)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        height = 0.8 / len(shown)
+        for index, name in enumerate(shown):
+            found = [(y, rows[name]) for y, rows in enumerate(methods.values()) if name in rows]
+            axes.barh(
+                [y + (index - 1) * height for y, _ in found],
+                [row["median"] for _, row in found],
+                height * 0.9,
+                xerr=[row["iqr"] / 2 for _, row in found],
+                error_kw={"lw": 0.8, "ecolor": "#374151"},
+                color=COLOURS[name],
+                label=MEANING[name],
+            )
+        plain = sorted(rows["plain"]["median"] for rows in methods.values() if "plain" in rows)
+        if plain:
+            axes.axvline(plain[len(plain) // 2], color=COLOURS["plain"], ls=":", lw=1.6, label="plain training")
+        axes.set_yticks(range(len(methods)), list(methods))
+        axes.invert_yaxis()
+        axes.set_xlabel("seconds of one training step, median; whiskers: interquartile range")
+        axes.legend(loc="lower right")
+
+    return svg(draw, "step_time", (7.6, 1.0 + 0.42 * len(methods)), opaque=True)
+
+
+def lines(growth: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> str:
+    """A panel for each axis, both scales logarithmic: a flat line does not grow, a diagonal is linear."""
+
+    def draw(figure: Figure) -> None:
+        columns = min(3, len(growth))
+        panels = figure.subplots(-(-len(growth) // columns), columns, squeeze=False)
+        for axes in panels.flat[len(growth) :]:
+            axes.axis("off")
+        for axes, (axis, found) in zip(panels.flat, growth.items(), strict=False):
+            _panel(axes, axis, found)
+        panels.flat[0].legend()
+
+    rows = -(-len(growth) // 3)
+    return svg(draw, "-".join(growth), (5.6, 3.4) if len(growth) == 1 else (10.4, 3.2 * rows), opaque=True)
+
+
+def _panel(axes: Axes, axis: str, found: Mapping[str, list[tuple[float, float]]]) -> None:
+    title, unit = AXES[axis]
+    scale, name = (1e3, "ms") if max(median for points in found.values() for _, median in points) < 10 else (1, "s")
+    for contestant, points in found.items():
+        x, y = zip(*points, strict=True)
+        style: dict[str, Any] = {"color": COLOURS[contestant], "marker": "o", "ms": 4, "lw": 1.6}
+        axes.plot(x, [scale * one for one in y], label=MEANING.get(contestant, contestant), **style)
+    axes.set(xscale="log", yscale="log", title=title, xlabel=unit, ylabel=f"{name}, median")
+    axes.set_xticks([value for value, _ in next(iter(found.values()))])
+    axes.xaxis.set_major_formatter(_thousands)
+    axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.title.set_fontsize(10)
+
+
+def _thousands(value: float, _: object) -> str:
+    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
