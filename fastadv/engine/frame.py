@@ -71,6 +71,7 @@ class Frame:
         self.first: Pass | None = None
         self.share = 1.0  # of an optimizer step that one batch is; terms that methods add are multiplied with it
         self._busy = False
+        self._device: torch.device | None = None  # while a step runs
         self._draw: Draw | None = None
         self._seed = 0
         entered = [] if self.perturbation.in_place else self.modules
@@ -103,7 +104,9 @@ class Frame:
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Where the model is; within a step it stays there."""
+        if self._device is not None:
+            return self._device
         return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
     def memory(self) -> list[Tensor]:
@@ -123,7 +126,7 @@ class Frame:
         if self._busy:
             raise RuntimeError("a step is already running: the closure must not call the method that calls it")
         self._busy = True
-        device = self.device
+        self._device = device = self.device
         try:
             with self.guard(device), rng.step(), self.dropout.step(self.model):
                 self.site.begin(masks)
@@ -133,7 +136,7 @@ class Frame:
                 self._draw, self._seed = start, rng.new_seed() if start is not None and start.random else 0
                 yield
         finally:
-            self._busy, self.first = False, None
+            self._busy, self._device, self.first = False, None, None
             self.site.held = False
             self.site.idle()
             if self.split is not None:
