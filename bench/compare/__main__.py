@@ -1,0 +1,254 @@
+"""`python -m bench.compare REF`: this working tree against a revision, case by case, in turns.
+
+Each has a process of its own; the two never run at the same moment. A round is base, head, head, base, so that what
+the machine does meanwhile meets both alike. A round's ratio is the geometric mean of its two pairs'; the table shows
+the rounds' median, with its 95 % interval by bootstrap over the rounds. There is no ratio for another answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from bench.compare import build
+from bench.compare.cases import CASES, Spec
+from bench.compare.worker import Worker
+
+ROUND = ("base", "head", "head", "base")
+ROUNDS, FEWEST, BUDGET = 21, 6, 90.0  # a case ends after BUDGET seconds, once it has the FEWEST rounds for a mark
+RESAMPLED = 2_000
+
+
+@dataclass
+class Row:
+    """One case: its seconds, both sides' in the order of the rounds, or a note that says why there are none."""
+
+    case: str
+    base: list[float] = field(default_factory=list)
+    head: list[float] = field(default_factory=list)
+    note: str = ""
+
+    def figures(self) -> dict[str, Any]:
+        """What the table and the JSON show."""
+        found: dict[str, Any] = {"case": self.case, "note": self.note, "base": self.base, "head": self.head}
+        if self.base and not self.note:
+            each = ratios(self.base, self.head)
+            low, high = interval(each)
+            found |= {"ratio": median(each), "interval": [low, high], "mark": mark(low, high, len(each))}
+            found |= {"base_median": median(self.base), "head_median": median(self.head)}
+        return found
+
+
+# The figures
+
+
+def ratios(base: Sequence[float], head: Sequence[float]) -> list[float]:
+    """Head over base, round by round: of two runs each, the geometric mean."""
+    pairs = [math.log(one / other) for one, other in zip(head, base, strict=True)]
+    return [math.exp((pairs[at] + pairs[at + 1]) / 2) for at in range(0, len(pairs), 2)]
+
+
+def interval(values: Sequence[float], resampled: int = RESAMPLED) -> tuple[float, float]:
+    """The 95 % interval of the median, by bootstrap; the same for the same values."""
+    drawing = random.Random(0)
+    medians = sorted(median(drawing.choices(values, k=len(values))) for _ in range(resampled))
+    return medians[round(0.025 * (resampled - 1))], medians[round(0.975 * (resampled - 1))]
+
+
+def mark(low: float, high: float, rounds: int) -> str:
+    """What the interval says."""
+    if rounds < FEWEST:
+        return "too few rounds"
+    return "slower" if low > 1 else "faster" if high < 1 else "same"
+
+
+def difference(base: Sequence[torch.Tensor], head: Sequence[torch.Tensor]) -> float:
+    """How far the results are apart, relative; infinitely, if their shapes differ."""
+    if [one.shape for one in base] != [one.shape for one in head]:
+        return math.inf
+    apart = size = 0.0
+    for one, other in zip(base, head, strict=True):
+        apart += float((one.double() - other.double()).square().sum())
+        size += float(one.double().square().sum())
+    return math.sqrt(apart / size) if size else math.inf if apart else 0.0
+
+
+# The race
+
+
+def compare(row: Row, spec: Spec, workers: Mapping[str, Worker], rounds: int | None) -> None:
+    """Fill a row, round by round, so that an interrupt leaves what there is.
+
+    Both make the case anew for every round: the pages that it happens to get decide about its time, sometimes by half,
+    and would pass for a difference between the revisions. The first round warms up.
+    """
+    start = time.perf_counter()
+    for number in range(-1, rounds or ROUNDS):
+        row.note = prepare(row.case, spec, workers, compared=number < 0)
+        seconds: dict[str, list[float]] = {"base": [], "head": []}
+        for side in () if row.note else ROUND:
+            reply = workers[side].ask("run")
+            row.note = row.note or (f"{side} fails: {reply['error']}" if "error" in reply else "")
+            seconds[side].append(reply.get("seconds", math.nan))
+        if row.note:
+            return
+        if number >= 0:
+            row.base += seconds["base"]
+            row.head += seconds["head"]
+        if not rounds and number + 1 >= FEWEST and time.perf_counter() - start > BUDGET:
+            return
+
+
+def prepare(case: str, spec: Spec, workers: Mapping[str, Worker], *, compared: bool) -> str:
+    """Let both make a case; what stands in the way of timing it, if anything does."""
+    replies = {side: worker.ask("prepare", case=case, answer=compared) for side, worker in workers.items()}
+    lacking = {side: reply["error"] for side, reply in replies.items() if "error" in reply}
+    if lacking:
+        return "; ".join(f"not there in {side}: {error}" for side, error in lacking.items())
+    if not compared:
+        return ""
+    apart = difference(*(torch.load(reply["answer"]) for reply in replies.values()))
+    return "" if apart <= spec.tolerance else f"differs by {apart:.1e} (may by {spec.tolerance:g})"
+
+
+def race(rows: list[Row], sides: dict[str, dict[str, Any]], names: Sequence[str], options: Any) -> None:
+    """Compare case after case. What there is so far is in `rows`, and what the processes are in `sides`."""
+    builds = {"base": build.revision(options.base), "head": build.working_tree()}
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-compare-")))
+        workers: dict[str, Worker] = {}
+        for side, built in builds.items():
+            workers[side] = Worker(side, built, folder, options.threads)
+            stack.callback(workers[side].close)
+            sides[side] = {"name": built.name, "commit": built.commit, **(workers[side].found or {})}
+        say = stack.enter_context(progress(len(names)))
+        for name in names:
+            rows.append(Row(name))
+            say(name, None)
+            compare(rows[-1], CASES[name], workers, options.rounds)
+            say(name, rows[-1])
+
+
+# What is shown
+
+
+@contextlib.contextmanager
+def progress(total: int) -> Iterator[Callable[[str, Row | None], None]]:
+    """A bar where rich is installed and somebody looks; else a line for every case. On stderr."""
+    with contextlib.ExitStack() as stack:
+        bar: Any = None
+        if sys.stderr.isatty():
+            with contextlib.suppress(ImportError):
+                from rich.console import Console
+                from rich.progress import Progress
+
+                bar = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
+                task = bar.add_task("", total=total)
+
+        def say(name: str, row: Row | None) -> None:
+            if bar is not None:
+                bar.update(task, description=name, advance=row is not None)
+            if row is not None:
+                print(" | ".join(cell for cell in cells(row) if cell), file=sys.stderr, flush=True)
+
+        yield say
+
+
+HEADER = ("case", "base", "head", "head / base", "95 %", "")
+LEGEND = "base, head: medians. head / base: the rounds' median; 95 %: its interval, by bootstrap over the rounds."
+
+
+def report(rows: Sequence[Row], sides: Mapping[str, Mapping[str, Any]]) -> str:
+    """The table, and what is in it."""
+    lines = [HEADER, *(cells(row) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
+    names = [f"{side}: {found['name']}" for side, found in sides.items()]
+    columns = ["  ".join(map(_aligned, line, widths, range(len(line)))).rstrip() for line in lines]
+    return "\n".join([*names, "", *columns, "", LEGEND])
+
+
+def _aligned(cell: str, width: int, column: int) -> str:
+    return cell.rjust(width) if 0 < column < len(HEADER) - 1 else cell.ljust(width)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """A row of the table."""
+    found = row.figures()
+    if "ratio" not in found:
+        return (row.case, "", "", "", "", row.note or "interrupted")
+    low, high = found["interval"]
+    medians = (amount(found["base_median"]), amount(found["head_median"]))
+    return (row.case, *medians, f"{found['ratio']:.3f}", f"{low:.3f} to {high:.3f}", found["mark"])
+
+
+def amount(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+# The command
+
+
+def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
+    parser.add_argument("base", nargs="?", default="HEAD", help="a revision of git; default: HEAD")
+    parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="cases to compare")
+    parser.add_argument("--rounds", type=int, help=f"of every case; default: {ROUNDS}, or {BUDGET:.0f} seconds' worth")
+    parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of each process")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
+    parser.add_argument("--list", action="store_true", help="only say which cases there are")
+    return parser, parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser, options = parse(arguments)
+    names = [name for name in CASES if options.only.search(name)]
+    if not names:
+        parser.error(f"no case matches {options.only.pattern!r}: --list names them")
+    if options.rounds is not None and options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if options.list:
+        print("\n".join(names))
+        return 0
+    rows: list[Row] = []
+    sides: dict[str, dict[str, Any]] = {}
+    code = 0
+    try:
+        race(rows, sides, names, options)
+    except build.RevisionError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    except build.BuildError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    if rows:
+        print(report(rows, sides))
+    if rows and options.json:
+        kept = {**sides, "cores": os.cpu_count(), "cases": [row.figures() for row in rows]}
+        options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
