@@ -63,7 +63,7 @@ bench-compare: $(VENV)/.bench
 
 # Where the time of a PGD-3 step goes.
 bench-profile: $(VENV)/.bench
-	$(BIN)/python -m bench.profile_step --all --output docs/results/profile.json --picture docs/results/profile.svg $(ARGS)
+	$(BIN)/python -m bench.profile_step --all --oversubscribed --output docs/results/profile.json --picture docs/results/profile.svg $(ARGS)
 
 # On a machine with a GPU, with what its own python3 has (torch, triton, pytest, hypothesis, transformers) and no network:
 # tests, sanitizers and figures in under ten minutes; it prints tables and writes bench/results/<gpu>.json.

@@ -15,7 +15,7 @@ from bench import machine, peaks
 from bench.gpu.clock import device_race
 from bench.race import LIMIT, Copy, Entry, Result, relative_error, report
 
-ROUNDS, WARMUP, BUDGET = 21, 2, 4.0  # BUDGET: seconds that a contestant may take before it sits out
+ROUNDS, WARMUP, BUDGET = 15, 2, 4.0  # BUDGET: seconds that a contestant may take before it sits out
 
 
 class Field(NamedTuple):

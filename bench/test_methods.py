@@ -35,14 +35,14 @@ def pgd(size: Size, vocabulary: int, device: str) -> Field:
 def test_training_step(contest: Any, heap: str, size: Size, device: str, table: int, contestant: str) -> None:
     vocabulary = size.vocabularies[table]
     make = lambda: pgd(size, vocabulary, device)  # noqa: E731
-    rounds = 7 if heap == "users" else 3
+    rounds = 7 if heap == "users" else 2
     contest(f"training step, PGD-3, V {vocabulary:,}", contestant, make, rounds=rounds, warmup=0, budget=90)
 
 
 @pytest.mark.once
 @pytest.mark.parametrize(("work", "contestant"), [(work, name) for work, names in steps.WORK.items() for name in names])
 def test_methods(contest: Any, size: Size, device: str, work: str, contestant: str) -> None:
-    contest(f"step of a method, {work}", contestant, lambda: steps.field(work, size, device), rounds=5, warmup=1)
+    contest(f"step of a method, {work}", contestant, lambda: steps.field(work, size, device), rounds=5, warmup=0)
 
 
 @pytest.mark.once
@@ -64,4 +64,4 @@ def compiled(size: Size, device: str) -> Field:
         "compiled": training.step("torch, index_add", "PGD-3", model, loss_closure(runs["compiled"], batch)),
         "fused": training.compiled_step("PGD-3", model, batch),
     }
-    return training.field(model, made, (*size.small, vocabulary, hidden))
+    return training.field(model, made, (*size.small, vocabulary, hidden), tolerance=1e-3)

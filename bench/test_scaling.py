@@ -31,9 +31,14 @@ def along(axis: str, value: int, field: Field) -> Field:
 
 
 def attack(shape: Shape, device: str) -> Field:
-    """Table scope, without what is compiled: a graph for every size takes longer than the size says."""
+    """Table scope, without what is compiled: a graph for every size takes longer than the size says.
+
+    The script's r is what its table has moved by, and so has the table's rounding: the more rows share the step, the
+    shorter each one's part of it.
+    """
     field = table_field(shape, BALL, device)
-    return field._replace(entries={name: entry for name, entry in field.entries.items() if name in ATTACK})
+    entries = {name: entry for name, entry in field.entries.items() if name in ATTACK}
+    return field._replace(entries=entries, tolerance=5e-4)
 
 
 @pytest.mark.parametrize("contestant", ATTACK)
@@ -76,11 +81,11 @@ def steps_field(size: Size, device: str, vocabulary: int, steps: int) -> Field:
 def test_steps(contest: Any, size: Size, device: str, value: int, contestant: str) -> None:
     """Of PGD: a full pass more for the script, a probe more for the others."""
     make = lambda: along("steps", value, steps_field(size, device, size.vocabularies[0], value))  # noqa: E731
-    contest(f"training step, PGD-{value}", contestant, make, rounds=5, warmup=1)
+    contest(f"training step, PGD-{value}", contestant, make, rounds=5, warmup=0)
 
 
 @pytest.mark.parametrize("contestant", ["plain", *ATTACK])
 def test_whole_step(contest: Any, size: Size, device: str, value: int, contestant: str) -> None:
     """PGD-3 by vocabulary: what grows is the table's gradient, which nobody can do without, and the script's attack."""
     make = lambda: along("whole step", value, steps_field(size, device, value, 3))  # noqa: E731
-    contest(f"training step, PGD-3, small network, V {value:,}", contestant, make, rounds=5, warmup=1)
+    contest(f"training step, PGD-3, small network, V {value:,}", contestant, make, rounds=5, warmup=0)

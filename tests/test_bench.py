@@ -190,6 +190,21 @@ def test_the_page_shows_the_committed_run() -> None:
         assert (ROOT / f"bench/results/{name}.csv").read_text() == tables.comma_separated(condensed)
 
 
+def test_the_readme_shows_the_committed_run() -> None:
+    readme = (ROOT / "README.md").read_text()
+    [kept] = report.kept().values()
+    users = {name: heaps["users"] for name, heaps in kept["groups"].items()}
+    steps = [users[f"training step, PGD-3, V {vocabulary}"] for vocabulary in ("30,522", "250,002")]
+    for title, name in (("the classic script", "reference"), ("the strongest plain PyTorch we could write", "torch")):
+        cells = [f"{rows[name]['over_fused']:.2f}" for rows in steps]
+        assert f"| {title} | {' | '.join(cells)} |" in readme
+    over = [users["peak memory, PGD-3, V 250,002"][name]["over_plain_mib"] for name in ("reference", "fused")]
+    assert f"{over[0]:+,.0f} MiB, {over[1]:+,.0f} MiB |" in readme
+    methods = [rows for name, rows in users.items() if name.startswith(pictures.METHOD) and "torch" in rows]
+    by_hand = sorted(rows["torch"]["over_fused"] for rows in methods)
+    assert f"within {by_hand[0]:.2f} and {by_hand[-1]:.2f}" in readme
+
+
 def test_a_race_takes_turns_and_starts_every_round_with_the_next() -> None:
     order: list[str] = []
     entries = {name: race.Entry(lambda: None, lambda name=name: order.append(name)) for name in "abc"}

@@ -23,7 +23,7 @@ COLOURS = {
     "transformers": "#7e22ce",
     OURS: "#1d5fbf",
 }
-MEANING = {"reference": "reference (classic script)", "torch": "torch (best plain PyTorch)", OURS: "fastadv"}
+MEANING = {"reference": "reference (script, or paper)", "torch": "torch (best plain PyTorch)", OURS: "fastadv"}
 METHOD = "step of a method, "
 AXES = {  # of test_scaling: what the panel shows, and its unit
     "vocabulary": ("attack step", "vocabulary"),
@@ -75,7 +75,7 @@ def ratios(users: Mapping[str, Rows]) -> str:
                 axes.scatter(*zip(*found, strict=True), color=colour, s=32, label=contestant, zorder=3)
         axes.axvline(1, color=COLOURS[OURS], lw=2, label="fastadv")
         axes.set_yticks(range(len(timed)), list(timed))
-        axes.invert_yaxis()
+        axes.set_ylim(len(timed) - 0.4, -0.6)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set_xlabel("median time over fastadv's (log scale); right of the line is slower")
@@ -85,19 +85,20 @@ def ratios(users: Mapping[str, Rows]) -> str:
 
 
 def step_time(methods: Mapping[str, Rows]) -> str:
-    """A bar for every contestant of every method, and a line where plain training is."""
+    """A bar for every contestant of every method that has all of them, and a line where plain training is."""
     shown = ("reference", "torch", OURS)
+    methods = {name: rows for name, rows in methods.items() if all(contestant in rows for contestant in shown)}
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         height = 0.8 / len(shown)
         for index, name in enumerate(shown):
-            found = [(y, rows[name]) for y, rows in enumerate(methods.values()) if name in rows]
+            found = [rows[name] for rows in methods.values()]
             axes.barh(
-                [y + (index - 1) * height for y, _ in found],
-                [row["median"] for _, row in found],
+                [y + (index - 1) * height for y in range(len(found))],
+                [row["median"] for row in found],
                 height * 0.9,
-                xerr=[row["iqr"] / 2 for _, row in found],
+                xerr=[row["iqr"] / 2 for row in found],
                 error_kw={"lw": 0.8, "ecolor": "#374151"},
                 color=COLOURS[name],
                 label=MEANING[name],
@@ -106,7 +107,9 @@ def step_time(methods: Mapping[str, Rows]) -> str:
         if plain:
             axes.axvline(plain[len(plain) // 2], color=COLOURS["plain"], ls=":", lw=1.6, label="plain training")
         axes.set_yticks(range(len(methods)), list(methods))
-        axes.invert_yaxis()
+        axes.set_ylim(len(methods) - 0.4, -0.6)
+        axes.grid(visible=False, axis="y")
+        axes.set_axisbelow(True)
         axes.set_xlabel("seconds of one training step, median; whiskers: interquartile range")
         axes.legend(loc="lower right")
 
@@ -123,7 +126,11 @@ def lines(growth: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> str:
             axes.axis("off")
         for axes, (axis, found) in zip(panels.flat, growth.items(), strict=False):
             _panel(axes, axis, found)
-        panels.flat[0].legend()
+        named = {
+            name: line for axes in panels.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
+        }
+        empty = panels.flat[-1] if len(growth) < panels.size else panels.flat[0]
+        empty.legend(named.values(), named.keys(), loc="center left" if empty is not panels.flat[0] else "upper left")
 
     rows = -(-len(growth) // 3)
     return svg(draw, "-".join(growth), (5.6, 3.4) if len(growth) == 1 else (10.4, 3.2 * rows), opaque=True)
@@ -145,4 +152,4 @@ def _panel(axes: Axes, axis: str, found: Mapping[str, list[tuple[float, float]]]
 
 
 def _thousands(value: float, _: object) -> str:
-    return f"{value / 1000:g}k" if value >= 1000 else f"{value:g}"
+    return f"{value / 1000:g}k" if value % 1000 == 0 else f"{value:,.0f}"
