@@ -126,6 +126,18 @@ def test_the_page_of_freeat_shows_what_was_measured() -> None:
         assert line.endswith(f"| {' | '.join(cells)} |")
 
 
+def test_the_page_of_benchmarks_shows_the_profile() -> None:
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    profile = json.loads((ROOT / "docs/results/profile.json").read_text())
+    for part in profile["cases"][0]["parts"]:
+        rows = [case["parts"][part] for case in profile["cases"]]
+        assert " | ".join(f"{row['percent']:.2f} ({row['ms']:,.1f})" for row in rows) in page, part
+    assert all(case["exclusive"]["percent"] < 1 for case in profile["cases"][:2])
+    for case in profile["oversubscribed"]:
+        step, rest = f"{case['profiled']['ms'] / 1e3:.2f}", f"{case['exclusive']['ms']:.1f}"
+        assert f"| {case['threads']} | {step} | {case['parts']['attack']['ms']:.1f} | {rest} |" in page
+
+
 def test_files_stay_short() -> None:
     sources = [*(ROOT / "fastadv").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), *(ROOT / "csrc").glob("*.*")]
     long = {source.name: count for source in sources if (count := len(source.read_text().splitlines())) > 300}
