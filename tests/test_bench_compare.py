@@ -83,12 +83,25 @@ def test_results_are_held_against_each_other() -> None:
     assert list(tensors((one[0], [one[1], None]))) == one
 
 
-def test_turns_are_base_head_head_base(answers: list[Path]) -> None:
+def test_rounds_fill_both_sides(answers: list[Path]) -> None:
     """The first round warms up."""
     base, head = Scripted(9, 9, 1, 2, 3, 4, answer=answers[0]), Scripted(9, 9, 5, 6, 7, 8, answer=answers[0])
     row = filled(base, head)
     assert (row.base, row.head) == ([1, 2, 3, 4], [5, 6, 7, 8]) and not row.note
     assert row.figures()["mark"] == "too few rounds"
+
+
+def test_sides_take_turns(answers: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def ask(self: Scripted, do: str, **_: object) -> dict[str, Any]:
+        order.append(f"{self.error}{do[0]}")  # `error` is a name here
+        return {"answer": answers[0], "seconds": 1.0}
+
+    monkeypatch.setattr(Scripted, "ask", ask)
+    filled(Scripted(error="b"), Scripted(error="h"))
+    warm, first, second = (" ".join(order[at : at + 6]) for at in (0, 6, 12))
+    assert first == "bp hp br hr hr br" and second == warm == "hp bp hr br br hr" and len(order) == 18
 
 
 def test_no_ratio_for_another_answer(answers: list[Path]) -> None:
