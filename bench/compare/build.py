@@ -10,6 +10,7 @@ import hashlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -112,7 +113,7 @@ def _built(key: str, unpack: Callable[[Path], None]) -> Path:
         return place / "site"
     print(f"building {place.name}", file=sys.stderr, flush=True)
     PLACE.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=PLACE, prefix=".") as scratch:
+    with tempfile.TemporaryDirectory(dir=PLACE, prefix=".", ignore_cleanup_errors=True) as scratch:
         tree, new = Path(scratch, "tree"), Path(scratch, "new")
         unpack(tree)
         _install(place.name, tree, new / "site", environment)
@@ -139,17 +140,22 @@ def _settings(environment: dict[str, str]) -> str:
 def _install(name: str, tree: Path, site: Path, environment: dict[str, str]) -> None:
     options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
     command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(tree)]
-    done = subprocess.run(
+    with subprocess.Popen(
         command,
         cwd=tree.parent,
         env=environment,
         text=True,
-        check=False,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
-    if done.returncode:
-        raise BuildError(f"{name} does not build:\n" + "\n".join(done.stdout.splitlines()[-SHOWN:]))
+        start_new_session=True,  # with its compilers, which would go on writing into a folder that is taken away
+    ) as pip:
+        try:
+            printed, _ = pip.communicate()
+        except BaseException:
+            os.killpg(pip.pid, signal.SIGKILL)
+            raise
+    if pip.returncode:
+        raise BuildError(f"{name} does not build:\n" + "\n".join(printed.splitlines()[-SHOWN:]))
 
 
 def _forget_old() -> None:

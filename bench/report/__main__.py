@@ -50,20 +50,25 @@ def kept(root: Path = ROOT) -> dict[str, dict[str, Any]]:
     return {name: one for name, one in sorted(found.items()) if "groups" in one}  # others are of gpu-check alone
 
 
+def shown(machines: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """What the pages and the pictures show: the machine that ran last."""
+    return max(machines.values(), key=lambda one: str(one["runs"][-1]["date"]))
+
+
 def render(root: Path = ROOT) -> list[Path]:
-    """Make what is shown. The pages and the pictures show the machine that ran last."""
+    """Make what is shown."""
     machines = kept(root)
     if not machines:
         raise ValueError("nothing is kept in bench/results yet: run `make bench`")
     written = []
     for name, condensed in machines.items():
         written.append(_written(root / f"bench/results/{name}.csv", tables.comma_separated(condensed)))
-    shown = max(machines.values(), key=lambda one: str(one["runs"][-1]["date"]))
-    made = pictures.every(shown)
+    last = shown(machines)
+    made = pictures.every(last)
     written += [_written(root / "docs/results" / name, text) for name, text in made.items()]
     links = [f"![{title}](results/{name})" for name, title in PICTURES.items() if name in made]
     page = root / "docs/benchmarks.md"
-    text = "\n\n".join([*links, tables.markdown(shown)])
+    text = "\n\n".join([*links, tables.markdown(last)])
     return [*written, _written(page, between_markers(page.read_text(encoding="utf-8"), text))]
 
 
