@@ -39,10 +39,13 @@ struct SegmentSum {
   // Columns first .. first + width of segment s; width is at most kTile.
   template <int kTile>
   FASTADV_HD void columns(std::int64_t s, std::int64_t first, int width) const {
+    const std::int64_t begin = starts[s], end = stops[s];
+    const auto row = [&](std::int64_t i) { return values + order[i] * row_stride + first; };
+    Sum* __restrict__ to = out + s * dim + first;
+    if (end - begin == 1) return set_row(to, row(begin), width);  // most words
     Sum sum[kTile];
     for (int d = 0; d < width; ++d) sum[d] = 0;
-    for (std::int64_t i = starts[s]; i < stops[s]; ++i) add_row(sum, values + order[i] * row_stride + first, width);
-    Sum* __restrict__ to = out + s * dim + first;
+    for (std::int64_t i = begin; i < end; ++i) add_row(sum, row(i), width);
     for (int d = 0; d < width; ++d) to[d] = sum[d];
   }
 };

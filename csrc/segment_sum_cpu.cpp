@@ -5,7 +5,7 @@
 namespace fastadv {
 namespace {
 
-constexpr int kTile = 512;           // columns whose sums stay in the first cache
+constexpr int kTile = 1024;          // columns whose sums stay in the first cache
 constexpr std::int64_t kPiece = 16;  // segments that a thread takes at a time
 constexpr int kMostBits = 11;        // of a digit: the counts stay in the first cache
 constexpr int kMostDigits = 1 << kMostBits;

@@ -24,16 +24,19 @@ from fastadv.ops.ascend import BALLS, DIRECTIONS, _project, with_norm
 from fastadv.ops.dispatch import Backend, Op, in_place
 
 
+@torch.no_grad()
 def eager_touched(table: Tensor) -> Tensor:
     """`touched` in plain PyTorch."""
     return (table != 0).any(dim=1).nonzero().flatten()
 
 
+@torch.no_grad()
 def eager_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
     """`back_up` in plain PyTorch."""
     return table.clone(memory_format=torch.contiguous_format) if rows is None else table.index_select(0, rows)
 
 
+@torch.no_grad()
 def eager_restore(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
     """`restore` in plain PyTorch."""
     if rows is None:
@@ -42,6 +45,7 @@ def eager_restore(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
         table.index_copy_(0, rows, saved)
 
 
+@torch.no_grad()
 def eager_step(
     table: Tensor,
     grad: Tensor,
@@ -108,7 +112,6 @@ STEP = _op(
 )
 
 
-@torch.no_grad()
 def touched(table: Tensor, *, fused: bool | None = None) -> Tensor:
     """The rows of `table` [V, D] that hold anything but zero (NaN is something, -0.0 is not): int64, ascending.
 
@@ -120,7 +123,6 @@ def touched(table: Tensor, *, fused: bool | None = None) -> Tensor:
     return found
 
 
-@torch.no_grad()
 def back_up(table: Tensor, rows: Tensor | None = None, *, fused: bool | None = None) -> Tensor:
     """A copy [R, D] of `rows` (int64, strictly ascending) of `table` [V, D]; of all of them without `rows`.
 
@@ -135,7 +137,6 @@ def back_up(table: Tensor, rows: Tensor | None = None, *, fused: bool | None = N
     return saved
 
 
-@torch.no_grad()
 def restore(table: Tensor, saved: Tensor, rows: Tensor | None = None, *, fused: bool | None = None) -> None:
     """Put the copies `saved` [R, D] of `rows` back into `table` [V, D], bit for bit.
 
@@ -151,11 +152,12 @@ def restore(table: Tensor, saved: Tensor, rows: Tensor | None = None, *, fused: 
         >>> table.sum()
         tensor(6.)
     """
-    _check_saved(table, saved, rows)
-    RESTORE.choose(table.device.type, fused)(table, saved, rows)
+    run = RESTORE.choose(table.device.type, fused)
+    if run is RESTORE.eager:  # a launcher checks for itself
+        _check_saved(table, saved, rows)
+    run(table, saved, rows)
 
 
-@torch.no_grad()
 def step(
     table: Tensor,
     grad: Tensor,
@@ -188,6 +190,15 @@ def step(
         tensor([[1.0000, 1.0000],
                 [1.3000, 1.4000]])
     """
+    run = STEP.choose(table.device.type, fused)
+    if run is STEP.eager:  # a launcher checks for itself
+        _check(table, grad, saved, rows, direction, ball, group)
+    run(table, grad, saved, rows, skipped, step_size, epsilon, direction, ball, group)
+
+
+def _check(
+    table: Tensor, grad: Tensor, saved: Tensor | None, rows: Tensor | None, direction: str, ball: str, group: int
+) -> None:
     if direction not in DIRECTIONS or ball not in BALLS or group not in (0, 1):
         raise ValueError(
             f"direction must be one of {', '.join(DIRECTIONS)}, ball one of {', '.join(BALLS)} and group 0 or 1, "
@@ -198,8 +209,6 @@ def step(
         raise (ValueError if grad.dtype == table.dtype else TypeError)(f"grad must be {wanted}, not {got}")
     if saved is not None:
         _check_saved(table, saved, rows)
-    run = STEP.choose(table.device.type, fused)
-    run(table, grad, saved, rows, skipped, step_size, epsilon, direction, ball, group)
 
 
 def _check_saved(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
