@@ -18,6 +18,7 @@ from bench.race import Copy, replay_clock
 from bench.workloads import MAIN, MODELS, SIZES, Size
 
 HEAPS = ("users", "retained")
+QUICK = 9  # rounds of every race with `-m quick`
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -92,6 +93,7 @@ def size(request: pytest.FixtureRequest) -> Size:
 def contests(request: pytest.FixtureRequest, size: Size, device: str) -> Contests:
     option = request.config.getoption
     rounds = option("--rounds") or (1 if option("benchmark_disable") else 0)
+    rounds = rounds or (QUICK if option("markexpr") == "quick" else 0)
     info = {"size": option("--size"), **machine.describe(device)}
     return Contests(Copy(size.copy, device), rounds, info, device)
 
