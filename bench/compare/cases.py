@@ -128,6 +128,21 @@ def gather_perturb_backward() -> Case:
     return Case(run, into.zero_, lambda _: into)
 
 
+def gather_perturb_backward_fresh() -> Case:
+    """The same as a step has it: into zeros whose pages the system has yet to give."""
+    from fastadv import ops
+    from fastadv.engine.zeros import zeros_like
+
+    batch = Batch()
+    groups, into, ids = batch.groups(), [batch.weight], batch.ids.flatten()
+
+    def setup() -> None:
+        into[0] = zeros_like(batch.weight)
+
+    run = lambda: ops.gather_perturb_backward(into[0], [batch.flat], ids, groups)  # noqa: E731
+    return Case(run, setup, lambda _: into[0])
+
+
 def divergence(rows: int, classes: int) -> Callable[[], Case]:
     """Symmetric KL, and its gradient by both logits."""
 
@@ -288,6 +303,7 @@ CASES: dict[str, Spec] = {
     "segment_sum": Spec(segment_sum),
     "gather_perturb": Spec(gather_perturb),
     "gather_perturb backward": Spec(gather_perturb_backward),
+    "gather_perturb backward, fresh pages": Spec(gather_perturb_backward_fresh),
     "divergence, 32 x 1,000": Spec(divergence(32, 1_000)),
     "divergence, 256 x 30,522": Spec(divergence(256, VOCABULARY)),
     **{f"rows, {what}": Spec(rows(what)) for what in ("touched", "back_up", "step", "restore")},
