@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import fastadv
 from fastadv import reference
 from fastadv.ops import rows
-from tests.methods.test_goldens import (
+from tests.models import Stateful, TiedLM, TinyModel
+from tests.oracles.recorded import (
     ENGINES,
     FGM_ZHIHU,
     PGD_ZHIHU,
@@ -23,7 +24,6 @@ from tests.methods.test_goldens import (
     load,
     zhihu,
 )
-from tests.models import Stateful, TiedLM, TinyModel
 from tests.support import (
     assert_close,
     assert_gradients,

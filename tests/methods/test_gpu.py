@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
-from tests import oracles
 from tests.bert import text, tiny_bert
 from tests.every import EVERY, every_but, in_scopes
 from tests.models import TinyModel
+from tests.oracles import oracles
 from tests.support import assert_gradients, batch, gradients, same_bits, seeded
 
 pytestmark = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import fastadv
-from tests import oracles
 from tests.models import TinyModel
+from tests.oracles import oracles
 from tests.support import assert_gradients, batch, clear, gradients, record, same_bits, seeded
 
 SPLIT = "bert.embeddings"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
-from tests import oracles
 from tests.every import EVERY
 from tests.models import Stateful, TinyModel
+from tests.oracles import oracles
 from tests.support import assert_close, assert_gradients, batch, clear, gradients, record, seeded
 
 PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}

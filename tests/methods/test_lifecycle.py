@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.native.flags import flag_on
-from tests import oracles
 from tests.every import EVERY
 from tests.models import TinyModel
+from tests.oracles import oracles
 from tests.support import (
     assert_close,
     assert_gradients,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastadv
-from tests import oracles
 from tests.bert import text, tiny_bert
 from tests.models import D, TinyModel, V
+from tests.oracles import oracles
 from tests.support import assert_close, assert_gradients, batch, gradients, record, seeded
 
 PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}

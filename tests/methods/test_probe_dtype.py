@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastadv
-from tests import oracles
 from tests.bert import text, tiny_bert
 from tests.every import EVERY
 from tests.methods.test_faults import PLACES, Trap, check_as_new, prepare
 from tests.models import TinyModel
+from tests.oracles import oracles
 from tests.support import (
     assert_close,
     assert_gradients,

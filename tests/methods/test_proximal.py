@@ -15,7 +15,7 @@ from fastadv import reference
 from fastadv.methods.proximal import BregmanProximal
 from tests.every import EVERY
 from tests.models import Stateful, TinyModel
-from tests.regularisers import symmetric_kl
+from tests.oracles.regularisers import symmetric_kl
 from tests.support import (
     assert_close,
     assert_gradients,

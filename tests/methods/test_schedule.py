@@ -11,9 +11,9 @@ from torch import Tensor
 
 import fastadv
 from fastadv import reference
-from tests import oracles
 from tests.every import EVERY, every_but, in_scopes
 from tests.models import TinyModel
+from tests.oracles import oracles
 from tests.support import assert_close, assert_gradients, batch, clear, gradients, record, relative, same_bits, seeded
 
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
-from tests import oracles
 from tests.bert import VOCABULARY, text, tiny_bert
+from tests.oracles import oracles
 from tests.support import assert_close, assert_gradients, clear, gradients, seeded
 
 M, N = 3, 3

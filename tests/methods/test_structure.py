@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastadv
 from fastadv import reference
-from tests import oracles
 from tests.models import D, TiedLM, TinyModel, TwoCalls, V
+from tests.oracles import oracles
 from tests.support import assert_close, assert_gradients, batch, clear, gradients, record, relative, seeded
 
 PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}

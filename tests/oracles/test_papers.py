@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
-from tests import oracles, papers
 from tests.models import TinyModel, TinyRoberta
+from tests.oracles import oracles, papers
 from tests.support import assert_close, assert_gradients, batch, clear, gradients, record, seeded
 
 SIZES = {"l2": {"step_size": 0.3, "epsilon": 0.5}, "linf": {"step_size": 0.03, "epsilon": 0.05}}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from fastadv import reference
-from tests import oracles, papers
 from tests.models import Stateful, TinyModel
+from tests.oracles import oracles, papers
 from tests.support import assert_gradients, batch, gradients, seeded
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
-from tests import oracles
 from tests.models import TinyModel, TinyRoberta
+from tests.oracles import oracles
 from tests.support import assert_close, assert_gradients, batch, gradients, record, seeded
 
 FGM = {"steps": 1, "step_size": 0.7, "epsilon": 0.7}

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from tests.oracles import ascend, gradients_of, norm2
+from tests.oracles.oracles import ascend, gradients_of, norm2
 
 At = Callable[[Tensor], Tensor]
 

@@ -18,7 +18,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from tests.oracles import AXES, TABLE_SCOPES, Wanted, ascend, gradients_of, norm2
+from tests.oracles.oracles import AXES, TABLE_SCOPES, Wanted, ascend, gradients_of, norm2
 
 LossAt = Callable[[Tensor], Tensor]
 

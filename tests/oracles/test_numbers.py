@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastadv
-from tests import oracles
 from tests.models import D, TinyModel
+from tests.oracles import oracles
 from tests.support import assert_close, batch, clear, gradients, record, relative, seeded
 
 BAD = 2  # the sample whose gradient is not what it should be

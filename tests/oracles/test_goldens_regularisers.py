@@ -14,8 +14,8 @@ from torch import Tensor, nn
 import fastadv
 from fastadv import reference
 from fastadv.methods.smart import stable_kl
-from tests.methods.test_goldens import ENGINES, load
 from tests.models import TinyModel
+from tests.oracles.recorded import ENGINES, load
 from tests.support import assert_close, assert_gradients, golden, gradients, record, relative
 
 WORDS = "bert.embeddings.word_embeddings"

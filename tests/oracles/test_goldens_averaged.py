@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv import reference
-from tests.methods.test_goldens import ENGINES, Watched, load
 from tests.models import TinyModel, TinyRoberta
+from tests.oracles.recorded import ENGINES, Watched, load
 from tests.support import GOLDENS, assert_close, assert_gradients, gradients, record
 
 FREELB = sorted(path.stem for path in GOLDENS.glob("freelb_*.npz"))
