@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv.methods.smart import UPDATES
-from tests.models import CLASSES, D, Stateful, TiedLM, TinyModel, V
+from tests.models import CLASSES, D, Stateful, TinyModel, V
 from tests.support import (
     assert_close,
     assert_gradients,
@@ -19,7 +19,6 @@ from tests.support import (
     batch,
     clear,
     gradients,
-    record,
     refused,
     same_bits,
     seeded,
@@ -36,59 +35,6 @@ def tiny(**options: Any) -> tuple[TinyModel, dict[str, Tensor]]:
     if not options:
         model(**data).loss.backward()
     return model, data
-
-
-# What is refused
-
-
-@pytest.mark.parametrize("name", COMPARING)
-class TestClosures:
-    def test_only_a_loss(self, name: str) -> None:
-        model, data = tiny()
-        adv = COMPARING[name](model, embedding=model.word_embeddings)
-        phrases = [name.upper(), "only a loss", "(loss, logits)", "model(**batch)"]
-        refused(model, lambda: adv.backward(lambda: model(**data).loss), TypeError, *phrases)
-
-    def test_a_dict_without_logits(self, name: str) -> None:
-        model, data = tiny()
-        adv = COMPARING[name](model, embedding=model.word_embeddings)
-        refused(model, lambda: adv.backward(lambda: {"loss": model(**data).loss}), TypeError, "without logits")
-
-    def test_one_class(self, name: str) -> None:
-        """The softmax of one class is one: a divergence of distributions would be zero, and nobody would know."""
-        model, data = tiny(classes=1)
-        data["labels"] = torch.randn(4).double()
-        adv = COMPARING[name](model, embedding=model.word_embeddings)
-        refused(model, lambda: adv.backward(lambda: model(**data)), ValueError, "one class", "divergence='mse'")
-        adv.close()
-        squared = COMPARING[name](model, embedding=model.word_embeddings, divergence="mse")
-        squared.backward(lambda: model(**data))
-        squared.backward(lambda: (model(**data).loss, model(**data).logits[:, 0]))
-
-    def test_perturbed_needs_logits_too(self, name: str) -> None:
-        model, data = tiny()
-        adv = COMPARING[name](model, embedding=model.word_embeddings)
-        with adv.perturbed(lambda: model(**data)), torch.no_grad():
-            moved = model(**data).logits
-        assert not torch.equal(moved, model(**data).logits)
-
-        def search() -> None:
-            with adv.perturbed(lambda: model(**data).loss):
-                pytest.fail("the body must not run")
-
-        refused(model, search, TypeError, "only a loss")
-
-
-@pytest.mark.parametrize("name", HOLDING)
-def test_the_output_layer_cannot_be_moved(name: str) -> None:
-    model = seeded(TiedLM)
-    phrases = [name.upper(), "tied='both'", "tied='lookup'"]
-    refused(model, lambda: HOLDING[name](model, scope="table", tied="both"), ValueError, *phrases)
-    ids = batch()["input_ids"]
-    adv = HOLDING[name](model)
-    with record(model) as seen:
-        adv.backward(lambda: model(ids))
-    assert not torch.equal(seen[-1], seen[0])
 
 
 class Once(torch.autograd.Function):
@@ -192,34 +138,6 @@ def test_arguments_of_awp(options: dict[str, Any], error: type[Exception], phras
     refused(model, lambda: fastadv.AWP(model, **options), error, *phrases)
 
 
-@pytest.mark.parametrize("method", [fastadv.LLR, fastadv.NEFTune])
-def test_attack_where_it_has_no_use(method: Any) -> None:
-    model, data = tiny()
-    adv = method(model, embedding=model.word_embeddings)
-    closure = lambda: model(**data).loss  # noqa: E731
-    refused(model, lambda: adv.backward(closure, attack=closure), ValueError, "attack=", "leave it out")
-
-
-@pytest.mark.parametrize("name", COMPARING)
-def test_attack_takes_the_place_of_the_search(name: str) -> None:
-    """The perturbation follows another loss; the penalty is the divergence there."""
-    model, data = tiny()
-    clear(model)
-    seen = {}
-    for sign in (1, -1):
-        adv = COMPARING[name](
-            model, embedding=model.word_embeddings, epsilon=0.1, random_start=lambda s, _: torch.zeros(s)
-        )
-        with record(model) as words:
-            adv.backward(lambda: model(**data), attack=lambda: sign * model(**data).loss)  # noqa: B023
-        seen[sign] = words[-1] - words[0]
-        adv.close()
-    assert_close(seen[1], -seen[-1], 1e-9, "perturbation")
-
-
-# AWP puts weights back
-
-
 @pytest.mark.parametrize("fails_in", ["closure", "backward", "perturbed"])
 @pytest.mark.parametrize("earlier", [False, True])
 @pytest.mark.parametrize("index", range(3))
@@ -299,35 +217,6 @@ def test_awp_does_not_mind_the_size_of_the_gradient(scale: float) -> None:
     assert_close(found[1], found[0], 1e-4, "movement")
 
 
-# Modes and precisions
-
-
-@pytest.mark.parametrize("name", [*HOLDING, "neftune", "awp", "bregman"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_low_precision_and_autocast(name: str, dtype: torch.dtype) -> None:
-    """Finite, near float64's, and repeatable with dropout."""
-    makes = {
-        **HOLDING,
-        "neftune": fastadv.NEFTune,
-        "awp": lambda model, embedding: fastadv.AWP(model),
-        "bregman": lambda model, embedding: fastadv.BregmanProximal(
-            model, decay=0.9, method=fastadv.SMART(model, embedding=embedding)
-        ),
-    }
-    found = []
-    for _ in range(2):
-        model, data = seeded(lambda: TinyModel("tfm", dropout=0.1), dtype=dtype), batch()
-        adv = makes[name](model, embedding="word_embeddings")
-        torch.manual_seed(4)
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
-            result = adv.backward(lambda: model(**data))  # noqa: B023
-        assert result.loss.isfinite()
-        assert result.adv_loss.isfinite()
-        found.append(gradients(model))
-        assert all(grad.isfinite().all() for grad in found[-1].values())
-    assert all(same_bits(found[0][key], found[1][key]) for key in found[0])
-
-
 def test_vat_looks_at_a_plain_step_without_labels() -> None:
     """Before `start_step`: nothing to train, and no complaint."""
     model, data = tiny()
@@ -337,65 +226,6 @@ def test_vat_looks_at_a_plain_step_without_labels() -> None:
     assert (result.loss.item(), result.adv_loss) == (0.0, None)
     assert all(p.grad is None for p in model.parameters())
     assert adv.backward(lambda: {"logits": model(data["input_ids"]).logits}).adv_loss > 0
-
-
-@pytest.mark.parametrize("name", HOLDING)
-@pytest.mark.parametrize("inside", [False, True])
-def test_checkpointing(name: str, inside: bool) -> None:
-    """Segments behind the embedding are recomputed as ever; one around it could not tell which perturbation it saw."""
-    from torch.utils.checkpoint import checkpoint
-
-    model, data = tiny()
-    clear(model)
-    plain = HOLDING[name](model, embedding=model.word_embeddings)
-    torch.manual_seed(1)
-    plain.backward(lambda: model(**data))
-    want = gradients(model)
-    plain.close()
-    clear(model)
-
-    class Segment(nn.Module):
-        def __init__(self, part: nn.Module) -> None:
-            super().__init__()
-            self.part = part
-
-        def forward(self, *args: Any) -> Any:
-            return checkpoint(self.part, *args, use_reentrant=False)
-
-    if inside:
-        model.bert.embeddings = Segment(model.bert.embeddings)
-        adv = HOLDING[name](model, embedding=model.bert.embeddings.part.word_embeddings)
-        if name == "vat":  # its clean pass is over when the perturbation begins to move
-            adv.backward(lambda: model(**data))
-        else:
-            with pytest.raises(RuntimeError, match="keep it outside of checkpointed segments"):
-                adv.backward(lambda: model(**data))
-    else:
-        model.bert.ff1 = Segment(model.bert.ff1)
-        adv = HOLDING[name](model, embedding=model.word_embeddings)
-        torch.manual_seed(1)
-        adv.backward(lambda: model(**data))
-        found = gradients(model)
-        assert_gradients({key.replace("ff1.part", "ff1"): grad for key, grad in found.items()}, want, 1e-12)
-
-
-@pytest.mark.parametrize("name", ["smart", "vat", "neftune"])
-def test_compiled(name: str) -> None:
-    """The same gradients under torch.compile."""
-    make = {**COMPARING, "neftune": fastadv.NEFTune}[name]
-    found = []
-    for compiled in (False, True):
-        torch._dynamo.reset()
-        model, data = seeded(lambda: TinyModel("tfm")), batch()
-        adv_model: Any = torch.compile(model, backend="aot_eager") if compiled else model
-        adv = make(adv_model, embedding="word_embeddings")
-        torch.manual_seed(1)
-        for _ in range(2):
-            clear(model)
-            adv.backward(lambda: adv_model(**data), mask=data["attention_mask"])  # noqa: B023
-        found.append(gradients(model))
-        adv.close()
-    assert_gradients(found[1], found[0], 1e-9)
 
 
 def test_awp_goes_where_the_model_goes() -> None:

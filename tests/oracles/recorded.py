@@ -14,14 +14,8 @@ from tests.models import TinyModel
 from tests.support import assert_close, assert_gradients, golden, gradients, seeded
 
 NATIVE = pytest.mark.skipif(not native.available(), reason=f"no C++ ops: {native.reason()}")
-
-
 ENGINES = [pytest.param(True, id="fused", marks=NATIVE), pytest.param(False, id="eager")]
-
-
 FGM_ZHIHU = ["fgm_zhihu_mlp_eps0.5", "fgm_zhihu_mlp_eps1.0"]
-
-
 PGD_ZHIHU = [
     "pgd_zhihu_mlp_eps0.5_a0.3_K3",
     "pgd_zhihu_mlp_eps1.0_a0.3_K1",

@@ -71,9 +71,5 @@ class Setting:
 
 
 FUSED = [pytest.param(None, id="fused"), pytest.param(False, id="eager")]
-
-
 MASKED = pytest.mark.parametrize("masked", [False, True], ids=["all", "mask"])
-
-
 EVERYWHERE = pytest.mark.parametrize("fused", FUSED)

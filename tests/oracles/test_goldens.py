@@ -9,16 +9,7 @@ from torch import Tensor
 import fastadv
 from fastadv import reference
 from tests.models import TinyModel, TinyRoberta
-from tests.oracles.recorded import (
-    ENGINES,
-    FGM_ZHIHU,
-    PGD_ZHIHU,
-    Watched,
-    check_zhihu,
-    hyperparameters,
-    load,
-    zhihu,
-)
+from tests.oracles.recorded import ENGINES, FGM_ZHIHU, PGD_ZHIHU, Watched, check_zhihu, hyperparameters, load, zhihu
 from tests.support import assert_close, assert_gradients, gradients, record
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -194,3 +195,58 @@ def test_statistics(scope: str, norm: str) -> None:
     assert adv.skipped.shape == adv.perturbation_norm.shape == ()
     assert adv.attacked == 1
     assert want.shape[-1] == D
+
+
+@pytest.mark.parametrize("norm", oracles.NORMS)
+@pytest.mark.parametrize("name", ["FreeLB", "YOPO", "FreeAT"])
+def test_a_sample_without_a_gradient_stays_and_is_not_counted(name: str, norm: str) -> None:
+    """With a zero start the public code of FreeLB divides zero by zero here."""
+    model, data = seeded(lambda: TinyModel("tfm")), batch()
+    ids, labels = data["input_ids"], data["labels"]
+    options: dict[str, Any] = {"norm": norm, "epsilon": 0.3}
+    options |= {"YOPO": {"split": "bert.embeddings"}, "FreeAT": {"step_size": 0.1, "replays": 3}}.get(name, {})
+    if name != "FreeAT":
+        options |= {"random_start": False, "step_size": 0.1}
+    adv = getattr(fastadv, name)(model, embedding=model.word_embeddings, **options)
+
+    def closure() -> Tensor:
+        logits = model(ids, data["attention_mask"]).logits
+        losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+        return losses[[0, 1, 3]].mean()  # nothing is asked of sample 2
+
+    with record(model) as seen:
+        for _ in range(3 if name == "FreeAT" else 1):
+            adv.backward(closure, mask=data["attention_mask"], step=0 if name != "FreeAT" else None)
+            with torch.no_grad():
+                model.classifier.bias += 0.0  # an optimizer's step, as far as FreeAT can see
+    moved = (seen[-1] - model.word_embeddings.weight[ids]).detach().flatten(1).norm(dim=1)
+    assert moved[2] == 0
+    assert (moved[[0, 1, 3]] > 0.01).all()
+    assert all(grad.isfinite().all() for grad in gradients(model).values())
+    assert int(adv.skipped) == 0
+
+
+@pytest.mark.parametrize("name", ["FreeLB", "YOPO"])
+def test_a_sample_whose_gradient_is_not_finite_is_skipped(name: str) -> None:
+    """Of the others nothing is lost; each ascent counts it."""
+    model, data = seeded(lambda: TinyModel("tfm")), batch()
+    more = {"split": "bert.embeddings", "inner_steps": 1} if name == "YOPO" else {}
+    adv = getattr(fastadv, name)(model, embedding=model.word_embeddings, random_start=False, **more)
+    poisoned = model.tap.register_forward_hook(_poisons)
+    with record(model) as seen:
+        adv.backward(lambda: model(**data).loss)
+    poisoned.remove()
+    moved = (seen[-1] - model.word_embeddings.weight[data["input_ids"]]).detach().flatten(1).norm(dim=1)
+    assert moved[1] == 0
+    assert (moved[[0, 2, 3]] > 0.1).all()
+    assert int(adv.skipped) == 2
+
+
+def _poisons(*call: Any) -> None:
+    call[-1].register_hook(_poison)
+
+
+def _poison(gradient: Tensor) -> Tensor:
+    gradient = gradient.clone()
+    gradient[1, 0, 0] = math.nan
+    return gradient

@@ -8,7 +8,7 @@ import torch
 from fastadv import reference
 from tests.models import Stateful, TinyModel
 from tests.oracles import oracles, papers
-from tests.support import assert_gradients, batch, gradients, seeded
+from tests.support import assert_close, assert_gradients, batch, clear, gradients, ready, record, relative, seeded
 
 
 @pytest.mark.parametrize("kind", ["mlp", "tfm"])
@@ -120,3 +120,23 @@ def test_freeat_equals_the_oracle() -> None:
         oracle.replay(ids, torch.ones_like(mask), loss_at, scope="sample", norm="linf", **numbers)
     parameters = ({name: p.detach() for name, p in model.named_parameters()} for model in (mine, its))
     assert_gradients(*parameters, 1e-9)
+
+
+def test_the_reference_follows_the_accumulated_gradient_as_the_script_does() -> None:
+    """A defect of the classic script, kept in the reference and not in the engine."""
+    model, _, first = ready()
+    second_batch = batch(seed=9)
+    weight = model.word_embeddings.weight
+    first().loss.backward()
+    with record(model) as seen:
+        reference.fgm(model, lambda: model(**second_batch).loss, model.word_embeddings, epsilon=0.5)
+    ids = second_batch["input_ids"]
+    moved = (seen[1] - seen[0]).detach()
+    clear(model)
+    first().loss.backward()
+    model(**second_batch).loss.backward()
+    assert_close(moved, (0.5 * weight.grad / weight.grad.norm())[ids], 1e-9, "the script's direction")
+    clear(model)
+    model(**second_batch).loss.backward()
+    own = (0.5 * weight.grad / weight.grad.norm())[ids]
+    assert relative(moved, own) > 0.1

@@ -1,4 +1,5 @@
-"""Autocast around the whole step, not in the closure: the casts that it keeps are no older than the weights."""
+"""Autocast and low precision. Around the whole step, not in the closure: the casts that autocast keeps are no older
+than the weights."""
 
 from __future__ import annotations
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 
 import fastadv
-from tests.every import EVERY
+from tests.every import EVERY, HOLDING
 from tests.models import TiedLM, TinyModel
-from tests.support import assert_gradients, batch, gradients, seeded
+from tests.support import assert_gradients, batch, gradients, same_bits, seeded
 
 MAKES: dict[str, Callable[..., fastadv.Method]] = {
     **EVERY,
@@ -70,3 +71,29 @@ def test_moved_weights_are_seen_and_so_is_their_return(name: str) -> None:
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):
         twin = MOVING[name](model).backward(lambda: model(ids).loss)
     assert float(result.adv_loss) == float(twin.adv_loss)
+
+
+@pytest.mark.parametrize("name", [*HOLDING, "neftune", "awp", "bregman"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_low_precision_and_autocast(name: str, dtype: torch.dtype) -> None:
+    """Finite, near float64's, and repeatable with dropout."""
+    makes = {
+        **HOLDING,
+        "neftune": fastadv.NEFTune,
+        "awp": lambda model, embedding: fastadv.AWP(model),
+        "bregman": lambda model, embedding: fastadv.BregmanProximal(
+            model, decay=0.9, method=fastadv.SMART(model, embedding=embedding)
+        ),
+    }
+    found = []
+    for _ in range(2):
+        model, data = seeded(lambda: TinyModel("tfm", dropout=0.1), dtype=dtype), batch()
+        adv = makes[name](model, embedding="word_embeddings")
+        torch.manual_seed(4)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            result = adv.backward(lambda: model(**data))  # noqa: B023
+        assert result.loss.isfinite()
+        assert result.adv_loss.isfinite()
+        found.append(gradients(model))
+        assert all(grad.isfinite().all() for grad in found[-1].values())
+    assert all(same_bits(found[0][key], found[1][key]) for key in found[0])

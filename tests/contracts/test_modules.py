@@ -14,9 +14,7 @@ import fastadv
 from tests.bert import text, tiny_bert
 from tests.models import D, TinyModel, V
 from tests.oracles import oracles
-from tests.support import assert_close, assert_gradients, batch, gradients, record, seeded
-
-PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}
+from tests.support import PGD3, assert_close, assert_gradients, batch, gradients, record, seeded
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft asks transformers
@@ -34,7 +32,7 @@ def test_lora(scope: str) -> None:
     data = text()
     weight = model.get_input_embeddings().weight
     assert not weight.requires_grad
-    adv = fastadv.PGD(model, scope=scope, **PGD)
+    adv = fastadv.PGD(model, scope=scope, **PGD3)
     adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])
 
     def loss_at(embeds: Tensor) -> Tensor:
@@ -42,7 +40,7 @@ def test_lora(scope: str) -> None:
         return model(inputs_embeds=embeds, **inputs).loss
 
     ids = data["input_ids"]
-    want = oracles.attack(model, loss_at, weight, ids, scope=scope, mask=data["attention_mask"], **PGD)
+    want = oracles.attack(model, loss_at, weight, ids, scope=scope, mask=data["attention_mask"], **PGD3)
     assert_gradients(gradients(model), want.gradients, 1e-9)
     assert weight.grad is None
     assert sum(p.grad is not None for p in model.parameters()) == sum(p.requires_grad for p in model.parameters())
@@ -54,7 +52,7 @@ def test_any_module_in_position_scopes(name: str, scope: str) -> None:
     """Latent adversarial training: a module's output [B, T, D] is perturbed where the model reads it."""
     model, data = seeded(lambda: TinyModel("tfm")), batch()
     mask = data["attention_mask"]
-    adv = fastadv.PGD(model, embedding=name, scope=scope, **PGD)
+    adv = fastadv.PGD(model, embedding=name, scope=scope, **PGD3)
     adv.backward(lambda: model(**data).loss, mask=mask)
     got = gradients(model)
     adv.close()
@@ -70,7 +68,7 @@ def test_any_module_in_position_scopes(name: str, scope: str) -> None:
             handle.remove()
 
     r = torch.zeros(*mask.shape, width, dtype=torch.float64)
-    for _ in range(PGD["steps"]):
+    for _ in range(PGD3["steps"]):
         r.requires_grad_()
         (g,) = torch.autograd.grad(loss_at(r), r)
         r = oracles.ascend(r, g, scope=scope, norm="l2", step_size=0.3, epsilon=0.5).detach()
@@ -112,7 +110,7 @@ def test_two_embeddings(scope: str) -> None:
     """Words and positions perturbed together, as one table: equal ids of the two are different rows."""
     model, data = seeded(lambda: TinyModel("tfm")), batch()
     words, places = model.bert.embeddings.word_embeddings, model.bert.embeddings.position_embeddings
-    adv = fastadv.PGD(model, embedding=["word_embeddings", places], scope=scope, **PGD)
+    adv = fastadv.PGD(model, embedding=["word_embeddings", places], scope=scope, **PGD3)
     adv.backward(lambda: model(**data).loss)
     got, ids = gradients(model), data["input_ids"]
     tables = torch.cat([words.weight, places.weight]).detach()
@@ -128,7 +126,7 @@ def test_two_embeddings(scope: str) -> None:
             model.bert.embeddings = old
 
     r = torch.zeros_like(tables)
-    for _ in range(PGD["steps"]):
+    for _ in range(PGD3["steps"]):
         r.requires_grad_()
         (g,) = torch.autograd.grad(loss_at(r), r)
         r = oracles.ascend(r, g, scope=scope, norm="l2", step_size=0.3, epsilon=0.5).detach()
@@ -169,7 +167,7 @@ def test_embeddings_that_are_no_plain_lookup(scope: str, kind: str) -> None:
     model.bert.embeddings.word_embeddings = seeded(kinds()[kind])
     ids, embed = data["input_ids"], model.word_embeddings
     embed(ids)  # max_norm renormalises the rows in place on the first call
-    adv = fastadv.PGD(model, embedding=embed, scope=scope, **PGD)
+    adv = fastadv.PGD(model, embedding=embed, scope=scope, **PGD3)
     with record(model) as seen:
         adv.backward(lambda: model(**data).loss)
     adv.close()
@@ -182,7 +180,7 @@ def test_embeddings_that_are_no_plain_lookup(scope: str, kind: str) -> None:
         table.requires_grad_(),
         ids,
         scope=scope,
-        **PGD,
+        **PGD3,
     )
     name = "bert.embeddings.word_embeddings.weight"
     got = gradients(model)

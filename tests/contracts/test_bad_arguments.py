@@ -11,16 +11,7 @@ from torch import nn
 import fastadv
 from fastadv.train.options import parameters
 from tests.every import EVERY
-from tests.models import TinyModel
-from tests.support import batch, refused, seeded, snapshot
-
-
-def tiny() -> TinyModel:
-    """A model with gradients from before, so that a change to them shows."""
-    model = seeded(TinyModel)
-    model(**batch()).loss.backward()
-    return model
-
+from tests.support import batch, refused, snapshot, with_gradients
 
 NUMBERS = [
     pytest.param({"epsilon": -1.0}, ValueError, ["epsilon", "at least 0", "-1"], id="epsilon-negative"),
@@ -62,15 +53,13 @@ PGD_NUMBERS = [
         id="start-no-ball",
     ),
 ]
-
-
 EACH = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 
 
 @pytest.mark.parametrize(("options", "error", "phrases"), NUMBERS)
 @EACH
 def test_arguments(method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
-    model, known = tiny(), parameters(getattr(method, "func", method))
+    model, known = with_gradients(), parameters(getattr(method, "func", method))
     if not options.keys() <= known.keys():  # an argument that this method does not have
         error, phrases = TypeError, []
     refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
@@ -79,14 +68,14 @@ def test_arguments(method: Any, options: dict[str, Any], error: type[Exception],
 @pytest.mark.parametrize(("options", "error", "phrases"), STARTS)
 @pytest.mark.parametrize("name", EVERY)
 def test_starts(name: str, options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
-    model, more = tiny(), {"carry": False} if name == "freeat" else {}
+    model, more = with_gradients(), {"carry": False} if name == "freeat" else {}
     refused(model, lambda: EVERY[name](model, embedding=model.word_embeddings, **more, **options), error, *phrases)
 
 
 @pytest.mark.parametrize(("options", "error", "phrases"), CLEAN)
 @pytest.mark.parametrize("method", [fastadv.FGSM, fastadv.FGM, fastadv.PGD])
 def test_clean_weights(method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
-    model = tiny()
+    model = with_gradients()
     refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
 
 
@@ -116,19 +105,19 @@ def test_clean_weights(method: Any, options: dict[str, Any], error: type[Excepti
 def test_arguments_of_one_method(
     method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]
 ) -> None:
-    model = tiny()
+    model = with_gradients()
     refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
 
 
 @pytest.mark.parametrize(("options", "error", "phrases"), PGD_NUMBERS)
 def test_arguments_of_pgd(options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
-    model = tiny()
+    model = with_gradients()
     refused(model, lambda: fastadv.PGD(model, embedding=model.word_embeddings, **options), error, *phrases)
 
 
 @EACH
 def test_an_unknown_argument_is_an_error(method: Any) -> None:
-    model = tiny()
+    model = with_gradients()
     refused(model, lambda: method(model, embedding=model.word_embeddings, radius=1.0), TypeError, "radius")
 
 
@@ -137,7 +126,7 @@ class TestEmbedding:
     """None, several, or not the one that was named: the candidates are listed."""
 
     def test_several(self, method: Any) -> None:
-        model = tiny()
+        model = with_gradients()
         names = ["bert.embeddings.word_embeddings", "bert.embeddings.position_embeddings"]
         refused(model, lambda: method(model), ValueError, "embedding=", *names)
 
@@ -146,7 +135,7 @@ class TestEmbedding:
         refused(model, lambda: method(model), ValueError, "no nn.Embedding", "embedding=")
 
     def test_no_such_name(self, method: Any) -> None:
-        model = tiny()
+        model = with_gradients()
         refused(
             model, lambda: method(model, embedding="words"), ValueError, "'words'", "bert.embeddings.word_embeddings"
         )
@@ -159,11 +148,11 @@ class TestEmbedding:
 
     @pytest.mark.parametrize("choice", [7, [], [3]], ids=str)
     def test_something_else(self, method: Any, choice: Any) -> None:
-        model = tiny()
+        model = with_gradients()
         refused(model, lambda: method(model, embedding=choice), TypeError, "embedding=", "name")
 
     def test_a_module_of_another_model(self, method: Any) -> None:
-        model, other = tiny(), tiny()
+        model, other = with_gradients(), with_gradients()
 
         def step() -> None:
             adv = method(model, embedding=other.word_embeddings)
@@ -176,7 +165,7 @@ class TestEmbedding:
 
     @pytest.mark.parametrize("scope", ["table", "row"])
     def test_a_table_scope_without_a_table(self, method: Any, scope: str) -> None:
-        model = tiny()
+        model = with_gradients()
         refused(
             model,
             lambda: method(model, embedding="bert.embeddings.LayerNorm", scope=scope),

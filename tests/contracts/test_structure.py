@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import fastadv
-from fastadv import reference
-from tests.models import D, TiedLM, TinyModel, TwoCalls, V
+from tests.models import D, TinyModel, TwoCalls, V
 from tests.oracles import oracles
-from tests.support import assert_close, assert_gradients, batch, clear, gradients, record, relative, seeded
-
-PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}
-
-
-@pytest.mark.parametrize("scope", oracles.SCOPES)
-def test_tied_weights_perturb_the_lookups_and_not_the_head(scope: str) -> None:
-    model, ids = seeded(TiedLM), batch()["input_ids"]
-    weight = model.embed.weight
-    adv = fastadv.PGD(model, scope=scope, **PGD)
-    with record(model) as seen:
-        adv.backward(lambda: model(ids).loss)
-    want = oracles.attack(model, lambda e: model(ids, e).loss, weight, ids, scope=scope, **PGD)
-    assert_gradients(gradients(model), want.gradients, 1e-9)
-    assert_close(seen[-1] - weight[ids], want.perturbations[-1], 1e-9, "perturbation")
-
-
-def test_tied_weights_differ_from_the_classic_script() -> None:
-    """The script moves the table, and the head with it; most of that perturbation comes from the head's gradient."""
-    model, ids = seeded(TiedLM), batch()["input_ids"]
-    adv = fastadv.FGM(model, epsilon=0.5)
-    adv.backward(lambda: model(ids).loss)
-    mine = gradients(model)
-    clear(model)
-    adv.close()
-    reference.fgm(model, lambda: model(ids).loss, model.embed, epsilon=0.5)
-    assert relative(gradients(model)["mix.weight"], mine["mix.weight"]) > 1e-3
-
-
-def two_calls() -> tuple[TwoCalls, tuple[Tensor, Tensor, Tensor]]:
-    model, data = seeded(TwoCalls), batch()
-    target = batch(4, 5, seed=6)["input_ids"]
-    return model, (data["input_ids"], target, data["labels"])
+from tests.support import PGD3, assert_close, assert_gradients, batch, clear, gradients, record, seeded, two_calls
 
 
 def two_call_oracle(
@@ -64,11 +27,11 @@ def two_call_oracle(
     def loss(r: list[Tensor], table: Tensor) -> Tensor:
         return model(*data, [table[i] + s for i, s in zip(ids, spread(r), strict=True)]).loss
 
-    for _ in range(PGD["steps"]):
+    for _ in range(PGD3["steps"]):
         r = [x.detach().requires_grad_() for x in r]
         grads = torch.autograd.grad(loss(r, weight.detach()), r)
         r = [
-            oracles.ascend(x, g, scope=scope, norm="l2", step_size=PGD["step_size"], epsilon=PGD["epsilon"])
+            oracles.ascend(x, g, scope=scope, norm="l2", step_size=PGD3["step_size"], epsilon=PGD3["epsilon"])
             for x, g in zip(r, grads, strict=True)
         ]
     r = [x.detach() for x in r]
@@ -84,7 +47,7 @@ def test_one_embedding_called_twice(scope: str, masked: bool) -> None:
     masks = [torch.ones_like(ids) for ids in data[:2]]
     if masked:
         masks[0][1, 2:], masks[1][3, 4] = 0, 0
-    adv = fastadv.PGD(model, scope=scope, **PGD)
+    adv = fastadv.PGD(model, scope=scope, **PGD3)
     with record(model) as seen:
         adv.backward(lambda: model(*data).loss, mask=masks if masked else None)
     perturbations, want = two_call_oracle(model, data, scope, masks)
@@ -93,60 +56,13 @@ def test_one_embedding_called_twice(scope: str, masked: bool) -> None:
         assert_close(embedded - model.shared.weight[ids], r, 1e-9, "perturbation")
 
 
-class Recomputed(TwoCalls):
-    """Each call of the embedding lies in a checkpoint of its own; backward recomputes the last one first."""
-
-    def forward(self, source: Tensor, target: Tensor, labels: Tensor, embeds: Any = None) -> Any:
-        def encode(ids: Tensor) -> Tensor:
-            return torch.tanh(self.encode(self.tap(self.shared(ids)))).mean(1, keepdim=True)
-
-        def decode(ids: Tensor, context: Tensor) -> Tensor:
-            return torch.tanh(self.decode(self.tap(self.shared(ids))) + context)
-
-        context = checkpoint(encode, source, use_reentrant=False)
-        logits = self.head(checkpoint(decode, target, context, use_reentrant=False).mean(1))
-        return (F.cross_entropy(logits, labels), logits)
-
-
-@pytest.mark.parametrize("alike", [False, True], ids=["lengths-differ", "lengths-alike"])
-@pytest.mark.parametrize("scope", oracles.SCOPES)
-def test_checkpoints_around_two_calls(scope: str, alike: bool) -> None:
-    """A recomputed call sees its own perturbation, not its neighbour's."""
-    model, (source, target, labels) = two_calls()
-    if alike:
-        target = source.flip(0).contiguous()
-    outcomes = []
-    for net in (model, seeded(Recomputed)):
-        adv = fastadv.PGD(net, scope=scope, **PGD)
-        adv.backward(lambda net=net: net(source, target, labels)[0])
-        outcomes.append(gradients(net))
-    assert_gradients(outcomes[1], outcomes[0], 1e-12)
-
-
-@pytest.mark.parametrize("clean_weight", [1.0, 0.0])
-@pytest.mark.parametrize("scope", oracles.SCOPES)
-def test_a_checkpoint_around_the_embedding(scope: str, clean_weight: float) -> None:
-    model, data = seeded(lambda: TinyModel("tfm")), batch()
-    adv = fastadv.PGD(model, embedding="word_embeddings", scope=scope, clean_weight=clean_weight, **PGD)
-    adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])
-    want = gradients(model)
-    clear(model)
-
-    def closure() -> Tensor:
-        pooled = checkpoint(model.bert, data["input_ids"], data["attention_mask"], use_reentrant=False)
-        return F.cross_entropy(model.classifier(pooled), data["labels"])
-
-    adv.backward(closure, mask=data["attention_mask"])
-    assert_gradients(gradients(model), want, 1e-12)
-
-
 @pytest.mark.parametrize("kind", ["mlp", "tfm"])
 @pytest.mark.parametrize("scope", oracles.SCOPES)
 def test_padding_idx_is_the_mask_where_none_is_given(scope: str, kind: str) -> None:
     """The model reads its padding, so without a mask it would be perturbed. As in torch, its row has no gradient."""
     model, data = seeded(lambda: TinyModel(kind, padding_idx=1)), batch(pad=1)
     ids, weight = data["input_ids"], model.word_embeddings.weight
-    adv = fastadv.PGD(model, embedding=model.word_embeddings, scope=scope, **PGD)
+    adv = fastadv.PGD(model, embedding=model.word_embeddings, scope=scope, **PGD3)
     with record(model) as seen:
         adv.backward(lambda: model(ids, labels=data["labels"]).loss)
     want = oracles.attack(
@@ -156,7 +72,7 @@ def test_padding_idx_is_the_mask_where_none_is_given(scope: str, kind: str) -> N
         ids,
         scope=scope,
         mask=ids != 1,
-        **PGD,
+        **PGD3,
     )
     want.gradients["bert.embeddings.word_embeddings.weight"][1] = 0
     assert_gradients(gradients(model), want.gradients, 1e-9)
@@ -177,7 +93,7 @@ def test_another_batch_has_another_shape_and_other_ids() -> None:
     """Nothing of one step's perturbation, mask or ids is left in the next."""
     model = seeded(lambda: TinyModel("tfm"))
     for scope in oracles.SCOPES:
-        adv = fastadv.PGD(model, embedding="word_embeddings", scope=scope, **PGD)
+        adv = fastadv.PGD(model, embedding="word_embeddings", scope=scope, **PGD3)
         for rows, length, masked in [(4, 7, True), (2, 5, False), (4, 7, False), (4, 7, True), (1, 7, False)]:
             data = batch(rows, length, seed=rows + length)
             ids, mask = data["input_ids"], data["attention_mask"] if masked else None
@@ -190,7 +106,7 @@ def test_another_batch_has_another_shape_and_other_ids() -> None:
                 ids,
                 scope=scope,
                 mask=mask,
-                **PGD,
+                **PGD3,
             )
             assert_gradients(gradients(model), want.gradients, 1e-9)
         adv.close()

@@ -1,4 +1,5 @@
-"""tied="both" moves the table itself, and a tied head with it, as the classic scripts do; then puts it back."""
+"""A tied head. By default the lookups are perturbed and the head is not. tied="both" moves the table itself, and the
+head with it, as the classic scripts do; then puts it back."""
 
 from __future__ import annotations
 
@@ -10,13 +11,19 @@ from torch import Tensor, nn
 
 import fastadv
 from fastadv import reference
+from tests.every import HOLDING
 from tests.models import TiedLM, TinyModel
+from tests.oracles import oracles
 from tests.support import (
+    PGD3,
     assert_close,
     assert_gradients,
     assert_unchanged,
     batch,
+    clear,
     gradients,
+    record,
+    refused,
     relative,
     seeded,
     snapshot,
@@ -187,3 +194,39 @@ def test_refuses_a_frozen_table() -> None:
     model.word_embeddings.weight.requires_grad_(False)
     with pytest.raises(ValueError, match="this one is frozen"):
         fastadv.PGD(model, embedding=model.word_embeddings, tied="both")
+
+
+@pytest.mark.parametrize("scope", oracles.SCOPES)
+def test_tied_weights_perturb_the_lookups_and_not_the_head(scope: str) -> None:
+    model, ids = seeded(TiedLM), batch()["input_ids"]
+    weight = model.embed.weight
+    adv = fastadv.PGD(model, scope=scope, **PGD3)
+    with record(model) as seen:
+        adv.backward(lambda: model(ids).loss)
+    want = oracles.attack(model, lambda e: model(ids, e).loss, weight, ids, scope=scope, **PGD3)
+    assert_gradients(gradients(model), want.gradients, 1e-9)
+    assert_close(seen[-1] - weight[ids], want.perturbations[-1], 1e-9, "perturbation")
+
+
+def test_tied_weights_differ_from_the_classic_script() -> None:
+    """The script moves the table, and the head with it; most of that perturbation comes from the head's gradient."""
+    model, ids = seeded(TiedLM), batch()["input_ids"]
+    adv = fastadv.FGM(model, epsilon=0.5)
+    adv.backward(lambda: model(ids).loss)
+    mine = gradients(model)
+    clear(model)
+    adv.close()
+    reference.fgm(model, lambda: model(ids).loss, model.embed, epsilon=0.5)
+    assert relative(gradients(model)["mix.weight"], mine["mix.weight"]) > 1e-3
+
+
+@pytest.mark.parametrize("name", HOLDING)
+def test_the_output_layer_cannot_be_moved(name: str) -> None:
+    model = seeded(TiedLM)
+    phrases = [name.upper(), "tied='both'", "tied='lookup'"]
+    refused(model, lambda: HOLDING[name](model, scope="table", tied="both"), ValueError, *phrases)
+    ids = batch()["input_ids"]
+    adv = HOLDING[name](model)
+    with record(model) as seen:
+        adv.backward(lambda: model(ids))
+    assert not torch.equal(seen[-1], seen[0])

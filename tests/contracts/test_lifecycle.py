@@ -1,12 +1,10 @@
-"""The interception: idle it is invisible, copies do not carry it, `close()` removes it; `perturbed` for evaluation."""
+"""The interception: idle it is invisible, copies do not carry it, `close()` removes it, two methods take turns."""
 
 from __future__ import annotations
 
 import copy
 import io
 import pickle
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -16,27 +14,22 @@ import fastadv
 from fastadv.native.flags import flag_on
 from tests.every import EVERY
 from tests.models import TinyModel
-from tests.oracles import oracles
 from tests.support import (
-    assert_close,
     assert_gradients,
     assert_unchanged,
     batch,
     clear,
     gradients,
+    ready,
+    refused,
     same_bits,
-    seeded,
     snapshot,
+    with_gradients,
 )
 
 PAIR = [fastadv.FGM, fastadv.PGD]
 PLAIN = "bert.embeddings.word_embeddings"
 GENERAL = "bert.embeddings"  # not an nn.Embedding: intercepted by a hook
-
-
-def ready() -> tuple[TinyModel, dict[str, Tensor], Callable[[], Any]]:
-    model, data = seeded(lambda: TinyModel("tfm")), batch()
-    return model, data, lambda: model(**data)
 
 
 def traces(model: nn.Module) -> dict[str, object]:
@@ -175,69 +168,6 @@ def test_two_methods_on_one_model(order: tuple[int, int]) -> None:
     assert traces(model) == before
 
 
-@pytest.mark.parametrize("norm", oracles.NORMS)
-@pytest.mark.parametrize("scope", oracles.SCOPES)
-@pytest.mark.parametrize(("method", "steps", "step_size"), [(fastadv.FGM, 1, 0.5), (fastadv.PGD, 3, 0.3)])
-def test_perturbed_applies_the_worst_perturbation(
-    method: type[fastadv.Method], steps: int, step_size: float, scope: str, norm: str
-) -> None:
-    """What is found is the oracle's r_K; inside, gradients may be off; outside, the model is itself again."""
-    model, data, closure = ready()
-    model.eval()
-    ids, mask = data["input_ids"], data["attention_mask"]
-    options = {"step_size": step_size, "steps": steps} if method is fastadv.PGD else {}
-    adv = method(model, embedding=PLAIN, epsilon=0.5, scope=scope, norm=norm, **options)
-    closure().loss.backward()
-    before, plain = snapshot(model), model(**data).logits
-    with adv.perturbed(closure, mask=mask), torch.no_grad():
-        logits = model(ids, mask).logits
-        again = model(ids, mask).logits
-    assert_unchanged(model, before)
-    want = oracles.attack(
-        model,
-        lambda e: model(None, mask, data["labels"], e).loss,
-        model.word_embeddings.weight,
-        ids,
-        scope=scope,
-        norm=norm,
-        epsilon=0.5,
-        step_size=step_size,
-        steps=steps,
-        mask=mask,
-        clean_weight=0,
-    )
-    embeds = model.word_embeddings.weight[ids] + want.perturbations[-1]
-    assert_close(logits, model(None, mask, None, embeds).logits, 1e-9, "logits")
-    assert same_bits(logits, again)
-    assert same_bits(model(**data).logits.detach(), plain.detach())
-    assert adv.attacked == 0
-
-
-def test_perturbed_on_a_frozen_evaluation() -> None:
-    """`eval()` and parameters that want no gradient afterwards: evaluation needs the perturbation's gradient alone."""
-    model, data, closure = ready()
-    adv = fastadv.PGD(model, embedding=PLAIN, scope="sample")
-    model.eval()
-    model.requires_grad_(False)
-    plain = float(closure().loss)
-    with adv.perturbed(closure, mask=data["attention_mask"]), torch.inference_mode():
-        worst = float(closure().loss)
-    assert worst > plain
-
-
-def test_perturbed_and_backward_take_turns() -> None:
-    model, _, closure = ready()
-    adv = fastadv.PGD(model, embedding=PLAIN)
-    adv.backward(closure)
-    want = gradients(model)
-    clear(model)
-    other = batch(3, 5, seed=4)
-    with adv.perturbed(lambda: model(**other).loss):
-        model(**other)
-    adv.backward(closure)
-    assert_gradients(gradients(model), want, 1e-12)
-
-
 def test_check_raises_once_for_what_a_kernel_has_left_out() -> None:
     model, _, closure = ready()
     adv = fastadv.FGM(model, embedding=PLAIN)
@@ -247,3 +177,10 @@ def test_check_raises_once_for_what_a_kernel_has_left_out() -> None:
     with pytest.raises(IndexError, match="out of range on cpu, and was left out"):
         adv.check()
     adv.check()
+
+
+def test_after_close() -> None:
+    model, data = with_gradients(), batch()
+    adv = fastadv.PGD(model, embedding=model.word_embeddings)
+    adv.close()
+    refused(model, lambda: adv.backward(lambda: model(**data)), RuntimeError, "never ran", "closed")

@@ -14,14 +14,12 @@ import fastadv
 from tests.every import EVERY
 from tests.models import Stateful, TinyModel
 from tests.oracles import oracles
-from tests.support import assert_close, assert_gradients, batch, clear, gradients, record, seeded
-
-PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}
+from tests.support import PGD3, assert_close, assert_gradients, batch, clear, gradients, record, seeded
 
 
 def ready(scope: str) -> tuple[TinyModel, dict[str, Tensor], fastadv.Method]:
     model, data = seeded(lambda: TinyModel("tfm")), batch()
-    return model, data, fastadv.PGD(model, embedding="word_embeddings", scope=scope, **PGD)
+    return model, data, fastadv.PGD(model, embedding="word_embeddings", scope=scope, **PGD3)
 
 
 def strided(x: Tensor) -> Tensor:
@@ -103,7 +101,7 @@ def test_ids_that_change_in_place_between_steps(scope: str) -> None:
         model.word_embeddings.weight,
         ids,
         scope=scope,
-        **PGD,
+        **PGD3,
     )
     assert_gradients(gradients(model), want.gradients, 1e-9)
 
@@ -120,7 +118,7 @@ def test_a_frozen_embedding_is_perturbed_and_gets_no_gradient(scope: str) -> Non
         data["input_ids"],
         scope=scope,
         mask=data["attention_mask"],
-        **PGD,
+        **PGD3,
     )
     assert model.word_embeddings.weight.grad is None
     assert_gradients(gradients(model), want.gradients, 1e-9)
@@ -134,7 +132,7 @@ def test_a_sparse_embedding_keeps_its_sparse_gradient(scope: str) -> None:
     adv.close()
     clear(model)
     model.word_embeddings.sparse = True
-    adv = fastadv.PGD(model, embedding="word_embeddings", scope=scope, **PGD)
+    adv = fastadv.PGD(model, embedding="word_embeddings", scope=scope, **PGD3)
     adv.backward(lambda: model(**data).loss)
     assert model.word_embeddings.weight.grad.is_sparse
     got = {name: grad.to_dense() for name, grad in gradients(model).items()}
