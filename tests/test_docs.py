@@ -49,6 +49,7 @@ def test_every_op_and_method_has_its_page_and_test() -> None:
         assert Path(inspect.getfile(method)).stem == name, "one file per method, with its name"
         assert (ROOT / f"docs/methods/{name}.md").exists()
         assert (ROOT / f"fastadv/reference/{name}.py").exists()
+        assert (ROOT / f"tests/methods/test_{name}.py").exists()
     for source in (ROOT / "fastadv/ops").glob("[!_]*.py"):
         assert (ROOT / f"tests/ops/test_{source.stem}.py").exists()
 

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 import fastadv
 from tests.models import TinyModel
-from tests.support import batch, gradients, seeded
+from tests.support import batch, gradients, ready
 
 LOW, HALF, FULL = torch.bfloat16, torch.float16, torch.float32
 NUMBERS: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3, "scope": "sample"}
 PGD = partial(fastadv.PGD, embedding="word_embeddings", **NUMBERS)
 
 
-def tiny(dropout: float = 0.0) -> TinyModel:
-    return seeded(lambda: TinyModel("tfm", dropout), dtype=torch.float32)
+def tiny() -> TinyModel:
+    return ready(FULL)[0]
 
 
 def autocast_state() -> tuple[Any, ...]:

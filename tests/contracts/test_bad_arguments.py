@@ -37,22 +37,6 @@ CLEAN = [
     pytest.param({"clean_weight": -0.5}, ValueError, ["clean_weight", "at least 0"], id="clean-weight"),
     pytest.param({"clean_weight": math.nan}, ValueError, ["clean_weight", "finite"], id="clean-weight-nan"),
 ]
-PGD_NUMBERS = [
-    pytest.param({"step_size": -0.3}, ValueError, ["step_size", "at least 0"], id="step-size-negative"),
-    pytest.param({"step_size": math.nan}, ValueError, ["step_size", "finite"], id="step-size-nan"),
-    pytest.param({"step_size": math.inf}, ValueError, ["step_size", "finite"], id="step-size-inf"),
-    pytest.param({"step_size": None}, TypeError, ["step_size", "number"], id="step-size-none"),
-    pytest.param({"steps": 0}, ValueError, ["steps", "at least 1"], id="steps-0"),
-    pytest.param({"steps": -2}, ValueError, ["steps", "at least 1"], id="steps-negative"),
-    pytest.param({"steps": 2.5}, TypeError, ["steps", "whole number"], id="steps-float"),
-    pytest.param({"steps": True}, TypeError, ["steps", "whole number"], id="steps-bool"),
-    pytest.param(
-        {"random_start": True, "epsilon": None},
-        ValueError,
-        ["random_start", "epsilon", "magnitude"],
-        id="start-no-ball",
-    ),
-]
 EACH = pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 
 
@@ -77,42 +61,6 @@ def test_starts(name: str, options: dict[str, Any], error: type[Exception], phra
 def test_clean_weights(method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
     model = with_gradients()
     refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
-
-
-@pytest.mark.parametrize(
-    ("method", "options", "error", "phrases"),
-    [
-        (fastadv.FGM, {"epsilon": None}, ValueError, ["FGM", "epsilon"]),
-        (fastadv.FGSM, {"epsilon": None}, ValueError, ["FGSM", "epsilon"]),
-        (fastadv.FGSM, {"norm": "l2"}, ValueError, ["norm", "'linf'"]),
-        (fastadv.FGSM, {"epsilon": "1", "random_start": True}, TypeError, ["epsilon", "number"]),
-        (fastadv.FreeLB, {"steps": 0}, ValueError, ["steps", "at least 1"]),
-        (fastadv.FreeLB, {"random_start": True}, ValueError, ["random_start", "magnitude"]),
-        (fastadv.FreeLB, {"clean_weight": 0}, TypeError, ["clean_weight"]),
-        (fastadv.YOPO, {"steps": 0, "split": "ff1"}, ValueError, ["steps", "at least 1"]),
-        (fastadv.YOPO, {"inner_steps": 0, "split": "ff1"}, ValueError, ["inner_steps", "at least 1"]),
-        (fastadv.YOPO, {"inner_steps": 1.5, "split": "ff1"}, TypeError, ["inner_steps", "whole number"]),
-        (fastadv.YOPO, {"tied": "both", "scope": "table", "random_start": False, "split": "ff1"}, ValueError, ["tied"]),
-        (fastadv.FreeAT, {"replays": 0}, ValueError, ["replays", "at least 1"]),
-        (fastadv.FreeAT, {"replays": 2.5}, TypeError, ["replays", "whole number"]),
-        (fastadv.FreeAT, {"epsilon": None}, ValueError, ["step_size", "epsilon"]),
-        (fastadv.FreeAT, {"scope": "table"}, ValueError, ["scope='table'", "scope='sample'"]),
-        (fastadv.FreeAT, {"scope": "row"}, ValueError, ["scope='row'", "scope='sample'"]),
-        (fastadv.FreeAT, {"random_start": 0.1}, ValueError, ["carry=False", "random_start"]),
-    ],
-    ids=str,
-)
-def test_arguments_of_one_method(
-    method: Any, options: dict[str, Any], error: type[Exception], phrases: list[str]
-) -> None:
-    model = with_gradients()
-    refused(model, lambda: method(model, embedding=model.word_embeddings, **options), error, *phrases)
-
-
-@pytest.mark.parametrize(("options", "error", "phrases"), PGD_NUMBERS)
-def test_arguments_of_pgd(options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
-    model = with_gradients()
-    refused(model, lambda: fastadv.PGD(model, embedding=model.word_embeddings, **options), error, *phrases)
 
 
 @EACH

@@ -89,13 +89,6 @@ def test_a_mask_of_another_shape(warm: bool, scope: str, shape: tuple[int, ...])
     assert "must be" in message
 
 
-@pytest.mark.parametrize("returned", [torch.zeros(4, 7), None, torch.zeros(1, 7, 16)], ids=["2d", "none", "broadcast"])
-def test_a_random_start_of_another_shape(returned: Any) -> None:
-    model, data = with_gradients(), batch()
-    adv = fastadv.PGD(model, embedding=model.word_embeddings, scope="sample", random_start=lambda shape, mask: returned)
-    refused(model, lambda: adv.backward(lambda: model(**data)), ValueError, "random_start", "(4, 7, 16)")
-
-
 @pytest.mark.parametrize("shape", [(4, 5), (2, 7)], ids=str)
 @pytest.mark.parametrize(("name", "scope"), in_scopes("table", "sample", without="freeat"))
 def test_a_closure_that_runs_another_batch_in_another_pass(name: str, scope: str, shape: tuple[int, int]) -> None:

@@ -127,37 +127,3 @@ def test_off_keeps_running_statistics_running() -> None:
     assert same_bits(result.loss, result.adv_loss)
     assert not torch.equal(net[2].running_mean, before)
     assert net[3].training
-
-
-@pytest.mark.parametrize("dropout", ["fresh", "same", "off"])
-@pytest.mark.parametrize("clean_weight", [1.0, 0.0])
-@pytest.mark.parametrize("scope", ["table", "sample"])
-@pytest.mark.parametrize("rate", [0.0, 0.2])
-def test_every_step_starts_elsewhere(rate: float, scope: str, clean_weight: float, dropout: str) -> None:
-    """A random start that came out the same each step would be no random start."""
-    net, data = tiny_bert(dropout=rate), text()
-    starts = []
-
-    def start(shape: tuple[int, ...], mask: Tensor | None) -> Tensor:
-        starts.append(0.1 * torch.rand(shape))
-        return starts[-1]
-
-    adv = fastadv.PGD(net, steps=2, random_start=start, scope=scope, clean_weight=clean_weight, dropout=dropout)
-    for _ in range(3):
-        adv.backward(lambda: net(**data), mask=data["attention_mask"])
-    assert len(starts) == 3
-    assert not torch.equal(starts[0], starts[1])
-    assert not torch.equal(starts[1], starts[2])
-
-
-@pytest.mark.parametrize("clean_weight", [1.0, 0.0])
-def test_a_random_start_repeats_with_the_seed(clean_weight: float, data: dict[str, Tensor]) -> None:
-    found = []
-    for _ in range(2):
-        net = tiny_bert(dropout=0.2)
-        adv = fastadv.PGD(net, random_start=True, scope="sample", clean_weight=clean_weight)
-        torch.manual_seed(5)
-        adv.backward(lambda net=net: net(**data), mask=data["attention_mask"])
-        found.append(gradients(net))
-    for name, grad in found[0].items():
-        assert same_bits(grad, found[1][name]), name

@@ -14,7 +14,7 @@ import fastadv
 from tests.every import EVERY
 from tests.models import Stateful, TinyModel
 from tests.oracles import oracles
-from tests.support import PGD3, assert_close, assert_gradients, batch, clear, gradients, record, seeded
+from tests.support import PGD3, assert_gradients, batch, clear, gradients, seeded
 
 
 def ready(scope: str) -> tuple[TinyModel, dict[str, Tensor], fastadv.Method]:
@@ -139,20 +139,6 @@ def test_a_sparse_embedding_keeps_its_sparse_gradient(scope: str) -> None:
     assert_gradients(got, want, 1e-12)
 
 
-@pytest.mark.parametrize("scope", ["table", "sample"])
-def test_a_random_start_is_about_as_long_as_it_says(scope: str) -> None:
-    """Its norm, over the table or a sample, is near magnitude / sqrt(3): the mean square of U(-1, 1) is 1/3."""
-    model, data = seeded(lambda: TinyModel("tfm")), batch(8, 12)
-    ids, weight = data["input_ids"], model.word_embeddings.weight.detach()
-    adv = fastadv.PGD(model, embedding="word_embeddings", scope=scope, random_start=True, epsilon=2.0, clean_weight=0)
-    with record(model) as seen:
-        adv.backward(lambda: model(ids, labels=data["labels"]).loss)
-    first = seen[0] - weight[ids]
-    if scope == "table":
-        first = torch.zeros_like(weight).index_put_((ids,), first)
-    assert_close(oracles.norm2(first, scope).mean(), torch.tensor(2.0 / 3**0.5).double(), 0.1, "norm of the start")
-
-
 @pytest.mark.parametrize("method", EVERY.values(), ids=EVERY)
 def test_nothing_of_the_graph_is_kept(method: Any) -> None:
     """Neither the method nor the result holds on to activations."""
@@ -169,19 +155,6 @@ def test_nothing_of_the_graph_is_kept(method: Any) -> None:
     gc.collect()
     assert result.output.logits.grad_fn is None
     assert [ref() for ref in refs] == [None] * len(refs)
-
-
-def test_yopo_keeps_nothing_of_the_split() -> None:
-    """Neither what the seven passes brought to it nor the gradient of its output outlives the step."""
-    model, data, first = ready("sample")
-    first.close()
-    adv, refs = EVERY["yopo"](model, embedding="word_embeddings"), []
-    watched = model.bert.ff1.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
-    adv.backward(lambda: model(**data), mask=data["attention_mask"])
-    watched.remove()
-    gc.collect()
-    assert [ref() for ref in refs] == [None] * 7
-    assert adv.engine.split.gradient is None
 
 
 def test_buffers_that_a_model_replaces_are_not_kept() -> None:

@@ -185,14 +185,3 @@ def shelf_first(model: nn.Module, data: dict[str, Tensor], shelf: Shelf) -> None
     with torch.no_grad():
         model(**data)
     shelf.place = 0
-
-
-def test_every_replay_of_freeat_draws_its_own() -> None:
-    model, data, losses = tiny_bert(0.3), text(), []
-    adv = fastadv.FreeAT(model, epsilon=0.0)
-    for step in range(3):
-        losses.append(adv.backward(lambda: model(**data), mask=data["attention_mask"], step=step).loss)
-        clear(model)
-        with torch.no_grad():
-            model.classifier.bias += 0.0
-    assert len({float(loss) for loss in losses}) == 3

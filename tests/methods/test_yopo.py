@@ -1,9 +1,11 @@
-"""YOPO's partial passes: where they end, what they cost, under what they run, and what is told where they cannot."""
+"""YOPO: its partial passes, where they end, what they cost, under what they run; of one inner step, FreeLB."""
 
 from __future__ import annotations
 
 import copy
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,16 +15,21 @@ from torch import Tensor, nn
 
 import fastadv
 from tests.bert import text, tiny_bert
-from tests.models import CLASSES, D, TinyModel, TwoCalls, V
+from tests.every import EVERY
+from tests.models import CLASSES, D, TinyModel, V
+from tests.oracles import oracles
 from tests.support import (
     assert_gradients,
     batch,
     clear,
     gradients,
+    one_step,
+    ready,
     record,
     refused,
     same_bits,
     seeded,
+    with_gradients,
 )
 
 NUMBERS: dict[str, Any] = {"steps": 3, "inner_steps": 3, "step_size": 0.2, "epsilon": 0.5, "random_start": False}
@@ -187,95 +194,43 @@ def test_copies_and_pickles_carry_no_split() -> None:
     assert len(model.bert.ff1._forward_hooks) == before - 1
 
 
-class Sidelined(nn.Module):
-    """Modules that no split can be: never called, beside the loss, after it, before the lookup."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed, self.tap = nn.Embedding(V, D), nn.Identity()
-        self.places = nn.Embedding(12, D)
-        self.idle, self.aside, self.beside, self.hidden = (nn.Linear(D, D) for _ in range(4))
-        self.after, self.head = nn.Linear(1, 1), nn.Linear(D, CLASSES)
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        places = self.places(torch.arange(ids.shape[1]))
-        h = self.tap(self.embed(ids)) + places + self.aside(places)
-        self.beside(h)
-        with torch.no_grad():
-            self.hidden(h)
-        loss = nn.functional.cross_entropy(self.head(h.mean(1)), labels)
-        self.after(loss.view(1))
-        return loss
+@pytest.mark.parametrize("dropout", ["same", "fresh", "off"])
+@pytest.mark.parametrize("epsilon", [None, 0.2])
+@pytest.mark.parametrize("scope", oracles.SCOPES)
+def test_yopo_with_one_inner_step_is_freelb(scope: str, epsilon: float | None, dropout: str) -> None:
+    """Bit for bit, random start and dropout included."""
+    model, data, _ = ready(dropout=0.2)
+    options = {"scope": scope, "epsilon": epsilon, "dropout": dropout, "steps": 3, "step_size": 0.1}
+    lb, want, saw = one_step(model, fastadv.FreeLB, data, **options)
+    yo, found, seen = one_step(model, fastadv.YOPO, data, split="bert.embeddings", inner_steps=1, **options)
+    assert len(seen) == len(saw) == 3
+    assert all(same_bits(mine, its) for mine, its in zip(seen, saw, strict=True))
+    assert all(same_bits(found[name], want[name]) for name in want)
+    assert same_bits(yo.loss, lb.loss) and same_bits(yo.adv_loss, lb.adv_loss)
 
 
-@pytest.mark.parametrize("scope", ["sample", "table"])
-@pytest.mark.parametrize(
-    ("split", "phrases"),
-    [
-        ("idle", ["the split (idle) never ran", "split=NAME"]),
-        ("beside", ["does not depend on the output of the split (beside)"]),
-        ("hidden", ["does not depend on the output of the split (hidden)", "no_grad"]),
-        ("after", ["does not depend on the output of the split (after)", "after the loss"]),
-        ("aside", ["the output of the split (aside) does not depend on the perturbed embedding", "runs after it"]),
-        ("places", ["the split (places) runs before the embedding's call 1", "after its last call"]),
-    ],
-)
-def test_a_split_where_none_can_be(split: str, phrases: list[str], scope: str) -> None:
-    model, data = seeded(Sidelined), batch()
-    model(data["input_ids"], data["labels"]).backward()
-    adv = fastadv.YOPO(model, embedding=model.embed, split=split, scope=scope, **NUMBERS)
-    refused(model, lambda: adv.backward(lambda: model(data["input_ids"], data["labels"])), RuntimeError, *phrases)
-    assert adv.attacked == 0
+def test_yopo_keeps_nothing_of_the_split() -> None:
+    """Neither what the seven passes brought to it nor the gradient of its output outlives the step."""
+    model, data, _ = ready()
+    adv, refs = EVERY["yopo"](model, embedding="word_embeddings"), []
+    watched = model.bert.ff1.register_forward_pre_hook(lambda _, args: refs.append(weakref.ref(args[0])))
+    adv.backward(lambda: model(**data), mask=data["attention_mask"])
+    watched.remove()
+    gc.collect()
+    assert [ref() for ref in refs] == [None] * 7
+    assert adv.engine.split.gradient is None
 
 
 @pytest.mark.parametrize(
-    ("split", "error", "phrases"),
+    ("options", "error", "phrases"),
     [
-        ("embed", ValueError, ["the split (embed) is the perturbed embedding itself", "later module"]),
-        ("nowhere", ValueError, ["no module is called 'nowhere'", "named_modules"]),
-        (None, ValueError, ["Sidelined has no stack of layers", "split=NAME"]),
-        (3, TypeError, ["split=", "names and modules", "3"]),
+        ({"steps": 0, "split": "ff1"}, ValueError, ["steps", "at least 1"]),
+        ({"inner_steps": 0, "split": "ff1"}, ValueError, ["inner_steps", "at least 1"]),
+        ({"inner_steps": 1.5, "split": "ff1"}, TypeError, ["inner_steps", "whole number"]),
+        ({"tied": "both", "scope": "table", "random_start": False, "split": "ff1"}, ValueError, ["tied"]),
     ],
+    ids=str,
 )
-def test_a_split_that_is_refused_at_once(split: Any, error: type[Exception], phrases: list[str]) -> None:
-    """And nothing of the method stays in the model."""
-    model = seeded(Sidelined)
-    refused(model, lambda: fastadv.YOPO(model, embedding=model.embed, split=split), error, *phrases)
-
-
-def test_an_embedding_that_is_called_again_behind_the_split() -> None:
-    """An encoder and a decoder: a split in the encoder never reaches the decoder's lookup; one in the decoder does."""
-    model, data = seeded(TwoCalls), batch()
-    closure = lambda: model(data["input_ids"], data["input_ids"][:, :3], data["labels"]).loss  # noqa: E731
-    adv = fastadv.YOPO(model, split="encode", **NUMBERS)
-    refused(model, lambda: adv.backward(closure), RuntimeError, "(encode)", "call 2", "after its last call")
-    adv.close()
-    adv = fastadv.YOPO(model, split="decode", **NUMBERS)
-    result = adv.backward(closure)
-    assert result.adv_loss > result.loss
-
-
-def test_t5_is_told_what_to_split() -> None:
-    """An encoder and a decoder of transformers, both perturbed: the default split is in the encoder."""
-    from transformers import T5Config, T5ForConditionalGeneration
-
-    config = T5Config(
-        vocab_size=60,
-        d_model=16,
-        d_kv=8,
-        d_ff=32,
-        num_layers=4,
-        num_heads=2,
-        dropout_rate=0.0,
-        decoder_start_token_id=0,
-    )
-    model = seeded(lambda: T5ForConditionalGeneration(config), dtype=torch.float32).train()
-    ids = torch.randint(1, 60, (2, 6), generator=torch.Generator().manual_seed(0))
-    closure = lambda: model(input_ids=ids, labels=ids[:, :4].contiguous()).loss  # noqa: E731
-    both = ["encoder.embed_tokens", "decoder.embed_tokens"]
-    adv = fastadv.YOPO(model, embedding=both, **NUMBERS)
-    refused(model, lambda: adv.backward(closure), RuntimeError, "encoder.block.0", "call 2", "after its last call")
-    adv.close()
-    adv = fastadv.YOPO(model, embedding=both, split="decoder.block.0", **NUMBERS)
-    result = adv.backward(closure)
-    assert result.adv_loss > result.loss
+def test_arguments(options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
+    model = with_gradients()
+    refused(model, lambda: fastadv.YOPO(model, embedding=model.word_embeddings, **options), error, *phrases)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastadv
 from tests.bert import text, tiny_bert
-from tests.models import CLASSES, D, Stateful, V
+from tests.models import CLASSES, D, Stateful, TwoCalls, V
 from tests.support import (
     assert_gradients,
     assert_unchanged,
@@ -167,3 +167,97 @@ def test_a_fault_in_the_forward_of_any_pass(index: int, place: str) -> None:
         method.backward(lambda net=net: net(data["input_ids"], data["labels"]))
         found.append(gradients(net))
     assert all(same_bits(found[0][name], found[1][name]) for name in found[0])
+
+
+class Sidelined(nn.Module):
+    """Modules that no split can be: never called, beside the loss, after it, before the lookup."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.tap = nn.Embedding(V, D), nn.Identity()
+        self.places = nn.Embedding(12, D)
+        self.idle, self.aside, self.beside, self.hidden = (nn.Linear(D, D) for _ in range(4))
+        self.after, self.head = nn.Linear(1, 1), nn.Linear(D, CLASSES)
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
+        places = self.places(torch.arange(ids.shape[1]))
+        h = self.tap(self.embed(ids)) + places + self.aside(places)
+        self.beside(h)
+        with torch.no_grad():
+            self.hidden(h)
+        loss = nn.functional.cross_entropy(self.head(h.mean(1)), labels)
+        self.after(loss.view(1))
+        return loss
+
+
+@pytest.mark.parametrize("scope", ["sample", "table"])
+@pytest.mark.parametrize(
+    ("split", "phrases"),
+    [
+        ("idle", ["the split (idle) never ran", "split=NAME"]),
+        ("beside", ["does not depend on the output of the split (beside)"]),
+        ("hidden", ["does not depend on the output of the split (hidden)", "no_grad"]),
+        ("after", ["does not depend on the output of the split (after)", "after the loss"]),
+        ("aside", ["the output of the split (aside) does not depend on the perturbed embedding", "runs after it"]),
+        ("places", ["the split (places) runs before the embedding's call 1", "after its last call"]),
+    ],
+)
+def test_a_split_where_none_can_be(split: str, phrases: list[str], scope: str) -> None:
+    model, data = seeded(Sidelined), batch()
+    model(data["input_ids"], data["labels"]).backward()
+    adv = fastadv.YOPO(model, embedding=model.embed, split=split, scope=scope, **NUMBERS)
+    refused(model, lambda: adv.backward(lambda: model(data["input_ids"], data["labels"])), RuntimeError, *phrases)
+    assert adv.attacked == 0
+
+
+@pytest.mark.parametrize(
+    ("split", "error", "phrases"),
+    [
+        ("embed", ValueError, ["the split (embed) is the perturbed embedding itself", "later module"]),
+        ("nowhere", ValueError, ["no module is called 'nowhere'", "named_modules"]),
+        (None, ValueError, ["Sidelined has no stack of layers", "split=NAME"]),
+        (3, TypeError, ["split=", "names and modules", "3"]),
+    ],
+)
+def test_a_split_that_is_refused_at_once(split: Any, error: type[Exception], phrases: list[str]) -> None:
+    """And nothing of the method stays in the model."""
+    model = seeded(Sidelined)
+    refused(model, lambda: fastadv.YOPO(model, embedding=model.embed, split=split), error, *phrases)
+
+
+def test_an_embedding_that_is_called_again_behind_the_split() -> None:
+    """An encoder and a decoder: a split in the encoder never reaches the decoder's lookup; one in the decoder does."""
+    model, data = seeded(TwoCalls), batch()
+    closure = lambda: model(data["input_ids"], data["input_ids"][:, :3], data["labels"]).loss  # noqa: E731
+    adv = fastadv.YOPO(model, split="encode", **NUMBERS)
+    refused(model, lambda: adv.backward(closure), RuntimeError, "(encode)", "call 2", "after its last call")
+    adv.close()
+    adv = fastadv.YOPO(model, split="decode", **NUMBERS)
+    result = adv.backward(closure)
+    assert result.adv_loss > result.loss
+
+
+def test_t5_is_told_what_to_split() -> None:
+    """An encoder and a decoder of transformers, both perturbed: the default split is in the encoder."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        vocab_size=60,
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=4,
+        num_heads=2,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    model = seeded(lambda: T5ForConditionalGeneration(config), dtype=torch.float32).train()
+    ids = torch.randint(1, 60, (2, 6), generator=torch.Generator().manual_seed(0))
+    closure = lambda: model(input_ids=ids, labels=ids[:, :4].contiguous()).loss  # noqa: E731
+    both = ["encoder.embed_tokens", "decoder.embed_tokens"]
+    adv = fastadv.YOPO(model, embedding=both, **NUMBERS)
+    refused(model, lambda: adv.backward(closure), RuntimeError, "encoder.block.0", "call 2", "after its last call")
+    adv.close()
+    adv = fastadv.YOPO(model, embedding=both, split="decoder.block.0", **NUMBERS)
+    result = adv.backward(closure)
+    assert result.adv_loss > result.loss
