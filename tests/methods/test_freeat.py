@@ -111,7 +111,7 @@ def test_attack_moves_the_perturbation_and_not_the_gradient() -> None:
     embeds = plain.word_embeddings.weight.detach()[data["input_ids"]] + delta
     loss = plain(None, data["attention_mask"], other["labels"], embeds).loss
     sign = torch.autograd.grad(loss, delta)[0].sign() * data["attention_mask"].unsqueeze(-1)
-    assert torch.allclose(run.adv.slots.buffers[0, 0], 0.1 * sign, atol=1e-12)
+    assert torch.allclose(run.adv.state_dict()["slots.0.0"], 0.1 * sign, atol=1e-12)
 
 
 def test_repeat() -> None:

@@ -57,7 +57,7 @@ def test_carry_begins_where_the_last_batch_ended() -> None:
     first, second = batch(4, 7, seed=0), batch(2, 9, seed=1)
     assert not run.replay(first).any()
     run.replay(first)
-    left = run.adv.slots.buffers[0, 0].clone()
+    left = run.adv.state_dict()["slots.0.0"].clone()
     assert left.shape == (4, 7, 16)
     assert left.abs().max() == pytest.approx(0.1)
     seen = run.replay(second)
@@ -65,7 +65,7 @@ def test_carry_begins_where_the_last_batch_ended() -> None:
     assert torch.allclose(seen[:, :7][keep[:, :7]], left[:2][keep[:, :7]], atol=1e-12)
     assert not seen[:, 7:].any()
     assert not seen[~keep].any()
-    now = run.adv.slots.buffers[0, 0]
+    now = run.adv.state_dict()["slots.0.0"]
     assert now.shape == (4, 9, 16)
     assert torch.equal(now[2:, :7], left[2:]), "no row of the second batch was there"
     hidden = ~torch.cat((keep[:, :7], torch.ones(2, 7).bool()))[:, :7]
@@ -104,10 +104,11 @@ def test_micro_batches_of_a_step_have_slots_of_their_own() -> None:
     for step in range(2):
         for data in (one, other):
             run.adv.backward(lambda data=data: run.model(**data).loss, mask=data["attention_mask"], step=step)
-        assert sorted(run.adv.slots.buffers) == [(0, 0), (1, 0)]
+        names = [name for name in run.adv.state_dict() if name.startswith("slots")]
+        assert sorted(names) == ["slots.0.0", "slots.1.0"]
         run.optimizer.step()
         clear(run.model)
-    both = run.adv.slots.buffers
+    both = run.adv.state_dict()
     for micro, data in enumerate((one, other)):
         alone = Run()
         for step in range(2):
@@ -116,7 +117,7 @@ def test_micro_batches_of_a_step_have_slots_of_their_own() -> None:
                 alone.model.load_state_dict(stepped(one, other).state_dict())
             alone.adv.backward(lambda: alone.model(**data).loss, mask=data["attention_mask"], step=step)  # noqa: B023
             clear(alone.model)
-        assert torch.allclose(both[micro, 0], alone.adv.slots.buffers[0, 0], atol=1e-12)
+        assert torch.allclose(both[f"slots.{micro}.0"], alone.adv.state_dict()["slots.0.0"], atol=1e-12)
 
 
 def stepped(*parts: dict[str, Tensor]) -> TinyModel:
@@ -132,7 +133,7 @@ def stepped(*parts: dict[str, Tensor]) -> TinyModel:
 def test_a_failed_replay_leaves_its_slots() -> None:
     run, data = Run(), batch()
     run.replay(data)
-    left, state = run.adv.slots.buffers[0, 0].clone(), run.adv.state_dict()
+    left, state = run.adv.state_dict()["slots.0.0"].clone(), run.adv.state_dict()
     clear(run.model)
     before = snapshot(run.model)
 
@@ -144,7 +145,7 @@ def test_a_failed_replay_leaves_its_slots() -> None:
     with pytest.raises(pytest.fail.Exception, match="boom"):
         run.adv.backward(fails, mask=data["attention_mask"])
     assert_unchanged(run.model, before)
-    assert same_bits(run.adv.slots.buffers[0, 0], left)
+    assert same_bits(run.adv.state_dict()["slots.0.0"], left)
     assert {name: value.tolist() for name, value in run.adv.state_dict().items()} == {
         name: value.tolist() for name, value in state.items()
     }
@@ -181,7 +182,7 @@ def test_a_graph_that_a_device_captures_cannot_grow() -> None:
 def test_perturbed_leaves_the_slots_alone() -> None:
     run, data = Run(), batch()
     run.replay(data)
-    left = run.adv.slots.buffers[0, 0].clone()
+    left = run.adv.state_dict()["slots.0.0"].clone()
     with run.adv.perturbed(lambda: run.model(**data).loss, mask=data["attention_mask"]):
         run.model(**data)
-    assert same_bits(run.adv.slots.buffers[0, 0], left)
+    assert same_bits(run.adv.state_dict()["slots.0.0"], left)

@@ -67,8 +67,13 @@ class Block(nn.Module):
 
 def test_the_default_split_is_a_block_and_no_part_of_one() -> None:
     """An expert is not what all of the loss depends on through."""
-    adv = fastadv.YOPO(seeded(Experts))
-    assert adv.engine.split.name == "blocks.0"
+    model, data = seeded(Experts), batch()
+    adv, ran = fastadv.YOPO(model, **NUMBERS), {}
+    for name in ("blocks.0.experts.0", "blocks.0.experts.3", "blocks.1"):
+        ran[name] = []
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, calls=ran[name]: calls.append(1))
+    adv.backward(lambda: model(data["input_ids"], data["labels"]))
+    assert [len(calls) for calls in ran.values()] == [7, 7, 3]
 
 
 @pytest.mark.parametrize("scope", ["sample", "table"])

@@ -142,7 +142,7 @@ def test_freeat_drawn_anew(fused: bool, masked: bool) -> None:
         optimizer.step()
         optimizer.zero_grad()
     assert_close(torch.stack(losses), run["loss_steps"], 1e-7, "losses")
-    final = adv.slots.buffers[0, 0]
+    final = adv.state_dict()["slots.0.0"]
     assert_close(final, run["delta_final"], 1e-7, "perturbation")
     for name, parameter in model.named_parameters():
         assert_close(parameter.detach(), run["wf"][name], 1e-7, name)

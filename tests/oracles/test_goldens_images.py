@@ -90,7 +90,7 @@ def test_freeat_of_imagenet(fused: bool | None) -> None:
     for step, (which, labels) in enumerate(fastadv.repeat(zip(numbers, (run[f"y{i}"] for i in range(3))), 3)):  # noqa: B905
         optimizer.zero_grad()
         losses.append(adv.backward(lambda: model(which, labels)).loss)  # noqa: B023
-        assert_close(adv.slots.buffers[0, 0].squeeze(1), run["noise"][step].flatten(1), 1e-7, f"noise of {step}")
+        assert_close(adv.state_dict()["slots.0.0"].squeeze(1), run["noise"][step].flatten(1), 1e-7, f"noise of {step}")
         optimizer.step()
     assert_close(torch.stack(losses), run["loss_steps"], 1e-7, "losses")
     found = trained(model)
@@ -110,11 +110,13 @@ def test_freeat_of_fast_adversarial(fused: bool | None) -> None:
     for step, (which, labels) in enumerate(fastadv.repeat([first, second, first], 3)):
         optimizer.zero_grad()
         adv.backward(lambda: model(which, labels))  # noqa: B023
-        slots, pixels = adv.slots.buffers[0, 0][: len(which)].squeeze(1), model.images.weight[which]
-        slots.copy_(slots.clamp(-pixels, 1 - pixels))
+        state, pixels = adv.state_dict(), model.images.weight[which].unsqueeze(1)
+        slots = state["slots.0.0"].clone()
+        slots[: len(which)] = slots[: len(which)].clamp(-pixels, 1 - pixels)
+        adv.load_state_dict({**state, "slots.0.0": slots})
         optimizer.step()
         if step % 3 == 2:
-            kept = adv.slots.buffers[0, 0].squeeze(1) / model.std
+            kept = adv.state_dict()["slots.0.0"].squeeze(1) / model.std
             assert_close(kept, run["delta"][step // 3].flatten(1), 1e-7, f"perturbation after step {step}")
     found = trained(model)
     assert_gradients(found, {name: run["wf"][name] for name in found}, 1e-7)
