@@ -7,6 +7,8 @@ import functools
 import inspect
 import math
 import typing
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -25,6 +27,23 @@ Dropout = Literal["fresh", "same", "off"]
 Tied = Literal["lookup", "both"]
 
 DIRECTIONS, BALLS = typing.get_args(Direction), typing.get_args(Ball)
+
+SHARED: dict[str, Any] = {
+    "start_step": 0,
+    "every": 1,
+    "dropout": "fresh",
+    "fused": None,
+    "backward": None,
+    "scaler": None,
+    "atomic": True,
+    "probe_dtype": None,
+    "embedding": None,
+    "relative": False,
+    "direction": "by norm",
+    "ball": "by norm",
+    "tied": "lookup",
+}
+"""The defaults of the options below."""
 
 # What other codes call these options: an error that knows them is more help than the nearest spelling.
 ELSEWHERE = {
@@ -93,29 +112,30 @@ def check_options(method: type, given: typing.Iterable[str]) -> None:
 
 
 @functools.cache
-def options_of(method: type) -> frozenset[str]:
-    """The names of all options that a method's constructor takes."""
-    names: set[str] = set()
+def options_of(method: type) -> Mapping[str, Any]:
+    """The options that a method's constructor takes, with their defaults."""
+    found: dict[str, Any] = {}
     for cls in method.__mro__:
         if "__init__" not in cls.__dict__ or cls is object:
             continue
         parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]  # type: ignore[misc]
-        names.update(p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD)
-        rest = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
-        if not rest:
-            break
-        table = _table(cls, rest[0].name)
+        named = {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        found = {**named, **found}
+        table = _table(cls)
         if table is not None:
-            names.update(typing.get_type_hints(table))
+            found |= {name: SHARED[name] for name in typing.get_type_hints(table)}
+        if table is not None or len(named) == len(parameters):
             break
-    return frozenset(names)
+    if "dropout" in found:
+        found["dropout"] = getattr(method, "_dropout", "fresh")
+    return MappingProxyType(found)
 
 
-def _table(cls: type, keyword: str) -> Any:
-    """The TypedDict of `**keyword: Unpack[TypedDict]`; None where it is annotated otherwise."""
-    hint = typing.get_type_hints(cls.__init__).get(keyword)  # type: ignore[misc]
-    found = typing.get_args(hint)
-    return found[0] if found and hasattr(found[0], "__total__") else None
+def _table(cls: type) -> Any:
+    """The TypedDict of a constructor's `**options: Unpack[TypedDict]`; None where there is none."""
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    inside = [typing.get_args(hint)[0] for hint in hints.values() if typing.get_args(hint)]
+    return next((one for one in inside if hasattr(one, "__total__")), None)
 
 
 def check_module(model: object) -> None:

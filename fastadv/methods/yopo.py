@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
 from typing_extensions import Unpack
@@ -82,6 +82,7 @@ class YOPO(FreeLB):
         scope: Scope = "sample",
         random_start: RandomStart = 0.1,
         adv_weight: float = 1.0,
+        tied: Literal["lookup"] = "lookup",
         **options: Unpack[EmbeddingOptions],
     ) -> None:
         self.inner_steps = whole("inner_steps", inner_steps, 1)
@@ -94,6 +95,7 @@ class YOPO(FreeLB):
             scope=scope,
             random_start=random_start,
             adv_weight=adv_weight,
+            tied=tied,
             **options,
         )
         self._engine.split_at(split)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import inspect
 import io
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +13,8 @@ from typing import Any, NoReturn, cast
 import torch
 
 import fastadv
-from fastadv.methods import Method
+from fastadv.methods import EmbeddingMethod, Method
+from fastadv.methods.options import options_of
 from fastadv.train.errors import UserError
 
 # What the job decides itself, or what only a program can give.
@@ -57,8 +57,8 @@ TRAINING = {
 def methods() -> dict[str, type[Method]]:
     """Every method that fastadv exports, by its lower-case name."""
     exported = [getattr(fastadv, name) for name in fastadv.__all__]
-    classes = [one for one in exported if isinstance(one, type) and issubclass(one, Method) and one is not Method]
-    return {one.__name__.lower(): one for one in classes}
+    classes = [one for one in exported if isinstance(one, type) and issubclass(one, Method)]
+    return {one.__name__.lower(): one for one in classes if one not in (Method, EmbeddingMethod)}
 
 
 def method_class(name: str) -> type[Method]:
@@ -73,21 +73,9 @@ def method_class(name: str) -> type[Method]:
     return known[name.lower()]
 
 
-def parameters(method: type[Method]) -> dict[str, inspect.Parameter]:
-    """A method's keyword parameters, those that it passes on to its base class included."""
-    found: dict[str, inspect.Parameter] = {}
-    for level, cls in enumerate(c for c in method.__mro__ if "__init__" in vars(c) and c is not object):
-        passes_on = False
-        for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items():
-            passes_on |= parameter.kind is parameter.VAR_KEYWORD
-            # What a base class requires, its subclass decides.
-            decided = level > 0 and parameter.default is parameter.empty
-            named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-            if named and not decided and name not in INTERNAL:
-                found.setdefault(name, parameter)
-        if not passes_on:
-            break
-    return found
+def parameters(method: type[Method]) -> dict[str, Any]:
+    """A method's options that a command line can give, with their defaults."""
+    return {name: default for name, default in options_of(method).items() if name not in INTERNAL}
 
 
 def pairs(arguments: Sequence[str]) -> dict[str, str | None]:
@@ -196,7 +184,7 @@ def listing() -> str:
     """Methods, their parameters and the defaults, for `fastadv train --help`."""
     lines = ["Parameters of the methods, with their defaults in this job:"]
     for name, cls in methods().items():
-        defaults = {key: parameter.default for key, parameter in parameters(cls).items()}
+        defaults = dict(parameters(cls))
         defaults.update(METHOD_DEFAULTS.get(name, {}))
         lines += _wrapped(f"{name}: ", defaults)
     lines += [

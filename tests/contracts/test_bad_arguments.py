@@ -66,7 +66,7 @@ def test_clean_weights(method: Any, options: dict[str, Any], error: type[Excepti
 @EACH
 def test_an_unknown_argument_is_an_error(method: Any) -> None:
     model = with_gradients()
-    refused(model, lambda: method(model, embedding=model.word_embeddings, radius=1.0), TypeError, "radius")
+    refused(model, lambda: method(model, embedding=model.word_embeddings, radium=1.0), TypeError, "radium")
 
 
 @EACH

@@ -172,7 +172,7 @@ def test_the_memory_for_copies_serves_while_gradients_accumulate() -> None:
         if micro == 4:
             model.zero_grad()
         adv.backward(lambda: model(data["input_ids"], data["labels"]).loss)
-        kept.append(adv.engine.guard._backup)
+        kept.append(adv._engine.guard._backup)
     assert kept[0] is None and kept[4] is None
     assert kept[1] is not None and kept[1] is kept[2] is kept[3]
 

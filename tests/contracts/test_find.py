@@ -163,7 +163,7 @@ def test_exceptions_leave_no_trace(name: str, error: BaseException) -> None:
 @pytest.mark.parametrize("method", [fastadv.FGM, fastadv.PGD])
 def test_a_table_that_moves_itself(method: Callable[..., Any]) -> None:
     """tied="both" moves the weights: they are put back, and an optimizer's steps inside are kept."""
-    model, data, closure = ready()
+    model, _, closure = ready()
     adv = method(model, embedding=model.word_embeddings, tied="both")
     weight, before = model.word_embeddings.weight, model.word_embeddings.weight.detach().clone()
     found = adv.find(closure)

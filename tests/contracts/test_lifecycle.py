@@ -73,7 +73,7 @@ class TestInterception:
         before = snapshot(model)
         adv.backward(closure)
         clear(model)
-        if adv.random_start is not None:  # its seed is the one number that a step draws
+        if adv._start is not None:  # its seed is the one number that a step draws
             torch.set_rng_state(before["rng"])
         assert_unchanged(model, before)
 

@@ -17,7 +17,8 @@ from tests.every import EVERY
 from tests.models import TinyModel
 from tests.support import assert_close, ready, record, seeded
 
-METHODS = [getattr(fastadv, name) for name in ["FGSM", "FGM", "PGD", "FreeAT", "YOPO", "FreeLB", "SMART", "LLR", "VAT", "NEFTune", "AWP"]]
+NAMES = ("FGSM", "FGM", "PGD", "FreeAT", "YOPO", "FreeLB", "SMART", "LLR", "VAT", "NEFTune", "AWP")
+METHODS = [getattr(fastadv, name) for name in NAMES]
 METHODS.append(fastadv.BregmanProximal)
 
 

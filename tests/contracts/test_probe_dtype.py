@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.engine.perturb.positions import PositionPerturbation
 from tests.contracts.precision import FULL, HALF, LOW, NUMBERS, PGD, autocast_state, matmuls, never, stepped, tiny
 from tests.every import EVERY
 from tests.models import TinyModel
@@ -107,17 +108,22 @@ def test_by_default_there_is_no_autocast(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("place", ["word_embeddings", "ff1"])
 @pytest.mark.parametrize("dtype", [LOW, HALF], ids=str)
-def test_perturbation_and_gradient_stay_float32(dtype: torch.dtype, place: str) -> None:
+def test_perturbation_and_gradient_stay_float32(dtype: torch.dtype, place: str, monkeypatch: Any) -> None:
     """Also where the perturbed module, a linear layer, returns the lower precision in probes."""
     model, data = tiny(), batch()
     adv = fastadv.PGD(model, embedding=place, probe_dtype=dtype, **NUMBERS)
-    perturbation, found = adv.engine.perturbation, []
-    take = perturbation.take
-    perturbation.take = lambda grads: [found.extend(grads), take(grads)]
+    found: list[Tensor] = []
+    take = PositionPerturbation.take
+
+    def watched(self: Any, grads: Any) -> None:
+        found.extend(grads)
+        take(self, grads)
+
+    monkeypatch.setattr(PositionPerturbation, "take", watched)
     adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])
     assert [grad.dtype for grad in found] == [FULL] * 2
     assert all(grad.abs().sum() > 0 for grad in found)
-    assert [leaf.dtype for leaf in perturbation.leaves()] == [FULL]
+    assert [value.dtype for value in adv.find(lambda: model(**data).loss).values] == [FULL]
     assert float(adv.perturbation_norm) == pytest.approx(0.5, abs=1e-4)
 
 
@@ -204,7 +210,8 @@ def test_a_model_that_goes_to_float64_later() -> None:
         adv = PGD(model, probe_dtype=dtype)
         model.double()
         adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])  # noqa: B023
-        assert [leaf.dtype for leaf in adv.engine.perturbation.leaves()] == [torch.float64]
+        found_one = adv.find(lambda: model(**data).loss)  # noqa: B023
+        assert [value.dtype for value in found_one.values] == [torch.float64]
         found.append(gradients(model))
     assert all(same_bits(found[0][name], found[1][name]) for name in found[0])
 

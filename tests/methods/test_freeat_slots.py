@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastadv
-from fastadv.engine.slots import Slots
+from fastadv.methods.carry_buffer import CarryBuffer
 from tests.methods.replays import SIZES, Run, batches
 from tests.models import TinyModel
 from tests.support import assert_unchanged, batch, clear, ready, same_bits, snapshot
@@ -160,9 +160,9 @@ class Left(NamedTuple):
 
 def test_a_captured_graph_cannot_grow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule; that a graph is being captured only a CUDA device can say (the next test)."""
-    slots = Slots()
+    slots = CarryBuffer()
     slots.keep((0, 0), Left(torch.ones(2, 3, 4)))  # type: ignore[arg-type]
-    monkeypatch.setattr("fastadv.engine.slots._captured", lambda device: True)
+    monkeypatch.setattr("fastadv.methods.carry_buffer._captured", lambda device: True)
     slots.keep((0, 0), Left(torch.full((1, 2, 4), 2.0)))  # type: ignore[arg-type]
     for shape in [(3, 3, 4), (1, 5, 4)]:
         with pytest.raises(RuntimeError, match=r"larger than any before.*largest batch.*once before"):
@@ -173,7 +173,7 @@ def test_a_captured_graph_cannot_grow(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_graph_that_a_device_captures_cannot_grow() -> None:
-    slots, small, large = Slots(), torch.ones(2, 3, 4, device="cuda"), torch.ones(3, 3, 4, device="cuda")
+    slots, small, large = CarryBuffer(), torch.ones(2, 3, 4, device="cuda"), torch.ones(3, 3, 4, device="cuda")
     slots.keep((0, 0), Left(small))  # type: ignore[arg-type]
     with pytest.raises(RuntimeError, match="larger than any before"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         slots.keep((0, 0), Left(large))  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine.adam import Adam
+from fastadv.methods.adam import Adam
 from tests.models import CLASSES, D, TinyModel, V
 from tests.oracles.setting import Setting
 from tests.support import (

@@ -218,7 +218,7 @@ def test_yopo_keeps_nothing_of_the_split() -> None:
     watched.remove()
     gc.collect()
     assert [ref() for ref in refs] == [None] * 7
-    assert adv.engine.split.gradient is None
+    assert adv._engine.entrance.forward is None
 
 
 @pytest.mark.parametrize(

@@ -198,7 +198,7 @@ def test_every_pass_is_the_papers(build: Callable[[], Case], norm: str) -> None:
     calls: list[str] = []
     case.model.get_submodule(case.later).register_forward_pre_hook(lambda *_: calls.append("ran"))
     adv = yopo(case, norm=norm, random_start=lambda *_: start)
-    assert adv.engine.split.module is case.model.get_submodule(case.split)
+    assert adv._engine.split.module is case.model.get_submodule(case.split)
     with perturbations(case) as seen:
         adv.backward(closure, mask=case.data["attention_mask"])
     compare(seen, want.seen, case.tolerance)

@@ -93,7 +93,7 @@ def test_yopo(name: str, fused: bool) -> None:
         random_start=lambda shape, mask: run["delta"][0],
         fused=fused,
     )
-    assert adv.engine.split.module is model.decoder["sentence_encoder"].layers[0]
+    assert adv._engine.split.module is model.decoder["sentence_encoder"].layers[0]
     with record(model) as seen:
         adv.backward(watched, mask=run["mask"])
     assert len(seen) == 3 + 2 * (inner - 1)
