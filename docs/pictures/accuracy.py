@@ -31,7 +31,7 @@ def main() -> None:
     runs = json.loads(RUNS.read_text())["runs"]
     radii = [point["radius"] for point in runs[0]["accuracy"]]
     shown = {method: columns(runs, method) for method in METHODS}
-    figure, axes = plt.subplots(figsize=(7, 3.1), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7, 2.6), layout="constrained")
     for place, (method, (name, colour)) in enumerate(METHODS.items()):
         means, spread = shown[method]
         left = [group + 0.2 * (place - 1.5) for group in range(len(radii))]
