@@ -75,6 +75,13 @@ def surroundings(folder: Path) -> dict[str, Any]:
     }
 
 
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    page = (ROOT / "docs/api.md").read_text()
+    names = set(fastadv.__all__) - {"__version__"}
+    assert not {public for public in names if f"::: fastadv.{public}\n" not in page}
+    assert "::: fastadv.integrations.transformers.AdversarialTrainer\n" in page
+
+
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_prose_wraps(page: Path) -> None:
     long = [line for line in prose(page) if len(line) > 120 and not line.startswith("|")]
