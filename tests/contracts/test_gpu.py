@@ -121,7 +121,7 @@ def test_replays_are_the_steps_bit_for_bit(name: str, scope: str, options: dict[
             optimizer.step()
             if index < 3:
                 optimizer.zero_grad()
-        assert (adv.now, adv.attacked) == (5, 6 if "every" not in options else 2)
+        assert (adv._schedule.now, adv.attacked) == (5, 6 if "every" not in options else 2)
         found.append([*seen, *(p.detach().clone() for p in model.parameters()), torch.cuda.get_rng_state()])
         adv.close()
     assert all(same_bits(one, other) for one, other in zip(*found, strict=True))
