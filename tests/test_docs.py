@@ -19,7 +19,7 @@ from fastadv.train.options import methods
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "tests/goldens/README.md"]
 EXAMPLES = [method.__module__ for method in methods().values()]
-EXAMPLES += ["fastadv.methods.replay", "fastadv.classic", "fastadv.ops.rows", "fastadv.ops.grads"]
+EXAMPLES += ["fastadv.methods.repeat", "fastadv.classic", "fastadv.ops.rows", "fastadv.ops.grads"]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
