@@ -102,7 +102,7 @@ def test_the_methods_are_shown_as_they_were_measured() -> None:
     page = (ROOT / "docs/training.md").read_text()
     runs, timed = (
         json.loads((ROOT / f"docs/results/{name}.json").read_text())["runs"]
-        for name in ("compare/compare", "compare_time")
+        for name in ("compare/compare", "compare_time/sweep")
     )
     seconds = {run["method"]: run["seconds_per_step"] for run in timed}
     rows = compare.summary(runs)

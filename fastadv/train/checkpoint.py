@@ -34,7 +34,7 @@ def evaluate(
         UserError: the checkpoint is none of this job's, or its test samples are not to be had.
     """
     if min(radii) <= 0 or steps < 1 or (samples is not None and samples < 1):
-        raise UserError("--radii must be above 0, --steps and --samples at least 1")
+        raise UserError("--radii must be above 0, --attack-steps and --attack-samples at least 1")
     quiet(offline=given is None or given.data == data.DEFAULT or Path(given.data).exists())
     network = phase.place(load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu")
     labels = label_names(network)

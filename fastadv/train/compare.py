@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastadv.train import options, plots
-from fastadv.train.errors import Interrupted, UserError
-from fastadv.train.job import Settings, read_json, write_json
-from fastadv.train.sweep import Point, common, label, points, ready, train_all
+from fastadv.train.errors import Interrupted
+from fastadv.train.job import Settings, write_json
+from fastadv.train.sweep import Point, label, points, ready, train_all
 
 RESULT, PICTURE, TABLE = "compare.json", "compare.svg", "compare.md"
 
@@ -57,12 +57,6 @@ def run(settings: Settings, grid: Sequence[Point], seeds: Sequence[int], folder:
         Interrupted: stopped by its user; trainings that are finished are kept.
     """
     job = ready(settings, grid)
-    kept = read_json(folder / RESULT)
-    if kept is not None and kept["job"] != common(job):
-        different = [name for name, value in common(job).items() if kept["job"].get(name) != value]
-        raise UserError(
-            f"{folder} holds a comparison with other settings ({', '.join(different)}): give another --output-dir"
-        )
     try:
         result = train_all(job, grid, seeds, folder / RESULT, command)
     except (KeyboardInterrupt, Interrupted):

@@ -108,7 +108,7 @@ def prepare(settings: Settings) -> Job:
     _check(settings)
     quiet(offline=_is_local(settings))
     method = options.method_class(settings.method)
-    extra = options.split(settings.extra, method, _option_names())
+    extra = options.split(settings.extra, method)
     folder = model.resolve(settings.model)
     model.encoder_config(folder)
     if settings.data.data == data.DEFAULT and settings.data.train_samples is None:
@@ -140,7 +140,7 @@ def _check(settings: Settings) -> None:
         if value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
     if not settings.attack_radii or min(settings.attack_radii) <= 0:
-        raise UserError("--attack-radii must be one or more numbers above 0, such as 0.1,0.2")
+        raise UserError("--radii must be one or more numbers above 0, such as 0.1,0.2")
     if settings.max_length < 3:
         raise UserError(f"--max-length must be at least 3, not {settings.max_length}")
     if not 0 <= settings.head_dropout < 1:
@@ -152,11 +152,6 @@ def _check(settings: Settings) -> None:
 def _is_local(settings: Settings) -> bool:
     local_data = settings.data.data == data.DEFAULT or Path(settings.data.data).exists()
     return local_data and (settings.model == model.DEFAULT or Path(settings.model).expanduser().exists())
-
-
-def _option_names() -> list[str]:
-    names = [*Settings.__dataclass_fields__, *DataSettings.__dataclass_fields__]
-    return [*(name for name in names if name != "extra"), "resume", "output_dir"]
 
 
 def quiet(offline: bool = False) -> None:

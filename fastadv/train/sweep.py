@@ -15,6 +15,7 @@ from fastadv.train.errors import UserError
 from fastadv.train.job import Job, Settings, prepare, read_json, write_json
 
 Point = tuple[str, dict[str, Any]]
+RESULT = "sweep.json"
 
 
 def points(tries: Sequence[str]) -> list[Point]:
@@ -40,13 +41,14 @@ def points(tries: Sequence[str]) -> list[Point]:
     return found
 
 
-def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], output: Path, command: str) -> dict[str, Any]:
-    """Train and measure plainly and with every setting, seed by seed; finished ones in `output` are kept.
+def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], folder: Path, command: str) -> dict[str, Any]:
+    """Train and measure plainly and with every setting, seed by seed. The folder's JSON file keeps what is finished.
 
-    `output` (JSON) is written after each training.
+    Raises:
+        UserError: `folder` holds a sweep on other data, or with other settings.
     """
     grid: list[Point] = [("plain", {}), *points(tries)]
-    return train_all(ready(settings, grid), grid, seeds, output, command)
+    return train_all(ready(settings, grid), grid, seeds, folder / RESULT, command)
 
 
 def ready(settings: Settings, grid: Sequence[Point]) -> Job:
@@ -68,9 +70,18 @@ def as_read(value: Any) -> Any:
 
 
 def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Path, command: str) -> dict[str, Any]:
-    """Every point of the grid with every seed that `output` does not have yet."""
+    """Train every point of the grid with every seed that `output` (JSON) does not have yet.
+
+    Raises:
+        UserError: `output` holds trainings on other data, or with other settings.
+    """
     fresh: dict[str, Any] = {"command": command, "job": common(job), "runs": []}
     result: dict[str, Any] = read_json(output) or fresh
+    different = [name for name, value in fresh["job"].items() if result["job"].get(name) != value]
+    if different:
+        raise UserError(
+            f"{output} holds trainings with other settings ({', '.join(different)}): give another --output-dir"
+        )
     everything = list(itertools.product(seeds, grid))
     for index, (seed, (name, arguments)) in enumerate(everything, 1):
         wanted = (name, as_read(arguments), seed)
