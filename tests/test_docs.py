@@ -21,7 +21,13 @@ PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROO
 
 
 EXAMPLES = [method.__module__ for method in methods().values()]
-EXAMPLES += ["fastadv.methods.replay", "fastadv.classic", "fastadv.ops.rows", "fastadv.ops.grads"]
+EXAMPLES += [
+    "fastadv.methods.replay",
+    "fastadv.integrations.transformers",
+    "fastadv.classic",
+    "fastadv.ops.rows",
+    "fastadv.ops.grads",
+]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -1,4 +1,4 @@
-"""The command `fastadv`. Nothing here loads torch before a command runs: `main` sets how its threads wait."""
+"""Define the command `fastadv`. No torch before a command runs: `main` sets first how its threads wait."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=N
 
 
 class Train(TyperCommand):
-    """`fastadv train`; its help lists the options that come with the methods, which only torch can tell."""
+    """List the options that come with the methods only when help is asked for, since that imports torch."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        r"""Write them; `\b` keeps click from filling a paragraph."""
+        r"""Write the list; `\b` keeps click from filling a paragraph."""
         from fastadv.train import options
 
         self.epilog = "\n\n".join("\b\n" + part for part in options.listing().split("\n\n"))
@@ -49,7 +49,7 @@ def fastadv_command(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Adversarial training for language models: train, compare and measure text classifiers."""
+    """Train text classifiers adversarially, compare methods, and measure models under attack."""
 
 
 @app.command(cls=Train, context_settings=MORE)
@@ -197,7 +197,7 @@ def info() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what its user can put right is one line on standard error, and exit code 2."""
+    """Run the command. A mistake in its options or data is one line on standard error, and exit code 2."""
     threads.wait_passively()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
@@ -217,7 +217,7 @@ def _command(context: typer.Context) -> str:
 
 
 def _only(context: typer.Context, *names: str) -> None:
-    """A resumed run has its settings; others beside them would be ignored, so they are an error."""
+    """Refuse other options beside --resume: the run keeps its settings, so they would be ignored."""
     given = [
         name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]

@@ -1,4 +1,4 @@
-"""Options that are not written down here: a method's parameters and TrainingArguments, by their own names."""
+"""Take a method's parameters and TrainingArguments as options, by their own names."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ TRAINING = {
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method that fastadv exports, by its lower-case name."""
+    """List every method that fastadv exports, by its lower-case name."""
     exported = [getattr(fastadv, name) for name in fastadv.__all__]
     classes = [one for one in exported if isinstance(one, type) and issubclass(one, Method) and one is not Method]
     return {one.__name__.lower(): one for one in classes}
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of that name.
+    """Find a method by its name.
 
     Raises:
         UserError: there is none.
@@ -77,7 +77,7 @@ def method_class(name: str) -> type[Method]:
 
 
 def parameters(method: type[Method]) -> dict[str, inspect.Parameter]:
-    """A method's keyword parameters, those that it passes on to its base class included."""
+    """List a method's keyword parameters, with those that it passes on to its base class."""
     found: dict[str, inspect.Parameter] = {}
     for level, cls in enumerate(c for c in method.__mro__ if "__init__" in vars(c) and c is not object):
         passes_on = False
@@ -94,7 +94,7 @@ def parameters(method: type[Method]) -> dict[str, inspect.Parameter]:
 
 
 def literal(text: str | None) -> Any:
-    """A parameter's value as it would be written in Python, more or less: none, true, 3, 0.5, l2, bfloat16."""
+    """Read a value much as Python would: none, true, 3, 0.5, l2, bfloat16."""
     if text is None:
         return True
     constants = {"none": None, "true": True, "false": False, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -108,7 +108,7 @@ def literal(text: str | None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line said beyond the options of the job itself."""
+    """Hold the options beyond those of the job itself."""
 
     method: dict[str, Any]
     training: dict[str, str | None]
@@ -144,7 +144,7 @@ def split(arguments: Sequence[str], method: type[Method] | None, own: Sequence[s
 
 
 def _refuse_parameter(name: str, method: type[Method] | None, own: Sequence[str]) -> None:
-    """Say whose parameter it is, if it is that of another method, or of several."""
+    """Refuse the parameter of another method, and say whose it is."""
     owners = [other.__name__ for other in methods().values() if name in parameters(other)]
     if not owners and not (name == "method" and method is None):
         return
@@ -161,14 +161,14 @@ def _refuse_parameter(name: str, method: type[Method] | None, own: Sequence[str]
 
 
 def training_fields() -> dict[str, Any]:
-    """The fields of TrainingArguments, by name."""
+    """List the fields of TrainingArguments by name."""
     from transformers import TrainingArguments
 
     return {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
 def training_arguments(given: Mapping[str, str | None], **fixed: Any) -> Any:
-    """TrainingArguments of the job's defaults, what the command line gave, and what is `fixed`.
+    """Make TrainingArguments of the job's defaults, the command line (`given`) and the values that are `fixed`.
 
     Raises:
         UserError: a value that cannot be read, or that TrainingArguments refuses.
@@ -193,7 +193,7 @@ def training_arguments(given: Mapping[str, str | None], **fixed: Any) -> Any:
 
 
 def listing() -> str:
-    """Methods, their parameters and the defaults, for `fastadv train --help`."""
+    """List methods, parameters and defaults for `fastadv train --help`."""
     lines = ["Parameters of the methods, with their defaults in this job:"]
     for name, cls in methods().items():
         defaults = {key: parameter.default for key, parameter in parameters(cls).items()}
