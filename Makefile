@@ -22,7 +22,8 @@ train: $(VENV)/.train
 
 # Then the Triton kernels, interpreted: what they have of their own and the ops' tests, and in test-slow the matrix of methods.
 INTERPRETED := --backend triton tests/kernels tests/ops
-MATRIX := --backend triton $(addprefix tests/methods/test_,oracles.py papers.py goldens.py numbers.py regularisers.py goldens_regularisers.py)
+MATRIX := --backend triton $(addprefix tests/oracles/test_,oracles.py papers.py goldens.py numbers.py regularisers.py goldens_regularisers.py) \
+	$(addprefix tests/methods/test_,smart.py vat.py llr.py neftune.py)
 # A process for every core: each test runs on one thread. Slow ones are few and long, so that they are handed out one by one.
 PYTEST := $(BIN)/python -m pytest -n $(shell getconf _NPROCESSORS_ONLN)
 test: $(VENV)/.test

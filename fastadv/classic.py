@@ -13,30 +13,32 @@ copied, moved and put back. What `restore` puts back is bit for bit what was the
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.moved_table import MovedTable
-from fastadv.engine.passes import Engine
-from fastadv.engine.rule import Rule
+from fastadv.engine.engine import Engine
+from fastadv.engine.perturb.rule import Rule
+from fastadv.engine.perturb.table_rollback import TableRollback
 from fastadv.ops.grads import Backup
 
 EMB_NAME = "word_embeddings"
 
 
 class _Calls:
-    """What both methods' calls share. `Method` makes the attributes."""
+    """The part of both methods' calls that is the same. `EmbeddingMethod` makes the attributes."""
 
     model: nn.Module
-    engine: Engine
-    epsilon: float | None
-    step_size: float
-    norm: str
-    norms: ClassVar[dict[str, tuple[str, str]]]
-    scope: str
-    _moved: dict[nn.Parameter, MovedTable] | None = None  # None: nothing is attacked
+    scope: Any
+    _engine: Engine
+    _moved: dict[nn.Parameter, TableRollback] | None = None  # None: nothing is attacked
+
+    if TYPE_CHECKING:
+
+        @property
+        def rule(self) -> Rule:
+            """Of `EmbeddingMethod`."""
 
     def restore(self, emb_name: str = EMB_NAME) -> None:  # noqa: ARG002
         """Put back everything that was attacked, bit for bit and in the same memory; also after an error.
@@ -53,26 +55,25 @@ class _Calls:
         self._moved = None
 
     @torch.no_grad()
-    def _move(self, emb_name: str, step_size: float, epsilon: float | None, ball: str) -> None:
+    def _move(self, emb_name: str, rule: Rule) -> None:
         """One step of every parameter that `emb_name` names."""
         if self.scope not in ("table", "row"):
             raise ValueError(f"attack() moves the table itself: scope must be 'table' or 'row', not {self.scope!r}")
         moving = _named(self.model, emb_name)
         if self._moved is None:
             self._moved = {}
-        rule = Rule(step_size, epsilon, self.norms[self.norm][0], ball)
         for parameter in moving:
             if parameter.grad is not None:
-                table = self._moved.setdefault(parameter, MovedTable(parameter, self._fused))
+                table = self._moved.setdefault(parameter, TableRollback(parameter, self._fused))
                 self._step(table, parameter.grad, rule)
 
-    def _step(self, table: MovedTable, grad: Tensor, rule: Rule) -> None:
+    def _step(self, table: TableRollback, grad: Tensor, rule: Rule) -> None:
         dense = grad if grad.layout == torch.strided else grad.to_dense()  # nn.Embedding(sparse=True)
-        table.step(dense, rule, int(self.scope == "row"), self.engine.perturbation.count_on(grad.device))
+        table.step(dense, rule, int(self.scope == "row"), self._engine.buffers.skipped_on(grad.device))
 
     @property
     def _fused(self) -> bool | None:
-        return self.engine.site.fused
+        return self._engine.places.fused
 
 
 class ClassicFGM(_Calls):
@@ -92,7 +93,7 @@ class ClassicFGM(_Calls):
             ValueError: no parameter is named so, or all that are, are frozen; nothing has moved then.
             TypeError: a parameter is sharded (FSDP2) or not contiguous; nothing has moved then.
 
-        Example:
+        Examples:
             >>> import fastadv, torch
             >>> model = torch.nn.ModuleDict({"word_embeddings": torch.nn.Embedding(10, 4)})
             >>> fgm, ids = fastadv.FGM(model), torch.tensor([1, 2])
@@ -102,7 +103,8 @@ class ClassicFGM(_Calls):
             >>> loss().backward()  # the adversarial gradient, on top of the clean one
             >>> fgm.restore()
         """
-        self._move(emb_name, self.step_size if epsilon is None else epsilon, None, "none")
+        step_size = self.rule.step_size if epsilon is None else epsilon
+        self._move(emb_name, self.rule._replace(step_size=step_size, epsilon=None, ball="none"))
 
 
 class ClassicPGD(_Calls):
@@ -133,7 +135,7 @@ class ClassicPGD(_Calls):
             TypeError: a parameter is sharded (FSDP2) or not contiguous; nothing has moved then.
             RuntimeError: the first attack did not say that it is.
 
-        Example:
+        Examples:
             >>> import fastadv, torch
             >>> model = torch.nn.ModuleDict({"word_embeddings": torch.nn.Embedding(10, 4)})
             >>> pgd, ids = fastadv.PGD(model), torch.tensor([1, 2])
@@ -148,8 +150,9 @@ class ClassicPGD(_Calls):
         """
         if self._moved is None and not is_first_attack:
             raise RuntimeError("the first attack of a step must say is_first_attack=True")
-        radius = self.epsilon if epsilon is None else epsilon
-        self._move(emb_name, self.step_size if alpha is None else alpha, radius, self.norms[self.norm][1])
+        rule = self.rule
+        step_size, radius = rule.step_size if alpha is None else alpha, rule.epsilon if epsilon is None else epsilon
+        self._move(emb_name, rule._replace(step_size=step_size, epsilon=radius))
 
     def backup_grad(self) -> None:
         """Copy every gradient there is (the script fails where one is None)."""

@@ -32,6 +32,11 @@ EVERY: dict[str, Callable[..., fastadv.Method]] = {
 }
 """By name; a position scope or another argument may be given on top."""
 
+COMPARING = {"smart": fastadv.SMART, "vat": fastadv.VAT}
+"""Those that compare the outputs of two passes."""
+HOLDING = {**COMPARING, "llr": fastadv.LLR}
+"""Those whose penalty needs the clean pass and the perturbed one in one graph."""
+
 
 def every_but(*names: str) -> dict[str, Callable[..., fastadv.Method]]:
     """All of them without those whose meaning differs."""

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models import CLASSES, V
+from tests.models import CLASSES, TinyModel, TwoCalls, V
 
 GOLDENS = Path(__file__).parent / "goldens"
 M = TypeVar("M", bound=nn.Module)
+PGD3: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}
 
 
 def seeded(build: Callable[[], M], seed: int = 0, dtype: torch.dtype = torch.float64) -> M:
@@ -34,6 +35,25 @@ def batch(rows: int = 4, length: int = 7, seed: int = 1, pad: int = 0) -> dict[s
     ids = torch.where(mask.bool(), ids, pad)
     labels = torch.randint(0, CLASSES, (rows,), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def ready(dtype: torch.dtype = torch.float64, **options: Any) -> tuple[TinyModel, dict[str, Tensor], Callable[[], Any]]:
+    """A model with attention, its batch and a closure."""
+    model, data = seeded(lambda: TinyModel("tfm", **options), dtype=dtype), batch()
+    return model, data, lambda: model(**data)
+
+
+def two_calls() -> tuple[TwoCalls, tuple[Tensor, Tensor, Tensor]]:
+    """A model that looks words up twice, and what it takes: ids of two lengths and labels."""
+    data = batch()
+    return seeded(TwoCalls), (data["input_ids"], batch(4, 5, seed=6)["input_ids"], data["labels"])
+
+
+def with_gradients(kind: str = "mlp") -> TinyModel:
+    """A model with gradients from before, so that a change to them shows."""
+    model = seeded(lambda: TinyModel(kind))
+    model(**batch()).loss.backward()
+    return model
 
 
 @contextlib.contextmanager
@@ -56,6 +76,19 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 def clear(model: nn.Module) -> None:
     model.zero_grad(set_to_none=True)
+
+
+def one_step(
+    model: TinyModel, method: Any, data: dict[str, Tensor], **options: Any
+) -> tuple[Any, dict[str, Tensor], list[Tensor]]:
+    """A step from one state of torch's generator: its result, gradients, and what the model saw."""
+    clear(model)
+    torch.manual_seed(7)
+    adv = method(model, embedding=model.word_embeddings, **options)
+    with record(model) as seen:
+        result = adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])
+    adv.close()
+    return result, gradients(model), seen
 
 
 def relative(got: Tensor, want: Tensor) -> float:

@@ -18,8 +18,6 @@ from fastadv.train.options import methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "tests/goldens/README.md"]
-
-
 EXAMPLES = [method.__module__ for method in methods().values()]
 EXAMPLES += [
     "fastadv.methods.replay",
@@ -57,6 +55,7 @@ def test_every_op_and_method_has_its_page_and_test() -> None:
         assert Path(inspect.getfile(method)).stem == name, "one file per method, with its name"
         assert (ROOT / f"docs/methods/{name}.md").exists()
         assert (ROOT / f"fastadv/reference/{name}.py").exists()
+        assert (ROOT / f"tests/methods/test_{name}.py").exists()
     for source in (ROOT / "fastadv/ops").glob("[!_]*.py"):
         assert (ROOT / f"tests/ops/test_{source.stem}.py").exists()
 
@@ -173,3 +172,21 @@ def test_the_sweep_table_shows_what_the_committed_sweep_measured() -> None:
         )
         for column in zip(*runs, strict=True):
             assert f"| {sum(column) / len(column):.1f} |" in row, (name, row)
+
+
+def test_the_page_of_the_engine_shows_what_was_measured() -> None:
+    page = (ROOT / "docs/engine.md").read_text()
+    kept = json.loads((ROOT / "docs/results/probe_dtype.json").read_text())
+    pgd, seconds = kept["pgd"], kept["seconds"]
+    rows = [
+        [f"{pgd[f'perturbation, cosine, {of}']:.5f}" for of in ("mean over samples", "least sample")],
+        [f"{pgd[f'{of}, cosine, least batch']:.7f}" for of in ("parameter gradient", "its adversarial part")],
+        [f"{pgd[f'rise of the loss, ratio, {of}']:.4f}" for of in ("mean", "least batch")],
+    ]
+    for row in rows:
+        assert f"| {', '.join(row)} |" in page
+    mine, plain, ratio = seconds["bfloat16 probes"], seconds["float32 probes"], list(seconds.values())[2]
+    assert f"| {mine:.2f}, and {plain:.2f} in float32: x {ratio:.2f} |" in page
+    for name, row in kept["others"].items():
+        cells = [f"{value:.3f}" for value in row.values()]
+        assert f"| {name} | {cells[1]}, {cells[0]} | {cells[3]}, {cells[2]} |" in page

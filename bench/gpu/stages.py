@@ -23,7 +23,7 @@ from tests.support import batch, seeded
 
 SANITIZER = "compute-sanitizer"
 TESTS = {
-    "methods, capture, syncs": ["-m", "gpu", "tests/methods"],
+    "methods, capture, syncs": ["-m", "gpu", "tests/methods", "tests/contracts"],
     "kernels": ["tests/kernels/test_values.py"],
     "csrc": ["tests/csrc/test_cuda.py"],
 }

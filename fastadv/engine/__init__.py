@@ -1,1 +1,1 @@
-"""The engine's three verbs (descend, probe, ascend), and where the perturbation enters the model."""
+"""One adversarial step of one model: `Engine` lives with the model, a `Step` with one `backward`."""

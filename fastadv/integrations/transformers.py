@@ -76,16 +76,16 @@ class AdversarialMixin(_Trainer):
         if self.adversary is not None:  # an earlier train(), or a smaller batch size after running out of memory
             self.adversary.close()
         method = self._make_adversary(self.model_wrapped)
-        if method.engine.backward is None:
-            method.engine.backward = self.accelerator.backward
-        if method.engine.scaler is None:
-            method.engine.scaler = getattr(self.accelerator, "scaler", None)
+        owner = method._engine.owner
+        owner.function = owner.function or self.accelerator.backward
+        owner.scaler = owner.scaler or getattr(self.accelerator, "scaler", None)
         if hasattr(method, "attach"):
             method.attach(self.optimizer)
         self.adversary = method
-        if method.replays != self._replays:
+        replays = getattr(method, "replays", 1)
+        if replays != self._replays:
             raise ValueError(
-                f"{type(method).__name__} trains on each batch {method.replays} times in a row, which the Trainer "
+                f"{type(method).__name__} trains on each batch {replays} times in a row, which the Trainer "
                 f"must know before it counts its steps: give adversary=(fastadv.{type(method).__name__}, {{...}}), "
                 "not a callable"
             )
@@ -113,7 +113,7 @@ class AdversarialMixin(_Trainer):
         if self._adversarial_steps and self.adversary is not None and not self.adversary.attacked:
             warnings.warn(
                 f"{type(self.adversary).__name__} attacked none of the {self.state.global_step} steps: "
-                f"start_step={self.adversary.start_step} is not reached. This was plain training.",
+                f"start_step={self.adversary._schedule.start_step} is not reached. This was plain training.",
                 stacklevel=3,
             )
 

@@ -1,8 +1,10 @@
 """The methods, one file each; each reads like its paper."""
 
+from fastadv.engine.found import Found
+from fastadv.engine.step import Pass, Step, StepResult
 from fastadv.methods.awp import AWP
-from fastadv.methods.base import Method, StepResult
-from fastadv.methods.embedded import EmbeddingMethod
+from fastadv.methods.base import Method
+from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.fgm import FGM
 from fastadv.methods.fgsm import FGSM
 from fastadv.methods.freeat import FreeAT
@@ -11,7 +13,7 @@ from fastadv.methods.llr import LLR
 from fastadv.methods.neftune import NEFTune
 from fastadv.methods.pgd import PGD
 from fastadv.methods.proximal import BregmanProximal
-from fastadv.methods.replay import repeat
+from fastadv.methods.repeat import repeat
 from fastadv.methods.smart import SMART
 from fastadv.methods.vat import VAT
 from fastadv.methods.yopo import YOPO
@@ -27,10 +29,13 @@ __all__ = [
     "YOPO",
     "BregmanProximal",
     "EmbeddingMethod",
+    "Found",
     "FreeAT",
     "FreeLB",
     "Method",
     "NEFTune",
+    "Pass",
+    "Step",
     "StepResult",
     "repeat",
 ]

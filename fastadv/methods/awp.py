@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fastadv.engine.moved_weights import MovedWeights
-from fastadv.engine.passes import Closure
-from fastadv.engine.site import Masks
-from fastadv.methods.base import Method, StepResult, number, whole
+from fastadv.engine.lookups import Masks
+from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.methods.awp_weights import MovedWeights
+from fastadv.methods.base import Method
+from fastadv.methods.options import StepOptions, number, whole
 
 Choice = Callable[[str, nn.Parameter], bool]
 
@@ -44,14 +46,19 @@ class AWP(Method):
         parameters: which weights move: a callable `(name, parameter) -> bool`; None: all matrices.
         clean_weight: weight of the gradient at the weights as they are; 0: no part of it is kept.
         adv_weight: weight of the gradient at the moved weights.
-        start_step: attack from this step on. Early on, when the weights move by themselves, it may do harm.
-        **common: `every`, `dropout`, `fused`, `backward`, `scaler`, `atomic`, `probe_dtype`; see `fastadv.PGD`.
+        start_step, every: attack from this step on, and each so many steps. Early on, when the weights move by
+            themselves, it may do harm.
+        dropout: "fresh" masks in every pass (default), the "same" in all passes of a step, or "off".
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or no weight that moves.
         RuntimeError: `fused=True` where not every op has a native backend.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
         >>> adv = fastadv.AWP(model, gamma=0.01)
@@ -70,15 +77,15 @@ class AWP(Method):
         parameters: Choice | None = None,
         clean_weight: float = 1.0,
         adv_weight: float = 1.0,
-        **common: Any,
+        **options: Unpack[StepOptions],
     ) -> None:
         self.gamma = number("gamma", gamma)
         self.epsilon = None if epsilon is None else number("epsilon", epsilon)
         self.steps = whole("steps", steps, 1)
         self.clean_weight = number("clean_weight", clean_weight)
         self.adv_weight = number("adv_weight", adv_weight)
-        super().__init__(model, site={"perturbs": False}, **common)
-        if self.engine.wrapping.sharded:
+        super().__init__(model, **options)
+        if self._engine.parallelism.sharded:
             raise ValueError("AWP moves each weight as a whole, and FSDP shards them: train with DDP, or without")
         choice = matrices if parameters is None else parameters
         chosen = [p for name, p in model.named_parameters() if p.requires_grad and choice(name, p)]
@@ -86,56 +93,51 @@ class AWP(Method):
             raise ValueError(
                 "no weight moves: parameters=(name, parameter) -> bool chose none of those that require a gradient"
             )
-        self.weights = MovedWeights(chosen, self.engine.site.fused)
+        self._weights = MovedWeights(chosen, self._engine.places.fused)
 
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+    def run(self, step: Step) -> StepResult:
         """The clean pass, the movement up its gradient, and a pass with the weights there."""
-        kept = [weight.grad for weight in self.weights.weights]
-        usable = bool(self.clean_weight) and attack is None and all(grad is None for grad in kept)
-        clean = self.descend(closure, self.clean_weight) if self.clean_weight else None
-        gradients = [weight.grad for weight in self.weights.weights] if usable else None
-        with self.weights.moving():
-            self.climb(attack or closure, gradients)
-            adversarial = self.descend(closure, self.adv_weight)
-        return self.result(clean, adversarial)
+        moving = self._weights
+        alone = bool(self.clean_weight) and step.target is step.closure and not any(w.grad is not None for w in moving)
+        clean = step.descend(self.clean_weight) if self.clean_weight else None
+        with moving.moving():
+            self.search(step, [weight.grad for weight in moving] if alone else None)
+            adversarial = step.descend(self.adv_weight)
+        return step.result(clean, adversarial)
 
-    def climb(self, target: Closure, gradients: Sequence[Tensor | None] | None = None) -> None:
+    def search(self, step: Step, gradients: Sequence[Tensor | None] | None = None) -> None:
         """The movement, along gradients that are there already or are found by a probe."""
         for _ in range(self.steps):
-            if gradients is None:
-                gradients = self.engine.weight_gradients(target, self.weights.weights)
-            self.weights.step(gradients, self.gamma, self.epsilon)
+            found = step.weight_gradients(self._weights.weights) if gradients is None else gradients
+            self._weights.step(found, self.gamma, self.epsilon)
             gradients = None
 
     @contextlib.contextmanager
     def perturbed(self, closure: Closure, mask: Masks = None) -> Iterator[None]:
         """Move the weights up one batch's loss, for every forward inside the block; see `Method.perturbed`."""
-        with self.engine.step(mask), self.weights.moving():
-            self.climb(closure)
+        with self._engine.step(closure, mask) as step, self._weights.moving():
+            self.search(step)
             yield
 
     @property
     def skipped(self) -> Tensor:
-        """How many weights were not moved because their gradient was not finite: int64, 0-d, on the device."""
-        return self.weights.skipped
+        """The number of weights that stayed because their gradient was not finite: int64, 0-d, on the device."""
+        return self._weights.skipped
 
     @property
     def perturbation_norm(self) -> Tensor:
-        """How far the weights were moved, the mean over them: 0-d, on the device."""
-        return self.weights.norm
+        """The length of the weights' movements, the mean over them: 0-d, on the device."""
+        return self._weights.norm
 
-    # What a captured step asks
+    # For a captured step
 
-    def memory(self) -> list[Tensor]:
-        """The copies of the weights as well."""
-        return [*super().memory(), *self.weights.saved, self.weights.skipped, self.weights.norm]
+    def _memory(self) -> list[Tensor]:
+        return [*super()._memory(), *self._weights.saved, self._weights.skipped, self._weights.norm]
 
-    def remember(self) -> Any:
-        """The count of weights that were not moved as well."""
-        return super().remember(), self.weights.skipped.clone()
+    def _remember(self) -> Any:
+        return super()._remember(), self._weights.skipped.clone()
 
-    def rewind(self, state: Any) -> None:
-        """The same."""
+    def _rewind(self, state: Any) -> None:
         counters, skipped = state
-        super().rewind(counters)
-        self.weights.skipped.copy_(skipped, non_blocking=True)
+        super()._rewind(counters)
+        self._weights.skipped.copy_(skipped, non_blocking=True)

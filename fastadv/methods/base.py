@@ -1,89 +1,72 @@
-"""What all methods share: the schedule, and the frame in which `run` spends its passes."""
+"""What all methods share: `backward`, and the frame in which a method's `run` spends its passes."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.amp.grad_scaler import GradScaler
+from typing_extensions import Self, Unpack
 
-from fastadv.engine.dropout import MODES
-from fastadv.engine.passes import Backward, Closure, Engine, Pass
-from fastadv.engine.site import Masks
-from fastadv.engine.start import Draw
-from fastadv.methods.capturable import Capturable
+from fastadv.engine.capture.graph import Captured
+from fastadv.engine.engine import Engine
+from fastadv.engine.lookups import Masks
+from fastadv.engine.owner import Owner
+from fastadv.engine.perturb.start import Draw
+from fastadv.engine.safety.dropout import MODES
+from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.methods.options import Dropout, StepOptions, check_module, check_options, number, one_of
+from fastadv.methods.schedule import Schedule
 from fastadv.native import flags
 from fastadv.ops import dispatch
 
 
-class StepResult(NamedTuple):
-    """What `backward` saw, detached and still on the device: reading a number is what waits for it.
+class Method:
+    """A schedule of passes around the user's closure. A subclass writes `run`, one attacked training step.
 
-    Attributes:
-        loss: the clean loss where there is a clean pass, else the mean over the full passes. 0-d.
-        adv_loss: the loss at the last perturbation; None on a step that was not attacked.
-        output: what the closure returned in the first pass, without its graph.
+    Methods that perturb embeddings derive from `EmbeddingMethod`.
     """
 
-    loss: Tensor
-    adv_loss: Tensor | None
-    output: Any
+    _dropout: Dropout = "fresh"  # the default of `dropout=`
+    _places: Mapping[str, Any] = MappingProxyType({"perturbs": False})  # where the engine perturbs the model
 
+    if not TYPE_CHECKING:  # a type checker reads the constructor's own options
 
-class Method(Capturable):
-    """A schedule of passes around the user's closure. A subclass writes `run`, and says what `perturbed` finds.
+        def __new__(cls, *_: Any, **options: Any) -> Self:
+            check_options(cls, options)
+            return super().__new__(cls)
 
-    What most methods perturb is embeddings: see `EmbeddingMethod`. The arguments are described at `fastadv.PGD`; `site`
-    is where the subclass perturbs the model.
-    """
-
-    replays: int = 1  # how many steps in a row see the same batch
-
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        start_step: int = 0,
-        every: int = 1,
-        dropout: str = "fresh",
-        fused: bool | None = None,
-        backward: Backward | None = None,
-        scaler: GradScaler | None = None,
-        atomic: bool = True,
-        probe_dtype: torch.dtype | None = None,
-        site: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, model: nn.Module, **options: Unpack[StepOptions]) -> None:
         check_module(model)
+        dropout = options.get("dropout", self._dropout)
         one_of("dropout", dropout, MODES)
-        self.start_step = whole("start_step", start_step, 0)
-        self.every = whole("every", every, 1)
-        self.attacked = 0
-        self.now = 0  # the step that is running, or ran last
-        self._calls = 0
+        self._schedule = Schedule(options.get("start_step", 0), options.get("every", 1))
         self.model = model
         self._check_trainable()
+        fused = options.get("fused")
         dispatch.require(fused, next(model.parameters()).device.type)
-        self.engine = Engine(
+        backward = options.get("backward")
+        owner = backward if isinstance(backward, Owner) else Owner(backward, reads_gradients=backward is not None)
+        owner.scaler = options.get("scaler") or owner.scaler
+        self._engine = Engine(
             model,
             dropout=dropout,
             fused=fused,
-            backward=backward,
-            scaler=scaler,
-            atomic=atomic,
-            probe_dtype=probe_dtype,
-            **site,
+            owner=owner,
+            atomic=options.get("atomic", True),
+            probe_dtype=options.get("probe_dtype"),
+            **self._places,
         )
 
-    # What the user calls
+    # The user's calls
 
     def backward(
         self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
     ) -> StepResult:
-        """Adversarial training's stand-in for `loss.backward()`: accumulates into `.grad`; the optimizer is yours.
+        """Train on one batch, in place of `loss.backward()`: accumulates into `.grad`; the optimizer is yours.
 
         Args:
             closure: runs the model's forward and returns the loss, an output with `.loss`, a dict with "loss" or a
@@ -100,11 +83,12 @@ class Method(Capturable):
             Whatever the closure raises. In every case the model is left as it was.
         """
         self._check_trainable()
-        attacking = self.enter(step)
-        with self.engine.step(mask, self.draw() if attacking else None):
-            result = self.run(closure, attack) if attacking else self.plain(closure)
-            self.engine.pay(closure)
-        self.count(attacking)
+        attacking = self._enter(step)
+        start = self._draw() if attacking else None
+        with self._engine.step(closure, mask, attack=attack, start=start) as running:
+            result = self.run(running) if attacking else self._plain(running)
+            running.finish()
+        self._count(attacking)
         return result
 
     def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
@@ -112,15 +96,50 @@ class Method(Capturable):
 
         Parameters and their gradients are not touched.
 
-        Example:
+        Examples:
             >>> with adv.perturbed(lambda: model(ids, labels=labels).loss):  # doctest: +SKIP
             ...     logits = model(ids).logits
         """
         raise NotImplementedError
 
+    def capture(self, fn: Callable[[Any], Any], example_batch: Any) -> Callable[[Any], Any]:
+        """Record a step on batches of one shape as a CUDA graph: for small batches, where the host is the limit.
+
+        Args:
+            fn: the step. `fn(batch)` calls `backward`, and nothing in it waits for the device or changes a parameter:
+                the optimizer stays outside.
+            example_batch: a tensor, or a dict, tuple or list with tensors. `fn` is run on it a few times; the model,
+                its gradients and the generators are then put back as they were.
+
+        Returns:
+            `step(batch)`, which copies the batch to the device, does what `fn` did and returns what it returned:
+            single numbers to keep, larger tensors until the next step. Gradients are added to those that are there.
+            Steps that `start_step` and `every` leave plain are a graph of their own.
+
+        Raises:
+            RuntimeError: the model is not on a CUDA device or is trained by several processes, or `fn` does what
+                a graph cannot record.
+            ValueError: from `step`, for a batch of another structure, shape or dtype.
+
+        Examples:
+            >>> def training_step(batch):
+            ...     return adv.backward(lambda: model(**batch).loss, mask=batch["attention_mask"])
+            >>> step = adv.capture(training_step, next(iter(loader)))  # doctest: +SKIP
+            >>> for batch in loader:  # doctest: +SKIP
+            ...     loss = step(batch).loss
+            ...     optimizer.step()
+            ...     optimizer.zero_grad()
+        """
+        device, parallelism = self._engine.device, self._engine.parallelism
+        if device.type != "cuda":
+            raise RuntimeError(f"capture() records a CUDA graph, and the model is on the {device}: call backward()")
+        if parallelism.reduces() or parallelism.sharded:
+            raise RuntimeError("capture() serves one process: where several train a model, call backward()")
+        return Captured(self, fn, example_batch, device)
+
     def state_dict(self) -> dict[str, Tensor]:
-        """What the next step needs to know of the earlier ones; `load_state_dict` takes it back."""
-        return {"calls": torch.tensor(self._calls), "attacked": torch.tensor(self.attacked)}
+        """The state that the next step needs of the earlier ones; `load_state_dict` takes it back."""
+        return {"calls": torch.tensor(self._schedule.calls), "attacked": torch.tensor(self._schedule.attacked)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another run was when `state_dict` was called.
@@ -128,10 +147,10 @@ class Method(Capturable):
         Raises:
             KeyError: `state` is not of such a method.
         """
-        self._calls, self.attacked = int(state["calls"]), int(state["attacked"])
+        self._schedule.calls, self._schedule.attacked = int(state["calls"]), int(state["attacked"])
 
     def check(self) -> None:
-        """Wait for the device, and raise if it has met an index out of range.
+        """Synchronise, and raise if the device has met an index out of range.
 
         On the CPU that is an error at once. A GPU leaves the position out and goes on, so ask now and then, where you
         read a loss anyway.
@@ -139,90 +158,83 @@ class Method(Capturable):
         Raises:
             IndexError: an id outside of its table, in this or another model on that device.
         """
-        flags.check(self.engine.device)
+        flags.check(self._engine.device)
 
     def close(self) -> None:
         """Take the method out of the model."""
-        self.engine.close()
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def share(self) -> float:
-        """The part of an optimizer step that one batch is: 1, or 1 / n where a closure divides its loss by n.
+        """This micro-batch's fraction of the optimizer step: 1, or 1 / n where a closure divides its loss by n.
 
         Under gradient accumulation the terms that SMART, VAT and BregmanProximal add are multiplied with it.
         """
-        return self.engine.share
+        return self._engine.share
 
     @share.setter
     def share(self, part: float) -> None:
-        self.engine.share = number("share", part)
+        self._engine.share = number("share", part)
+
+    @property
+    def attacked(self) -> int:
+        """The number of attacked steps so far."""
+        return self._schedule.attacked
 
     @property
     def skipped(self) -> Tensor:
-        """How many groups took no step because their gradient was not finite: int64, 0-d, on the device."""
-        raise NotImplementedError
+        """The number of groups that took no step because their gradient was not finite: int64, 0-d, on the device."""
+        return self._engine.buffers.skipped
 
     @property
     def perturbation_norm(self) -> Tensor:
         """The last perturbation's norm, the mean over its groups: 0-d, on the device."""
         raise NotImplementedError
 
-    # What a subclass writes
+    # A subclass's part
 
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+    def run(self, step: Step) -> StepResult:
         """One attacked training step."""
         raise NotImplementedError
 
-    def draw(self) -> Draw | None:
+    def _plain(self, step: Step) -> StepResult:
+        """One step that is not attacked."""
+        done = step.plain()
+        return StepResult(done.loss, None, done.output)
+
+    def _draw(self) -> Draw | None:
         """Where a training step's perturbation starts; None: at zero."""
         return None
 
-    def plain(self, closure: Closure) -> StepResult:
-        """One step that is not attacked."""
-        done = self.engine.plain(closure)
-        return StepResult(done.loss, None, done.output)
+    def _enter(self, step: int | None = None) -> bool:
+        """Go to a step, by default the next one. Returns whether it is attacked."""
+        return self._schedule.enter(step)
 
-    # What a subclass uses
+    def _count(self, attacked: bool) -> None:
+        """The step is done."""
+        self._schedule.count(attacked)
 
-    def descend(self, closure: Closure, weight: float = 1.0, *, more: bool = False) -> Pass:
-        """A full pass, whose loss counts `weight`; `more` if another full pass follows in this step."""
-        return self.engine.descend(closure, weight, more=more)
+    # For a captured step
 
-    def result(self, clean: Pass | None, adversarial: Pass) -> StepResult:
-        """The step's result, from its clean pass (if there was one) and its last."""
-        first = self.engine.first or adversarial
-        return StepResult((clean or adversarial).loss, adversarial.loss, first.output)
+    def _memory(self) -> list[Tensor]:
+        """The tensors that outlive a step and are written in it: a graph that writes them must keep them."""
+        return self._engine.memory()
+
+    def _remember(self) -> Any:
+        """The counters, for `_rewind`."""
+        return self._schedule.calls, self._schedule.attacked, self._engine.buffers.skipped.clone()
+
+    def _rewind(self, state: Any) -> None:
+        """Back to them, in the same memory."""
+        self._schedule.calls, self._schedule.attacked, skipped = state
+        self._engine.buffers.skipped.copy_(skipped, non_blocking=True)
 
     def _check_trainable(self) -> None:
         if not any(parameter.requires_grad for parameter in self.model.parameters()):
             raise ValueError("every parameter of the model is frozen: there is nothing to train. Unfreeze some first")
-
-
-def check_module(model: object) -> None:
-    """Raises TypeError unless `model` is a module."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
-
-
-def one_of(name: str, value: object, choices: Any) -> None:
-    """Raise ValueError unless `value` is one of `choices`."""
-    if value not in tuple(choices):
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
-
-
-def number(name: str, value: Any) -> float:
-    """`value` as a finite float of at least 0, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a number, not {value!r}")
-    if not math.isfinite(value) or value < 0:
-        raise ValueError(f"{name} must be finite and at least 0, not {value}")
-    return float(value)
-
-
-def whole(name: str, value: Any, least: int) -> int:
-    """`value` as an int of at least `least`, or an error that names it."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be a whole number, not {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, not {value}")
-    return value

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from fastadv.engine.loss import logits_of
-from fastadv.engine.passes import Engine
-from fastadv.methods.base import one_of
+from fastadv.engine.outputs import logits_of
+from fastadv.engine.step import Step
+from fastadv.methods.options import one_of
 from fastadv.native.divergence import KINDS
 from fastadv.ops import divergence as op
 
-Divergence = str | Callable[[Tensor, Tensor], Tensor]
+Divergence = Literal["symmetric_kl", "kl", "js", "mse"] | Callable[[Tensor, Tensor], Tensor]
 
 
 class Comparison:
@@ -36,7 +36,7 @@ class Comparison:
         self.who = who
 
     def logits(self, output: Any) -> Tensor:
-        """What is compared, of what the closure returned: [..., C].
+        """The logits to compare, in the closure's result: [..., C].
 
         Raises:
             TypeError: there are no logits.
@@ -52,16 +52,16 @@ class Comparison:
             )
         return logits
 
-    def __call__(self, logits: Tensor, target: Tensor, engine: Engine, weight: float = 1.0) -> Tensor:
+    def __call__(self, logits: Tensor, target: Tensor, step: Step, weight: float = 1.0) -> Tensor:
         """Weight * D: 0-d, in float32 (float64 for float64)."""
         if callable(self.kind):
             return weight * self.kind(logits, target)
         wide = torch.promote_types(logits.dtype, torch.float32)
-        mask = engine.site.mask_of(logits.shape[:-1])
+        mask = step.lookups.mask_of(logits.shape[:-1])
         if mask is None:
             count = max(logits[..., 0].numel(), 1)
             weights = torch.full(logits.shape[:-1], weight / count, dtype=wide, device=logits.device)
         else:
             weights = mask.to(wide)
             weights = weights * (weight / weights.sum().clamp(min=1))
-        return op(logits, target, self.kind, weights=weights, fused=engine.site.fused)
+        return op(logits, target, self.kind, weights=weights, fused=step.lookups.places.fused)

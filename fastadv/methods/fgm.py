@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+from typing_extensions import Unpack
 
 from fastadv.classic import ClassicFGM
-from fastadv.engine.passes import Closure
-from fastadv.engine.start import RandomStart
-from fastadv.methods.two_pass import TwoPass
+from fastadv.engine.perturb.start import RandomStart
+from fastadv.engine.step import Step, StepResult
+from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.options import Norm, Scope, TiedOptions, number
 
 
-class FGM(ClassicFGM, TwoPass):
+class FGM(ClassicFGM, EmbeddingMethod):
     r"""One step of length `epsilon` up the gradient, and training on what is found there.
 
     .. math:: r = \epsilon \, g / \lVert g \rVert, \qquad
@@ -29,14 +29,24 @@ class FGM(ClassicFGM, TwoPass):
         epsilon: length of the perturbation; in the embedding's own units.
         norm: "l2" or "linf".
         scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
-        random_start: begin elsewhere than at zero; then epsilon is also the radius of the ball. See `fastadv.PGD`.
-        **common: the arguments that all methods take; see `fastadv.PGD`.
+        random_start: begin elsewhere than at zero, as in `fastadv.PGD`; then epsilon is also the radius of the ball.
+        clean_weight, adv_weight: weights of the clean and the adversarial gradient.
+        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        tied: "lookup" perturbs the lookups alone; "both" moves the table itself, and a tied output layer with it.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        dropout: "fresh" masks in every pass (default), the "same" in all passes of a step, or "off".
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
         RuntimeError: `fused=True` where not every op has a native backend.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> adv = fastadv.FGM(model, epsilon=0.5, scope="sample")
@@ -51,13 +61,17 @@ class FGM(ClassicFGM, TwoPass):
         model: nn.Module,
         *,
         epsilon: float = 1.0,
-        norm: str = "l2",
-        scope: str = "table",
+        norm: Norm = "l2",
+        scope: Scope = "table",
         random_start: RandomStart = False,
-        **common: Any,
+        clean_weight: float = 1.0,
+        adv_weight: float = 1.0,
+        **options: Unpack[TiedOptions],
     ) -> None:
         if epsilon is None:
             raise ValueError("FGM's step has length epsilon: it cannot be None")
+        self.clean_weight = number("clean_weight", clean_weight)
+        self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(
             model,
             epsilon=epsilon,
@@ -66,9 +80,15 @@ class FGM(ClassicFGM, TwoPass):
             norm=norm,
             scope=scope,
             random_start=random_start,
-            **common,
+            **options,
         )
 
-    def climb(self, target: Closure) -> None:  # noqa: ARG002
+    def run(self, step: Step) -> StepResult:
+        """The clean pass, the ascent up its gradient, and the adversarial pass."""
+        clean = step.descend(self.clean_weight, last=False) if self.clean_weight else None
+        self.search(step)
+        return step.result(clean, step.descend(self.adv_weight))
+
+    def search(self, step: Step) -> None:
         """The one ascent: r = epsilon g / |g|."""
-        self.ascend()
+        step.ascend(self.rule)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
+from typing_extensions import Unpack
 
-from fastadv.engine.passes import Closure
-from fastadv.engine.start import RandomStart
-from fastadv.methods.base import number
-from fastadv.methods.two_pass import TwoPass
+from fastadv.engine.perturb.start import RandomStart
+from fastadv.engine.step import Step, StepResult
+from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.options import Scope, TiedOptions, number
 
 
-class FGSM(TwoPass):
+class FGSM(EmbeddingMethod):
     r"""One step up the sign of the gradient, and training on what is found there.
 
     .. math:: \delta = \Pi_{|\delta_i| \le \epsilon}\big(\delta_0 + \alpha \, \mathrm{sign}(g)\big), \qquad
@@ -35,13 +36,22 @@ class FGSM(TwoPass):
             per distinct token id). A step along the sign has no norm, so nothing else depends on it.
         random_start: begin elsewhere than at zero. See `fastadv.PGD`.
         clean_weight, adv_weight: weights of the clean and the adversarial gradient.
-        **common: the arguments that all methods take; see `fastadv.PGD`.
+        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        tied: "lookup" perturbs the lookups alone; "both" moves the table itself, and a tied output layer with it.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        dropout: "fresh" masks in every pass (default), the "same" in all passes of a step, or "off".
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
         RuntimeError: `fused=True` where not every op has a native backend.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> adv = fastadv.FGSM(model, epsilon=0.01)
@@ -51,7 +61,7 @@ class FGSM(TwoPass):
         0.01
     """
 
-    norms: ClassVar[dict[str, tuple[str, str]]] = {"linf": ("sign", "linf")}
+    _norms: ClassVar[dict[str, tuple[str, str]]] = {"linf": ("sign", "linf")}
 
     def __init__(
         self,
@@ -59,13 +69,17 @@ class FGSM(TwoPass):
         *,
         epsilon: float = 0.002,
         step_size: float | None = None,
-        norm: str = "linf",
-        scope: str = "sample",
+        norm: Literal["linf"] = "linf",
+        scope: Scope = "sample",
         random_start: RandomStart = False,
-        **common: Any,
+        clean_weight: float = 1.0,
+        adv_weight: float = 1.0,
+        **options: Unpack[TiedOptions],
     ) -> None:
         if epsilon is None:
             raise ValueError("FGSM's step has length epsilon: it cannot be None")
+        self.clean_weight = number("clean_weight", clean_weight)
+        self.adv_weight = number("adv_weight", adv_weight)
         if step_size is None:
             step_size = number("epsilon", epsilon) * (1.25 if random_start else 1.0)
         super().__init__(
@@ -76,9 +90,15 @@ class FGSM(TwoPass):
             norm=norm,
             scope=scope,
             random_start=random_start,
-            **common,
+            **options,
         )
 
-    def climb(self, target: Closure) -> None:  # noqa: ARG002
+    def run(self, step: Step) -> StepResult:
+        """The clean pass, the ascent up its gradient, and the adversarial pass."""
+        clean = step.descend(self.clean_weight, last=False) if self.clean_weight else None
+        self.search(step)
+        return step.result(clean, step.descend(self.adv_weight))
+
+    def search(self, step: Step) -> None:
         """The one ascent: delta = start + alpha sign(g), then clipped."""
-        self.ascend()
+        step.ascend(self.rule)

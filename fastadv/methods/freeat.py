@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fastadv.engine.changes import Changes
-from fastadv.engine.passes import Closure
-from fastadv.engine.perturbation import TABLE_SCOPES
-from fastadv.engine.slots import Slots
-from fastadv.engine.start import Draw, RandomStart
-from fastadv.methods.base import StepResult, number, whole
-from fastadv.methods.embedded import EmbeddingMethod
+from fastadv.engine.engine import TABLE_SCOPES
+from fastadv.engine.perturb.start import Draw, RandomStart
+from fastadv.engine.step import Step, StepResult
+from fastadv.methods.carry_buffer import CarryBuffer
+from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, whole
+from fastadv.methods.weight_changes import WeightChanges
 
 NO_STEP = (
     "FreeAT: no parameter has changed since the last replay. One backward is one replay, and optimizer.step() belongs "
@@ -51,14 +52,22 @@ class FreeAT(EmbeddingMethod):
         random_start: with `carry=False`, where a batch begins. See `fastadv.PGD`.
         dropout: the "same" masks in all passes of a step (it has one, or two with `attack=`), "fresh" ones, or "off".
             Every replay draws its own.
-        **common: the arguments that all methods take; see `fastadv.PGD`.
+        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        adv_weight: weight of the gradient.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes (there is one with `attack=`) run under autocast to it.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
         RuntimeError: `fused=True` where not every op has a native backend. In a step: a batch larger than any before
             while a CUDA graph is captured.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -73,6 +82,8 @@ class FreeAT(EmbeddingMethod):
 
     replays: int = 4
 
+    _dropout = "same"
+
     def __init__(
         self,
         model: nn.Module,
@@ -80,13 +91,12 @@ class FreeAT(EmbeddingMethod):
         epsilon: float | None = 0.001,
         step_size: float | None = None,
         replays: int = 4,
-        norm: str = "linf",
-        scope: str = "sample",
+        norm: Norm = "linf",
+        scope: Scope = "sample",
         carry: bool = True,
         random_start: RandomStart = False,
         adv_weight: float = 1.0,
-        dropout: str = "same",
-        **common: Any,
+        **options: Unpack[EmbeddingOptions],
     ) -> None:
         if carry and random_start:
             raise ValueError("carry=True begins where the last batch ended: random_start needs carry=False")
@@ -110,54 +120,52 @@ class FreeAT(EmbeddingMethod):
             norm=norm,
             scope=scope,
             random_start=random_start,
-            dropout=dropout,
-            **common,
+            **options,
         )
-        self.slots = Slots()
-        self._changes = Changes(model)
+        self._slots = CarryBuffer()
+        self._changes = WeightChanges(model)
         self._micro = 0  # which micro-batch of the optimizer step
         self._last: int | None = None  # the last attacked step
         self._trained = -1  # how far the parameters had changed by then
 
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+    def run(self, step: Step) -> StepResult:
         """One replay: a pass at the perturbation as it is, and the perturbation's next step."""
-        self.start()
-        done = self.descend(closure, self.adv_weight)
-        if attack is not None:
-            self.probe(attack)
-        self.climb(attack or closure)
-        self._keep()
-        return self.result(None, done)
+        step.start()
+        done = step.descend(self.adv_weight)
+        self.search(step)
+        self._keep(step)
+        return step.result(None, done)
 
-    def climb(self, target: Closure) -> None:  # noqa: ARG002
+    def search(self, step: Step) -> None:
         """The one ascent of a replay."""
-        self.ascend()
+        step.ascend(self.rule)
 
-    def draw(self) -> Draw | None:
+    def _draw(self) -> Draw | None:
         """The perturbation as the last replay left it; where nothing is left, a new start."""
-        if self.now != self._last:
+        now = self._schedule.now
+        if now != self._last:
             self._check_trained()
-        if not self.carry and self._last is not None and self.now // self.replays != self._last // self.replays:
-            self.slots.clear()  # another batch
+        if not self.carry and self._last is not None and now // self.replays != self._last // self.replays:
+            self._slots.clear()  # another batch
         micro = self._next_micro()
-        if (micro, 0) not in self.slots:
-            return self.random_start
-        return Draw(lambda shape, mask, call: self.slots.at((micro, call), shape, mask.device), random=False)
+        if (micro, 0) not in self._slots:
+            return self._start
+        return Draw(lambda shape, mask, call: self._slots.at((micro, call), shape, mask.device), random=False)
 
-    def _keep(self) -> None:
+    def _keep(self, step: Step) -> None:
         micro = self._next_micro()
-        for index, call in enumerate(self.engine.site.calls):
-            self.slots.keep((micro, index), call)
+        for index, lookup in enumerate(step.lookups):
+            self._slots.keep((micro, index), lookup)
 
     def _next_micro(self) -> int:
-        return self._micro + 1 if self.now == self._last else 0
+        return self._micro + 1 if self._schedule.now == self._last else 0
 
     def close(self) -> None:
         """Take the method out of the model."""
         super().close()
         self._changes.close()
 
-    # What a captured step asks
+    # For a captured step
 
     def capture(self, fn: Callable[[Any], Any], example_batch: Any) -> Callable[[Any], Any]:
         """As for every method. With `carry=False` the first replay of a batch is another step than the others.
@@ -169,44 +177,40 @@ class FreeAT(EmbeddingMethod):
             raise ValueError("capture() needs FreeAT(carry=True): a graph does the same in every replay of a batch")
         return super().capture(fn, example_batch)
 
-    def count(self, attacked: bool) -> None:
-        """The replay is done."""
-        super().count(attacked)
+    def _count(self, attacked: bool) -> None:
+        super()._count(attacked)
         if attacked:
             self._micro = self._next_micro()
-            self._last, self._trained = self.now, self._changes.count()
+            self._last, self._trained = self._schedule.now, self._changes.count()
 
-    def memory(self) -> list[Tensor]:
-        """The slots as well."""
-        return [*super().memory(), *self.slots.buffers.values()]
+    def _memory(self) -> list[Tensor]:
+        return [*super()._memory(), *self._slots.buffers.values()]
 
-    def remember(self) -> Any:
-        """The slots as well."""
-        return super().remember(), (self._micro, self._last, self._trained), self.slots.copies()
+    def _remember(self) -> Any:
+        return super()._remember(), (self._micro, self._last, self._trained), self._slots.copies()
 
-    def rewind(self, state: Any) -> None:
-        """The slots as well."""
+    def _rewind(self, state: Any) -> None:
         counters, (self._micro, self._last, self._trained), copies = state
-        super().rewind(counters)
-        self.slots.take_back(copies)
+        super()._rewind(counters)
+        self._slots.take_back(copies)
 
     # Wrong use
 
     def _check_trained(self) -> None:
         """A scaler skips optimizer steps, so with one there is no telling."""
-        if self.engine.scaler is None and self._trained == self._changes.count():
+        if self._engine.owner.scaler is None and self._trained == self._changes.count():
             warnings.warn(NO_STEP, stacklevel=4)
 
-    # What a checkpoint needs
+    # For a checkpoint
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What every method has, where the replays stand, and the perturbation at every slot."""
+        """The counters, where the replays stand, and the perturbation at every slot."""
         place = {"last": torch.tensor(-1 if self._last is None else self._last), "micro": torch.tensor(self._micro)}
-        return {**super().state_dict(), **place, **self.slots.state_dict()}
+        return {**super().state_dict(), **place, **self._slots.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another run was when `state_dict` was called."""
         super().load_state_dict(state)
         last = int(state["last"])
         self._last, self._micro, self._trained = None if last < 0 else last, int(state["micro"]), -1
-        self.slots.load_state_dict(state, self.engine.device)
+        self._slots.load_state_dict(state, self._engine.device)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import nn
+from typing_extensions import Unpack
 
-from fastadv.engine.passes import Closure, Pass
-from fastadv.engine.start import RandomStart
-from fastadv.methods.base import StepResult, number
-from fastadv.methods.embedded import EmbeddingMethod
+from fastadv.engine.perturb.start import RandomStart
+from fastadv.engine.step import Pass, Step, StepResult
+from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.options import Norm, Scope, TiedOptions, number
 
 
 class FreeLB(EmbeddingMethod):
@@ -34,14 +35,23 @@ class FreeLB(EmbeddingMethod):
         scope: what the norm is over: "sample", "token", "batch", "table", "row".
         random_start: the start (`adv_init_mag`): a magnitude, of which l2 draws U(-1, 1) * magnitude / sqrt(length * D)
             with each sample's true length, and linf U(-magnitude, magnitude); masked, not projected. False or 0: zero.
-        dropout: the "same" masks in all passes of a step (the paper's choice), "fresh" ones in each, or "off".
-        **common: the arguments that all methods take; see `fastadv.PGD`. `adv_weight` weighs the mean.
+        adv_weight: weight of the mean gradient.
+        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        tied: "lookup" perturbs the lookups alone; "both" moves the table itself, and a tied output layer with it.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        dropout: the "same" masks in all passes of a step (default, as in the paper), "fresh" ones in each, or "off".
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
         RuntimeError: `fused=True` where not every op has a native backend.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> adv = fastadv.FreeLB(model, step_size=0.1, steps=3)
@@ -51,7 +61,9 @@ class FreeLB(EmbeddingMethod):
         True
     """
 
-    norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("max", "linf")}
+    _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("max", "linf")}
+
+    _dropout = "same"
 
     def __init__(
         self,
@@ -60,12 +72,11 @@ class FreeLB(EmbeddingMethod):
         epsilon: float | None = None,
         step_size: float = 0.1,
         steps: int = 3,
-        norm: str = "l2",
-        scope: str = "sample",
+        norm: Norm = "l2",
+        scope: Scope = "sample",
         random_start: RandomStart = 0.1,
         adv_weight: float = 1.0,
-        dropout: str = "same",
-        **common: Any,
+        **options: Unpack[TiedOptions],
     ) -> None:
         self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(
@@ -76,34 +87,27 @@ class FreeLB(EmbeddingMethod):
             norm=norm,
             scope=scope,
             random_start=random_start,
-            dropout=dropout,
-            **common,
+            **options,
         )
 
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
+    def run(self, step: Step) -> StepResult:
         """K passes, with an ascent between each two; every gradient is kept."""
-        self.start()
-        passes: list[Pass] = []
+        step.start()
+        passes = []
         for left in reversed(range(self.steps)):
-            passes.append(self.descend(closure, self.adv_weight / self.steps, more=left > 0))
-            if left and attack is not None:
-                self.probe(attack)
+            passes.append(step.descend(self.adv_weight / self.steps, last=left == 0))
             if left:
-                self.ascents(attack or closure)
+                step.ascend(self.rule)
         return self._mean(passes)
 
-    def ascents(self, target: Closure) -> None:  # noqa: ARG002
-        """What happens between two passes: one ascent up the last gradient."""
-        self.ascend()
-
-    def climb(self, target: Closure) -> None:
+    def search(self, step: Step) -> None:
         """The ascents of a step, with a probe between each two."""
-        for left in reversed(range(self.steps - 1)):
-            self.ascents(target)
-            if left:
-                self.probe(target)
+        step.start()
+        for _ in range(self.steps - 1):
+            step.probe()
+            step.ascend(self.rule)
 
     def _mean(self, passes: list[Pass]) -> StepResult:
         """The first loss where it is the clean one, else the mean."""
-        clean = passes[0].loss if self.random_start is None else torch.stack([one.loss for one in passes]).mean()
+        clean = passes[0].loss if self._start is None else torch.stack([one.loss for one in passes]).mean()
         return StepResult(clean, passes[-1].loss, passes[0].output)

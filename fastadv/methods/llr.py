@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from typing_extensions import Unpack
 
-from fastadv.engine.adam import Adam
-from fastadv.engine.loss import losses_of
-from fastadv.engine.passes import Closure, Held
-from fastadv.engine.perturbation import TABLE_SCOPES
-from fastadv.engine.site import Masks
-from fastadv.engine.start import RandomStart
-from fastadv.methods.base import StepResult, number, one_of
-from fastadv.methods.embedded import EmbeddingMethod
+from fastadv.engine.engine import TABLE_SCOPES
+from fastadv.engine.lookups import Masks
+from fastadv.engine.outputs import losses_of
+from fastadv.engine.perturb.start import RandomStart
+from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.methods.adam import Adam
+from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, one_of
 from fastadv.methods.smart import refuse_tied
 
 OPTIMIZERS = ("sign", "adam")
@@ -56,8 +57,15 @@ class LLR(EmbeddingMethod):
         stop_gradient: the search follows the gradient of the loss alone, up or down as the gap's sign says.
         optimizer: "sign" (steps by the norm's rule) or "adam".
         random_start: True: U(-epsilon, epsilon) for linf; a magnitude; or a callable `(shape, mask) -> tensor`.
-        dropout: the "same" masks in all passes of a step, "fresh" ones in each, or "off".
-        **common: the arguments that all methods take; see `fastadv.PGD`.
+        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        dropout: the "same" masks in all passes of a step (default), "fresh" ones in each, or "off".
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, an embedding that cannot be found, a compiled model, or
@@ -65,7 +73,7 @@ class LLR(EmbeddingMethod):
         RuntimeError: `fused=True` where not every op has a native backend. In a step: a part of the model has no second
             derivative.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> adv = fastadv.LLR(model, epsilon=0.1)
@@ -75,6 +83,8 @@ class LLR(EmbeddingMethod):
         True
     """
 
+    _dropout = "same"
+
     def __init__(
         self,
         model: nn.Module,
@@ -82,16 +92,15 @@ class LLR(EmbeddingMethod):
         epsilon: float = 0.002,
         step_size: float | None = None,
         steps: int = 3,
-        norm: str = "linf",
-        scope: str = "sample",
+        norm: Norm = "linf",
+        scope: Scope = "sample",
         gap_weight: float = 4.0,
         slope_weight: float = 3.0,
         stop_gradient: bool = False,
-        optimizer: str = "sign",
+        optimizer: Literal["sign", "adam"] = "sign",
         random_start: RandomStart = True,
-        tied: str = "lookup",
-        dropout: str = "same",
-        **common: Any,
+        tied: Literal["lookup"] = "lookup",
+        **options: Unpack[EmbeddingOptions],
     ) -> None:
         refuse_tied("LLR", tied)
         one_of("optimizer", optimizer, OPTIMIZERS)
@@ -113,13 +122,12 @@ class LLR(EmbeddingMethod):
             norm=norm,
             scope=scope,
             random_start=random_start,
-            dropout=dropout,
-            **common,
+            **options,
         )
-        if self.engine.wrapping.compiled:
+        if self._engine.parallelism.compiled:
             self.close()
             raise ValueError("LLR differentiates the model twice, and torch.compile's backward cannot be: leave it out")
-        self.adam = Adam(self.step_size) if optimizer == "adam" else None
+        self._adam = Adam(self.rule.step_size) if optimizer == "adam" else None
 
     def backward(
         self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
@@ -132,71 +140,60 @@ class LLR(EmbeddingMethod):
         with twice_differentiable():
             return super().backward(closure, mask, None, step)
 
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:  # noqa: ARG002
+    def run(self, step: Step) -> StepResult:
         """The clean forward and its slope, the search for the largest gap, and one backward through all of it."""
-        clean = self.engine.hold(closure, losses_of)
-        slope = self.engine.slope(clean.loss.sum())  # g, as a function of the weights
-        target = self.departure(closure, clean, slope)
-        self.start()
-        self.probe(target)
-        self.climb(target)
-        penalties: list[Tensor] = []
+        clean = step.forward(read=losses_of, last=False, clean=True)
+        slope = step.slope(clean.loss.sum())  # g, as a function of the weights
+        step.maximise(self._gaps(step, clean.loss.detach(), [g.detach() for g in slope]))
+        self.search(step)
+        moved = step.forward(read=losses_of)
+        linear = along([delta.detach().clone() for delta in step.perturbation.leaves()], slope, clean.loss)
+        gap = (moved.loss - clean.loss - linear).abs().mean()
+        penalty = self.gap_weight * gap + self.slope_weight * linear.abs().mean()
+        step.backward(clean.loss.mean() + penalty)
+        return step.penalised(penalty)
 
-        def total() -> Tensor:
-            moved = losses_of(closure())
-            linear = self.along([delta.detach().clone() for delta in self.deltas()], slope, clean.loss)
-            gap = (moved - clean.loss - linear).abs().mean()
-            penalties.append(self.gap_weight * gap + self.slope_weight * linear.abs().mean())
-            return clean.loss.mean() + penalties[-1]
+    def search(self, step: Step) -> None:
+        """K steps, with a probe between each two."""
+        if self._adam is not None:
+            self._adam.begin()
+        for left in reversed(range(self.steps)):
+            if self._adam is None:
+                step.ascend(self.rule)
+            else:
+                step.move(self._by_adam)
+            if left:
+                step.probe()
 
-        done = self.descend(total)
-        first = self.engine.first or done
-        return StepResult(first.loss, penalties[-1].detach(), first.output)
-
-    def departure(self, closure: Closure, clean: Held, slope: list[Tensor]) -> Closure:
-        """The sum of the gaps by delta, L(x) and g given."""
-        losses, g = clean.loss.detach(), [one.detach() for one in slope]
+    def _gaps(self, step: Step, losses: Tensor, slope: list[Tensor]) -> Closure:
+        """The sum of the samples' gaps by delta, L(x) and g given."""
 
         def gaps() -> Tensor:
-            moved = losses_of(closure())
-            deltas = [delta.detach() for delta in self.deltas()] if self.stop_gradient else self.deltas()
-            return (moved - losses - self.along(deltas, g, losses)).abs().sum()
+            moved = losses_of(step.closure())
+            deltas = step.perturbation.leaves()
+            fixed = [delta.detach() for delta in deltas] if self.stop_gradient else deltas
+            return (moved - losses - along(fixed, slope, losses)).abs().sum()
 
         return gaps
 
-    def along(self, deltas: list[Tensor], slope: list[Tensor], losses: Tensor) -> Tensor:
-        """Delta . g of each sample, or of all of them where there is one loss."""
-        products = [(delta * g).flatten(1).sum(1) for delta, g in zip(deltas, slope, strict=True)]
-        if len(losses) == 1:
-            return torch.stack([product.sum() for product in products]).sum().reshape(1)
-        return torch.stack(products).sum(0)
-
-    def deltas(self) -> list[Tensor]:
-        """The perturbation, call by call."""
-        return self.engine.perturbation.leaves()
-
-    def target(self, closure: Closure) -> Closure:
-        """The sum of the gaps, for `perturbed`."""
+    def _aim(self, step: Step) -> None:
         with twice_differentiable():
-            clean = self.engine.hold(closure, losses_of)
-            return self.departure(closure, clean, self.engine.slope(clean.loss.sum()))
+            clean = step.forward(read=losses_of, last=False, clean=True)
+            slope = step.slope(clean.loss.sum())
+        step.maximise(self._gaps(step, clean.loss.detach(), [g.detach() for g in slope]))
 
-    def climb(self, target: Closure) -> None:
-        """K steps, with a probe between each two."""
-        if self.adam is not None:
-            self.adam.begin()
-        for left in reversed(range(self.steps)):
-            if self.adam is None:
-                self.ascend()
-            else:
-                self.engine.move(self._by_adam)
-            if left:
-                self.probe(target)
+    def _by_adam(self, index: int, delta: Tensor, grad: Tensor) -> Tensor:
+        assert self._adam is not None
+        moved, radius = delta + self._adam.step(index, grad), self.rule.epsilon
+        return moved if radius is None else moved.clamp(-radius, radius)
 
-    def _by_adam(self, call: int, delta: Tensor, grad: Tensor) -> Tensor:
-        assert self.adam is not None
-        moved = delta + self.adam.step(call, grad)
-        return moved if self.epsilon is None else moved.clamp(-self.epsilon, self.epsilon)
+
+def along(deltas: list[Tensor], slope: list[Tensor], losses: Tensor) -> Tensor:
+    """Delta . g of each sample, or of all of them where there is one loss."""
+    products = [(delta * g).flatten(1).sum(1) for delta, g in zip(deltas, slope, strict=True)]
+    if len(losses) == 1:
+        return torch.stack([product.sum() for product in products]).sum().reshape(1)
+    return torch.stack(products).sum(0)
 
 
 @contextlib.contextmanager

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+from typing_extensions import Unpack
 
-from fastadv.engine.passes import Closure
-from fastadv.engine.perturbation import TABLE_SCOPES
-from fastadv.engine.site import Masks
-from fastadv.engine.start import Draw, RandomStart, resolve, uniform_l2
-from fastadv.methods.base import StepResult, number
-from fastadv.methods.embedded import EmbeddingMethod
+from fastadv.engine.engine import TABLE_SCOPES
+from fastadv.engine.lookups import Masks
+from fastadv.engine.perturb.start import Draw, RandomStart, resolve, uniform_l2
+from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.options import NoiseOptions, Scope, number
 
 
 class NEFTune(EmbeddingMethod):
@@ -32,13 +31,20 @@ class NEFTune(EmbeddingMethod):
         padded: noise on padding too, by the padded length.
         scope: over what `perturbation_norm` is taken: "sample", "token", "batch".
         random_start: a callable `(shape, mask) -> tensor` in place of the noise; None: as above.
-        **common: the arguments that all methods take; see `fastadv.PGD`.
+        relative: alpha in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        dropout: "fresh" masks, or "off".
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, an embedding that cannot be found, or `attack=` in a step.
         RuntimeError: `fused=True` where not every op has a native backend.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> adv = fastadv.NEFTune(model, alpha=5.0)
@@ -54,12 +60,13 @@ class NEFTune(EmbeddingMethod):
         *,
         alpha: float = 5.0,
         padded: bool = False,
-        scope: str = "sample",
+        scope: Scope = "sample",
         random_start: RandomStart | None = None,
-        **common: Any,
+        **options: Unpack[NoiseOptions],
     ) -> None:
         self.alpha = number("alpha", alpha)
         self.padded = bool(padded)
+        self._places = {"ignore_padding": self.padded}
         if scope in TABLE_SCOPES:
             raise ValueError(f"NEFTune's noise is each position's own: use scope='sample', not {scope!r}")
         super().__init__(
@@ -70,10 +77,8 @@ class NEFTune(EmbeddingMethod):
             norm="l2",
             scope=scope,
             random_start=self.alpha if random_start is None else random_start,
-            **common,
+            **options,
         )
-        if self.padded:
-            self.engine.site.padding = [None] * len(self.engine.modules)
 
     def backward(
         self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
@@ -83,14 +88,14 @@ class NEFTune(EmbeddingMethod):
             raise ValueError("NEFTune ascends nothing, so that attack= has no use here: leave it out")
         return super().backward(closure, None if self.padded else mask, None, step)
 
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:  # noqa: ARG002
+    def run(self, step: Step) -> StepResult:
         """One pass, noisy."""
-        self.start()
-        return self.result(None, self.descend(closure))
+        step.start()
+        return step.result(None, step.descend())
 
-    def climb(self, target: Closure) -> None:
+    def search(self, step: Step) -> None:
         """Noise stays where it was drawn."""
+        step.start()
 
-    def resolve(self, random_start: RandomStart) -> Draw | None:
-        """The noise of size alpha."""
-        return resolve(random_start, None, uniform_l2)
+    def _resolve(self, random_start: RandomStart) -> Draw | None:
+        return resolve(random_start, None, lambda alpha: uniform_l2(alpha * self._unit))

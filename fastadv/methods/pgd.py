@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
+from typing_extensions import Unpack
 
 from fastadv.classic import ClassicPGD
-from fastadv.engine.passes import Closure
-from fastadv.engine.start import RandomStart
-from fastadv.methods.two_pass import TwoPass
+from fastadv.engine.perturb.start import RandomStart
+from fastadv.engine.step import Step, StepResult
+from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.options import Norm, Scope, TiedOptions, number
 
 
-class PGD(ClassicPGD, TwoPass):
+class PGD(ClassicPGD, EmbeddingMethod):
     r"""K small steps up the gradient, each followed by a projection onto the epsilon ball.
 
     .. math:: r_{t+1} = \Pi_{\lVert r \rVert \le \epsilon}\big(r_t + \alpha \, g_t / \lVert g_t \rVert\big), \qquad
@@ -33,14 +33,16 @@ class PGD(ClassicPGD, TwoPass):
         epsilon: radius of the ball; None: no ball.
         step_size: length of one ascent step, alpha.
         steps: number of ascent steps, K.
-        norm: "l2" or "linf".
+        norm: "l2" or "linf": direction and ball together.
         scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
         random_start: False; True (magnitude epsilon); a magnitude; or a callable `(shape, mask) -> tensor`. l2 draws
             U(-1, 1) * magnitude / sqrt(length * D), linf U(-magnitude, magnitude). Masked, not projected.
-        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         clean_weight, adv_weight: weights of the clean and the adversarial gradient.
+        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         start_step, every: attack from this step on, and each so many steps; the others are plain training.
-        dropout: "fresh" masks in every pass, the "same" in all passes of a step, or "off".
+        dropout: "fresh" masks in every pass (default), the "same" in all passes of a step, or "off".
         tied: "lookup" perturbs the lookups, not an output layer with the same weight; "both" moves the table itself
             during the step, as the classic scripts do ("table" and "row" scopes, no random start, no mask).
         fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
@@ -55,7 +57,7 @@ class PGD(ClassicPGD, TwoPass):
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
         RuntimeError: `fused=True` where not every op has a native backend.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> adv = fastadv.PGD(model, epsilon=0.5, step_size=0.2, steps=3, scope="sample")
@@ -72,11 +74,15 @@ class PGD(ClassicPGD, TwoPass):
         epsilon: float | None = 1.0,
         step_size: float = 0.3,
         steps: int = 3,
-        norm: str = "l2",
-        scope: str = "table",
+        norm: Norm = "l2",
+        scope: Scope = "table",
         random_start: RandomStart = False,
-        **common: Any,
+        clean_weight: float = 1.0,
+        adv_weight: float = 1.0,
+        **options: Unpack[TiedOptions],
     ) -> None:
+        self.clean_weight = number("clean_weight", clean_weight)
+        self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(
             model,
             epsilon=epsilon,
@@ -85,12 +91,18 @@ class PGD(ClassicPGD, TwoPass):
             norm=norm,
             scope=scope,
             random_start=random_start,
-            **common,
+            **options,
         )
 
-    def climb(self, target: Closure) -> None:
+    def run(self, step: Step) -> StepResult:
+        """The clean pass, the search that its gradient begins, and the adversarial pass."""
+        clean = step.descend(self.clean_weight, last=False) if self.clean_weight else None
+        self.search(step)
+        return step.result(clean, step.descend(self.adv_weight))
+
+    def search(self, step: Step) -> None:
         """K ascents, with a probe between each two."""
         for _ in range(self.steps - 1):
-            self.ascend()
-            self.probe(target)
-        self.ascend()
+            step.ascend(self.rule)
+            step.probe()
+        step.ascend(self.rule)

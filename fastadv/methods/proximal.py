@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.optim import Optimizer
+from typing_extensions import Self, Unpack
 
-from fastadv.engine.changes import Changes
-from fastadv.engine.passes import Closure
-from fastadv.engine.site import Masks
-from fastadv.methods.base import Method, StepResult, number
+from fastadv.engine.lookups import Masks
+from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.methods.base import Method
 from fastadv.methods.comparison import Comparison, Divergence
+from fastadv.methods.options import StepOptions, number
+from fastadv.methods.teacher_term import TeacherTerm
+from fastadv.methods.weight_changes import WeightChanges
 from fastadv.ops.grads import Plan
 
 NEVER_UPDATED = (
@@ -47,14 +50,14 @@ class BregmanProximal(Method):
         method: the method that it holds, made with the same model; None: plain training.
         divergence: "symmetric_kl", "kl" (from the teacher's answer), "js", "mse" for regression, or a callable
             `(logits, teacher_logits) -> 0-d tensor`.
-        **common: without a method: `dropout`, `fused`, `backward`, `scaler`, `atomic`, `start_step`, `every`; see
-            `fastadv.PGD`. With one they are the method's.
+        start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype: without a method, as plain training
+            takes them; with one they are the method's, and must not be given here.
 
     Raises:
         TypeError, ValueError: an argument that cannot be; in a step, a closure that returns no logits.
         RuntimeError: in a step, when the weights have changed and the teacher was never updated.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -79,51 +82,32 @@ class BregmanProximal(Method):
         *,
         method: Method | None = None,
         divergence: Divergence = "symmetric_kl",
-        **common: Any,
+        **options: Unpack[StepOptions],
     ) -> None:
         self.weight = number("weight", weight)
         self.decay = number("decay", decay)
         if self.decay > 1:
             raise ValueError(f"decay is a share of the old average, at most 1, not {decay}")
         self.compare = Comparison(divergence, "BregmanProximal")
-        self.method = method
-        if method is None:
-            super().__init__(model, site={"perturbs": False}, **common)
-        else:
-            self._take_over(model, method, common)
-        if self.engine.wrapping.sharded:
+        self.method = _held(model, method, options)
+        self.model, self._engine, self._schedule = model, self.method._engine, self.method._schedule
+        if self._engine.parallelism.sharded:
             raise ValueError("BregmanProximal cannot call a model with a teacher's weights where FSDP shards it")
-        if self.engine.proximity.teacher is not None:
+        if self._engine.new_term is not None:
             raise ValueError("this method is held by a BregmanProximal already")
         self._check_resolution()
         self.students = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.teacher = {name: p.detach().clone() for name, p in self.students.items()}
         self.buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        lenient = False if self.engine.site.fused is False else None
+        lenient = False if self._engine.places.fused is False else None
         self._plan = Plan(list(self.teacher.values()), list(self.students.values()), lenient)
         self._run = _Run(model)
-        self._changes = Changes(model)
+        self._changes = WeightChanges(model)
         self._changed = self._changes.count()
         self.updates = 0
-        self.distance = torch.zeros((), device=self.engine.device)  # D of the last step
+        self.distance = torch.zeros((), device=self._engine.device)  # D of the last step
         self._attached: Any = None
-        self.engine.proximity.teacher = self
-
-    def _take_over(self, model: nn.Module, method: Method, common: Mapping[str, Any]) -> None:
-        if not isinstance(method, Method) or isinstance(method, BregmanProximal):
-            raise TypeError(f"method= takes another method of fastadv, not {type(method).__name__}")
-        if common:
-            raise TypeError(f"{', '.join(common)} belong to the method: give them to {type(method).__name__}")
-        if method.model is not model:
-            raise ValueError("method= was made with another model: make both with the same one")
-        self.model, self.engine, self.replays = model, method.engine, method.replays
-
-    def __getattr__(self, name: str) -> Any:
-        """What is asked of the schedule is asked of the method: `attacked`, `start_step`, `now`."""
-        method = self.__dict__.get("method")
-        if method is None or name not in ("attacked", "start_step", "every", "now", "_calls"):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(method, name)
+        self._engine.new_term = lambda step: TeacherTerm(_Teacher(self), step)
 
     def _check_resolution(self) -> None:
         least = max((torch.finfo(p.dtype).eps for p in self.model.parameters() if p.requires_grad), default=0.0)
@@ -135,7 +119,7 @@ class BregmanProximal(Method):
 
     # The teacher
 
-    def attach(self, optimizer: Optimizer) -> BregmanProximal:
+    def attach(self, optimizer: Optimizer) -> Self:
         """Update the teacher after every step of `optimizer` (of accelerate's wrapper: of what is inside)."""
         self._detach()
         inner = getattr(optimizer, "optimizer", optimizer)
@@ -143,45 +127,28 @@ class BregmanProximal(Method):
         return self
 
     def update(self) -> None:
-        """Move the teacher towards the weights: on the device, in one call, and without waiting for it."""
+        """Move the teacher towards the weights: on the device, in one call, without synchronising."""
         self._plan.average(self.decay)
         for name, buffer in self.model.named_buffers():
             if name in self.buffers:
                 self.buffers[name].copy_(buffer)
         self.updates += 1
 
-    def answer(self, closure: Callable[[], Any]) -> Tensor:
-        """What the teacher says to the closure's batch."""
-        with torch.no_grad():
-            return self.compare.logits(functional_call(self._run, self._named(), (closure,)))
+    def _detach(self) -> None:
+        if self._attached is not None:
+            self._attached.remove()
+            self._attached = None
 
-    def term(self, output: Any, answer: Tensor) -> Tensor:
-        """W D, for the backward."""
-        term = self.compare(self.compare.logits(output), answer, self.engine, self.weight * self.share)
-        self.distance = term.detach() / (self.weight or 1)
-        return term
-
-    def _named(self) -> dict[str, Tensor]:
-        return {f"model.{name}": tensor for name, tensor in (*self.teacher.items(), *self.buffers.items())}
-
-    # A step
+    # A step: the method's, and the term
 
     def backward(
         self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
     ) -> StepResult:
         """The method's step, or plain training's, and the term."""
         self._look_at_the_weights()
-        step_of = super().backward if self.method is None else self.method.backward
-        result = step_of(closure, mask, attack, step)
+        result = self.method.backward(closure, mask, attack, step)
         self._changed = self._changes.count()
-        return result
-
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
-        """Without a method, every step is a plain one."""
-        if attack is not None:
-            raise ValueError("BregmanProximal without a method attacks nothing: leave attack= out, or give it a method")
-        done = self.engine.plain(closure)
-        return StepResult(done.loss, self.distance, done.output)
+        return result if not isinstance(self.method, Plain) else result._replace(adv_loss=self.distance)
 
     def _look_at_the_weights(self) -> None:
         """A teacher that is never updated is a mistake; weights that were loaded before the first step are none."""
@@ -191,33 +158,37 @@ class BregmanProximal(Method):
             raise RuntimeError(NEVER_UPDATED)
         self._plan.copy()
 
+    def run(self, step: Step) -> StepResult:
+        """The method's."""
+        return self.method.run(step)
+
     def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
-        """What the method finds; without one, nothing."""
-        return contextlib.nullcontext() if self.method is None else self.method.perturbed(closure, mask)
+        """The method's; without one, the plain model."""
+        return self.method.perturbed(closure, mask)
+
+    @property
+    def replays(self) -> int:
+        """How many steps in a row see the same batch: more than one with FreeAT."""
+        return getattr(self.method, "replays", 1)
 
     @property
     def skipped(self) -> Tensor:
         """The method's."""
-        return self.engine.perturbation.skipped if self.method is None else self.method.skipped
+        return self.method.skipped
 
     @property
     def perturbation_norm(self) -> Tensor:
         """The method's; without one, zero."""
-        return torch.zeros((), device=self.engine.device) if self.method is None else self.method.perturbation_norm
+        return self.method.perturbation_norm
 
     def close(self) -> None:
         """Take the method out of the model, and the hook off the optimizer."""
         self._detach()
         self._changes.close()
-        self.engine.proximity.teacher = None
-        super().close()
+        self._engine.new_term = None
+        self.method.close()
 
-    def _detach(self) -> None:
-        if self._attached is not None:
-            self._attached.remove()
-            self._attached = None
-
-    # What a captured step asks
+    # For a captured step
 
     def capture(self, fn: Callable[[Any], Any], example_batch: Any) -> Callable[[Any], Any]:
         """As for every method; the teacher is updated outside, by the optimizer's hook.
@@ -225,45 +196,84 @@ class BregmanProximal(Method):
         Raises:
             ValueError: with dropout="fresh", where the teacher's masks would not be the model's.
         """
-        if self.engine.dropout.mode == "fresh":
+        if self._engine.dropout == "fresh":
             raise ValueError("capture() needs dropout='same' or 'off' here: the teacher sees the clean pass's masks")
         return super().capture(fn, example_batch)
 
-    def enter(self, step: int | None = None) -> bool:
-        """The method's next step, or the next."""
-        return super().enter(step) if self.method is None else self.method.enter(step)
+    def _enter(self, step: int | None = None) -> bool:
+        return self.method._enter(step)
 
-    def count(self, attacked: bool) -> None:
-        """The step is done."""
-        (super().count if self.method is None else self.method.count)(attacked)
+    def _count(self, attacked: bool) -> None:
+        self.method._count(attacked)
 
-    def memory(self) -> list[Tensor]:
-        """The teacher as well."""
-        own = super().memory() if self.method is None else self.method.memory()
-        return [*own, *self.teacher.values(), *self.buffers.values()]
+    def _memory(self) -> list[Tensor]:
+        return [*self.method._memory(), *self.teacher.values(), *self.buffers.values()]
 
-    def remember(self) -> Any:
-        """What the method remembers."""
-        return super().remember() if self.method is None else self.method.remember()
+    def _remember(self) -> Any:
+        return self.method._remember()
 
-    def rewind(self, state: Any) -> None:
-        """The method's."""
-        (super().rewind if self.method is None else self.method.rewind)(state)
+    def _rewind(self, state: Any) -> None:
+        self.method._rewind(state)
 
-    # What a checkpoint needs
+    # For a checkpoint
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's state, and the teacher."""
-        own = super().state_dict() if self.method is None else self.method.state_dict()
         teacher = {f"{PREFIX}{name}": tensor for name, tensor in (*self.teacher.items(), *self.buffers.items())}
-        return {**own, **teacher, "updates": torch.tensor(self.updates)}
+        return {**self.method.state_dict(), **teacher, "updates": torch.tensor(self.updates)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another run was when `state_dict` was called."""
-        (super().load_state_dict if self.method is None else self.method.load_state_dict)(state)
+        self.method.load_state_dict(state)
         for name, tensor in (*self.teacher.items(), *self.buffers.items()):
             tensor.copy_(state[PREFIX + name])
         self.updates = int(state["updates"])
+
+
+class Plain(Method):
+    """Plain training: the method where none is given."""
+
+    def backward(
+        self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
+    ) -> StepResult:
+        """As for every method; there is no attack."""
+        if attack is not None:
+            raise ValueError("BregmanProximal without a method attacks nothing: leave attack= out, or give it a method")
+        return super().backward(closure, mask, None, step)
+
+    def run(self, step: Step) -> StepResult:
+        """One plain pass."""
+        return self._plain(step)
+
+    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+        """The model as it is."""
+        return contextlib.nullcontext()
+
+    @property
+    def perturbation_norm(self) -> Tensor:
+        """Zero."""
+        return torch.zeros((), device=self._engine.device)
+
+
+class _Teacher:
+    """The teacher of one method, as its term asks it."""
+
+    def __init__(self, method: BregmanProximal) -> None:
+        self._method = method
+
+    def answer(self, closure: Closure) -> Tensor:
+        """The logits of the model with the teacher's weights."""
+        method = self._method
+        named = {f"model.{name}": t for name, t in (*method.teacher.items(), *method.buffers.items())}
+        with torch.no_grad():
+            return method.compare.logits(functional_call(method._run, named, (closure,)))
+
+    def distance(self, output: Any, answer: Tensor, step: Step) -> Tensor:
+        """The weighted divergence, for the backward."""
+        method = self._method
+        term = method.compare(method.compare.logits(output), answer, step, method.weight * step.share)
+        method.distance = term.detach() / (method.weight or 1)
+        return term
 
 
 class _Run(nn.Module):
@@ -275,3 +285,16 @@ class _Run(nn.Module):
 
     def forward(self, closure: Callable[[], Any]) -> Any:
         return closure()
+
+
+def _held(model: nn.Module, method: Method | None, options: StepOptions) -> Method:
+    """The method that a BregmanProximal holds; plain training where none is given."""
+    if method is None:
+        return Plain(model, **options)
+    if not isinstance(method, Method) or isinstance(method, BregmanProximal):
+        raise TypeError(f"method= takes another method of fastadv, not {type(method).__name__}")
+    if options:
+        raise TypeError(f"{', '.join(options)} belong to the method: give them to {type(method).__name__}")
+    if method.model is not model:
+        raise ValueError("method= was made with another model: make both with the same one")
+    return method

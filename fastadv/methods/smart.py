@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fastadv.engine.passes import Closure
-from fastadv.engine.start import Draw, RandomStart, normal, resolve
-from fastadv.methods.base import StepResult, number, one_of
+from fastadv.engine.perturb.start import Draw, RandomStart, normal, resolve
+from fastadv.engine.step import Closure, Step, StepResult
 from fastadv.methods.comparison import Comparison, Divergence
-from fastadv.methods.embedded import EmbeddingMethod
+from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, one_of
 
 UPDATES = ("paper", "mt-dnn")
 STEP, DEVIATION, GUARD = 1e-3, 1e-5, 1e-6  # of the public code
@@ -51,15 +52,22 @@ class SMART(EmbeddingMethod):
         update: "paper" or "mt-dnn".
         random_start: True: normal with a tenth of epsilon ("mt-dnn": 1e-5) as standard deviation; that deviation; or a
             callable `(shape, mask) -> tensor`.
-        dropout: the "same" masks in all passes of a step, "fresh" ones in each, or "off".
-        **common: the arguments that all methods take; see `fastadv.PGD`.
+        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        dropout: the "same" masks in all passes of a step (default), "fresh" ones in each, or "off".
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found. In a step: the closure
             returned no logits, or those of one class where distributions are compared.
         RuntimeError: `fused=True` where not every op has a native backend.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
         >>> adv = fastadv.SMART(model, epsilon=0.1)
@@ -72,7 +80,9 @@ class SMART(EmbeddingMethod):
         True
     """
 
-    norms: ClassVar[dict[str, tuple[str, str]]] = {"linf": ("max", "linf"), "l2": ("l2", "l2")}
+    _norms: ClassVar[dict[str, tuple[str, str]]] = {"linf": ("max", "linf"), "l2": ("l2", "l2")}
+
+    _dropout = "same"
 
     def __init__(
         self,
@@ -81,16 +91,15 @@ class SMART(EmbeddingMethod):
         epsilon: float = 0.005,
         step_size: float | None = None,
         steps: int = 1,
-        norm: str = "linf",
-        scope: str = "token",
+        norm: Norm = "linf",
+        scope: Scope = "token",
         weight: float = 1.0,
         divergence: Divergence = "symmetric_kl",
         search: Divergence | None = None,
-        update: str = "paper",
+        update: Literal["paper", "mt-dnn"] = "paper",
         random_start: RandomStart = True,
-        tied: str = "lookup",
-        dropout: str = "same",
-        **common: Any,
+        tied: Literal["lookup"] = "lookup",
+        **options: Unpack[EmbeddingOptions],
     ) -> None:
         refuse_tied("SMART", tied)
         one_of("update", update, UPDATES)
@@ -99,7 +108,7 @@ class SMART(EmbeddingMethod):
         self.compare = Comparison(divergence, "SMART")
         if search is None:
             search = divergence if update == "paper" else squared_error if divergence == "mse" else stable_kl
-        self.search = Comparison(search, "SMART", "search")
+        self.search_by = Comparison(search, "SMART", "search")
         if update == "mt-dnn":
             epsilon, step_size = 1.0, STEP if step_size is None else step_size
         super().__init__(
@@ -110,71 +119,59 @@ class SMART(EmbeddingMethod):
             norm=norm,
             scope=scope,
             random_start=random_start,
-            dropout=dropout,
-            **common,
+            **options,
         )
 
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
-        """The clean forward, the climb away from its answer, and one backward through both."""
-        if self.update == "mt-dnn" and self.engine.scaler is not None:
-            raise ValueError("update='mt-dnn' steps by the gradient's size, which a GradScaler changes: use 'paper'")
-        clean = self.engine.hold(closure)  # L(x) and f(x), whose graph stays
+    def run(self, step: Step) -> StepResult:
+        """The clean forward, the search away from its answer, and one backward through both."""
+        clean = step.forward(last=False, clean=True)  # L(x) and f(x), whose graph waits
         answer = self.compare.logits(clean.output)
-        target = attack or self.away_from(answer, closure)
-        self.start()
-        self.probe(target)
-        self.climb(target)
-        penalties: list[Tensor] = []
+        step.maximise(self._distance(step, answer.detach()))
+        self.search(step)
+        moved = self.compare.logits(step.forward().output)
+        penalty = self.compare(moved, answer, step, self.weight * step.share)
+        step.backward(clean.loss + penalty)
+        return step.penalised(penalty, self.weight)
 
-        def total() -> Tensor:
-            moved = self.compare.logits(closure())
-            penalties.append(self.compare(moved, answer, self.engine, self.weight * self.share))
-            return clean.loss + penalties[-1]
-
-        done = self.descend(total)
-        first = self.engine.first or done
-        return StepResult(first.loss, penalties[-1].detach() / (self.weight or 1), first.output)
-
-    def away_from(self, answer: Tensor, closure: Closure) -> Closure:
-        """D(f(x + delta), f(x)) by delta: what the ascent maximises."""
-        fixed = answer.detach()
-        return lambda: self.search(self.search.logits(closure()), fixed, self.engine)
-
-    def target(self, closure: Closure) -> Closure:
-        """The same for `perturbed`."""
-        return self.away_from(self.compare.logits(self.engine.look(closure)), closure)
-
-    def climb(self, target: Closure) -> None:
+    def search(self, step: Step) -> None:
         """K steps, with a probe between each two."""
         for left in reversed(range(self.steps)):
             if self.update == "paper":
-                self.ascend()
+                step.ascend(self.rule)
             else:
-                self.engine.move(self._renormalised)
+                step.move(self._renormalised)
             if left:
-                self.probe(target)
+                step.probe()
 
-    def _renormalised(self, call: int, delta: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG002
-        """The public code's step: what is divided is brought to length one, per token."""
+    def _distance(self, step: Step, answer: Tensor) -> Closure:
+        """D(f(x + delta), f(x)) by delta: what the ascent maximises."""
+        return lambda: self.search_by(self.search_by.logits(step.closure()), answer, step)
+
+    def _aim(self, step: Step) -> None:
+        step.maximise(self._distance(step, self.compare.logits(step.look())))
+
+    def _renormalised(self, index: int, delta: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG002
+        """The public code's step: the sum is brought to length one, per token."""
+        if self._engine.owner.scaler is not None:
+            raise ValueError("update='mt-dnn' steps by the gradient's size, which a GradScaler changes: use 'paper'")
         moved = delta + self.step_size * grad
-        size = moved.abs().amax(-1, keepdim=True) if self.norm == "linf" else moved.norm(dim=-1, keepdim=True)
+        size = moved.abs().amax(-1, keepdim=True) if self._kind == "linf" else moved.norm(dim=-1, keepdim=True)
         return moved / (size + GUARD)
 
-    def resolve(self, random_start: RandomStart) -> Draw | None:
-        """Normal noise."""
+    def _resolve(self, random_start: RandomStart) -> Draw | None:
         deviation = DEVIATION if self.update == "mt-dnn" else (self.epsilon or 0.0) / 10
-        return resolve(random_start, deviation, normal)
+        return resolve(random_start, deviation, lambda size: normal(size * self._unit))
 
 
 def stable_kl(logits: Tensor, target: Tensor) -> Tensor:
-    """What mt-dnn ascends in place of the KL divergence: 2 sum p (logit p - logit q), the logits of p held fixed."""
+    """mt-dnn's stand-in for the KL divergence in the search: 2 sum p (logit p - logit q), p's logits held fixed."""
     p, q = (x.float().log_softmax(-1).exp() for x in (logits, target))
     odds_p, odds_q = (-torch.log(1 / (x + GUARD) - 1 + GUARD).detach() for x in (p, q))
     return (p * (odds_p - odds_q) * 2).sum()
 
 
 def squared_error(logits: Tensor, target: Tensor) -> Tensor:
-    """What mt-dnn ascends for regression: a sum, where the penalty is a mean."""
+    """mt-dnn's search for regression: a sum, where the penalty is a mean."""
     return (logits - target).square().sum()
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
-from fastadv.engine.loss import has_loss
-from fastadv.engine.passes import Closure
-from fastadv.engine.rule import Rule
-from fastadv.engine.start import Draw, RandomStart, resolve, somewhere_at
-from fastadv.methods.base import StepResult, check_module, number
+from fastadv.engine.outputs import has_loss, loss_if_any
+from fastadv.engine.perturb.rule import Rule
+from fastadv.engine.perturb.start import Draw, RandomStart, resolve, somewhere_at
+from fastadv.engine.step import Closure, Step, StepResult
 from fastadv.methods.comparison import Comparison, Divergence
-from fastadv.methods.embedded import EmbeddingMethod
+from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.options import EmbeddingOptions, Norm, Scope, check_module, number
 from fastadv.methods.smart import refuse_tied
 
 XI = {torch.float64: 1e-5, torch.float32: 1e-2}  # by the dtype that the model computes in; any other: 1
@@ -51,15 +52,22 @@ class VAT(EmbeddingMethod):
             `(perturbed_logits, clean_logits) -> 0-d tensor`.
         random_start: True: a uniformly random direction of length xi; such a length; or a callable
             `(shape, mask) -> tensor`.
-        dropout: the "same" masks in all passes of a step, "fresh" ones in each, or "off".
-        **common: the arguments that all methods take; see `fastadv.PGD`.
+        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, xi and start in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        dropout: the "same" masks in all passes of a step (default), "fresh" ones in each, or "off".
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found. In a step: the closure
             returned no logits, or those of one class where distributions are compared.
         RuntimeError: `fused=True` where not every op has a native backend.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
         >>> adv = fastadv.VAT(model, epsilon=0.5)
@@ -69,7 +77,9 @@ class VAT(EmbeddingMethod):
         (True, 0.5)
     """
 
-    norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "none"), "linf": ("sign", "none")}
+    _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "none"), "linf": ("sign", "none")}
+
+    _dropout = "same"
 
     def __init__(
         self,
@@ -78,18 +88,17 @@ class VAT(EmbeddingMethod):
         epsilon: float = 1.0,
         xi: float | None = None,
         steps: int = 1,
-        norm: str = "l2",
-        scope: str = "sample",
+        norm: Norm = "l2",
+        scope: Scope = "sample",
         weight: float = 1.0,
         divergence: Divergence = "kl",
         random_start: RandomStart = True,
-        tied: str = "lookup",
-        dropout: str = "same",
-        **common: Any,
+        tied: Literal["lookup"] = "lookup",
+        **options: Unpack[EmbeddingOptions],
     ) -> None:
         refuse_tied("VAT", tied)
         self.weight = number("weight", weight)
-        self.xi = by_dtype(model, common.get("probe_dtype")) if xi is None else number("xi", xi)
+        self.xi = by_dtype(model, options.get("probe_dtype")) if xi is None else number("xi", xi)
         if not self.xi:
             raise ValueError("xi must be above 0: at a distance of 0 the divergence has no gradient")
         if random_start is False or random_start == 0:
@@ -103,47 +112,45 @@ class VAT(EmbeddingMethod):
             norm=norm,
             scope=scope,
             random_start=random_start,
-            dropout=dropout,
-            **common,
+            **options,
         )
 
-    def run(self, closure: Closure, attack: Closure | None) -> StepResult:
-        """The clean pass (a look, if there are no labels), the power iterations, and the divergence at epsilon d."""
-        clean = self.engine.descend_or_look(closure)
+    def run(self, step: Step) -> StepResult:
+        """The clean pass (a forward, if there are no labels), the power iterations, and the divergence at epsilon d."""
+        clean = step.descend(read=loss_if_any, last=False, clean=True)
         answer = self.compare.logits(clean.output)
-        target = attack or self.away_from(answer, closure)
-        self.start()  # xi d, d random
-        self.probe(target)
-        self.climb(target)
-        penalty = self.descend(self.away_from(answer, closure, self.weight * self.share)).loss
+        step.maximise(self._distance(step, answer))
+        self.search(step)
+        penalty = step.descend(closure=self._distance(step, answer, self.weight * step.share)).loss
         loss = clean.loss if has_loss(clean.output) else penalty
         return StepResult(loss, penalty / (self.weight or 1), clean.output)
 
-    def away_from(self, answer: Tensor, closure: Closure, weight: float = 1.0) -> Closure:
-        """KL(f(x) || f(x + r)) by r, f(x) given."""
-        return lambda: self.compare(self.compare.logits(closure()), answer, self.engine, weight)
-
-    def target(self, closure: Closure) -> Closure:
-        """The same for `perturbed`."""
-        return self.away_from(self.compare.logits(self.engine.look(closure)), closure)
-
-    def climb(self, target: Closure) -> None:
-        """D <- g / |g|, K times; the last one at length epsilon."""
-        direction, _ = self.norms[self.norm]
+    def search(self, step: Step) -> None:
+        """From xi d, d random: d <- g / |g|, K times; the last one at length epsilon."""
+        step.start()
+        step.probe()
         for left in reversed(range(self.steps)):
-            self.engine.level()
-            self.engine.ascend(Rule(self.xi if left else self.step_size, None, direction, "none"))
+            step.zero_()
+            step.ascend(Rule(self.xi * self._unit, None, self._direction, "none") if left else self.rule)
             if left:
-                self.probe(target)
+                step.probe()
 
-    def plain(self, closure: Closure) -> StepResult:
+    def _distance(self, step: Step, answer: Tensor, weight: float = 1.0) -> Closure:
+        """KL(f(x) || f(x + r)) by r, f(x) given."""
+        return lambda: self.compare(self.compare.logits(step.closure()), answer, step, weight)
+
+    def _aim(self, step: Step) -> None:
+        step.maximise(self._distance(step, self.compare.logits(step.look())))
+
+    def _plain(self, step: Step) -> StepResult:
         """A step that is not attacked: training on the labels, if there are any."""
-        done = self.engine.plain(closure, labelled=False)
+        done = step.plain(loss_if_any)
         return StepResult(done.loss, None, done.output)
 
-    def resolve(self, random_start: RandomStart) -> Draw | None:
+    def _resolve(self, random_start: RandomStart) -> Draw | None:
         """Xi d, d uniform over the sphere."""
-        return resolve(random_start, self.xi, lambda radius: somewhere_at(radius, LEADING[self.scope]))
+        leading = LEADING[self.scope]
+        return resolve(random_start, self.xi, lambda radius: somewhere_at(radius * self._unit, leading))
 
 
 def by_dtype(model: nn.Module, probe_dtype: torch.dtype | None) -> float:

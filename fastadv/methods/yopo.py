@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 from torch import nn
+from typing_extensions import Unpack
 
-from fastadv.engine.passes import Closure
-from fastadv.engine.split import SplitChoice
-from fastadv.engine.start import RandomStart
-from fastadv.methods.base import whole
-from fastadv.methods.embedded import EmbeddingMethod
+from fastadv.engine.model.split import SplitChoice
+from fastadv.engine.perturb.start import RandomStart
+from fastadv.engine.step import Step, StepResult
+from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.freelb import FreeLB
+from fastadv.methods.options import EmbeddingOptions, Norm, Scope, whole
 
 
 class YOPO(FreeLB):
@@ -37,15 +38,23 @@ class YOPO(FreeLB):
         norm: "l2" or "linf".
         scope: what the norm is over: "sample", "token", "batch", "table", "row".
         random_start: the start, as FreeLB has it. False or 0: zero.
-        dropout: the "same" masks in all passes of a step, "fresh" ones in each, or "off".
-        **common: the arguments that all methods take; see `fastadv.PGD`. `adv_weight` weighs the mean.
+        adv_weight: weight of the mean gradient.
+        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        start_step, every: attack from this step on, and each so many steps; the others are plain training.
+        dropout: the "same" masks in all passes of a step (default), "fresh" ones in each, or "off".
+        fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
+        backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
+        atomic: copy gradients that were there before, and put them back if the step fails.
+        probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, an embedding or a split that cannot be found.
         RuntimeError: `fused=True` where not every op has a native backend. In a step: the split never ran, the loss
             does not depend on its output, or its output does not depend on the embedding.
 
-    Example:
+    Examples:
         >>> import fastadv, torch
         >>> first, rest = torch.nn.Linear(4, 4), torch.nn.Linear(12, 1)
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), first, torch.nn.Tanh(), torch.nn.Flatten(), rest)
@@ -56,7 +65,9 @@ class YOPO(FreeLB):
         True
     """
 
-    norms: ClassVar[dict[str, tuple[str, str]]] = EmbeddingMethod.norms  # linf: the sign; FreeLB: by the largest
+    _norms: ClassVar[dict[str, tuple[str, str]]] = EmbeddingMethod._norms  # linf: the sign; FreeLB: by the largest
+
+    _dropout = "same"
 
     def __init__(
         self,
@@ -67,11 +78,12 @@ class YOPO(FreeLB):
         steps: int = 3,
         inner_steps: int = 3,
         split: SplitChoice = None,
-        norm: str = "l2",
-        scope: str = "sample",
+        norm: Norm = "l2",
+        scope: Scope = "sample",
         random_start: RandomStart = 0.1,
-        dropout: str = "same",
-        **common: Any,
+        adv_weight: float = 1.0,
+        tied: Literal["lookup"] = "lookup",
+        **options: Unpack[EmbeddingOptions],
     ) -> None:
         self.inner_steps = whole("inner_steps", inner_steps, 1)
         super().__init__(
@@ -82,14 +94,30 @@ class YOPO(FreeLB):
             norm=norm,
             scope=scope,
             random_start=random_start,
-            dropout=dropout,
-            **common,
+            adv_weight=adv_weight,
+            tied=tied,
+            **options,
         )
-        self.engine.split_at(split)
+        self._engine.split_at(split)
 
-    def ascents(self, target: Closure) -> None:
-        """The first of n ascents follows the gradient of the full pass, the others those of partial passes."""
-        self.ascend()
-        for _ in range(self.inner_steps - 1):
-            self.engine.partial(target)
-            self.ascend()
+    def run(self, step: Step) -> StepResult:
+        """M full passes. Between two, n ascents: the first up the full pass's gradient, the others up partial ones."""
+        step.start()
+        passes = []
+        for left in reversed(range(self.steps)):
+            passes.append(step.descend(self.adv_weight / self.steps, last=left == 0))
+            for inner in range(self.inner_steps if left else 0):
+                if inner:
+                    step.partial()
+                step.ascend(self.rule)
+        return self._mean(passes)
+
+    def search(self, step: Step) -> None:
+        """The ascents of a step, each n of them after a probe."""
+        step.start()
+        for _ in range(self.steps - 1):
+            step.probe()
+            for inner in range(self.inner_steps):
+                if inner:
+                    step.partial()
+                step.ascend(self.rule)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import Any, NoReturn, cast
 import torch
 
 import fastadv
-from fastadv.methods import Method
+from fastadv.methods import EmbeddingMethod, Method
+from fastadv.methods.options import options_of
 from fastadv.train import names
 from fastadv.train.errors import UserError
 
@@ -60,8 +60,8 @@ TRAINING = {
 def methods() -> dict[str, type[Method]]:
     """List every method that fastadv exports, by its lower-case name."""
     exported = [getattr(fastadv, name) for name in fastadv.__all__]
-    classes = [one for one in exported if isinstance(one, type) and issubclass(one, Method) and one is not Method]
-    return {one.__name__.lower(): one for one in classes}
+    classes = [one for one in exported if isinstance(one, type) and issubclass(one, Method)]
+    return {one.__name__.lower(): one for one in classes if one not in (Method, EmbeddingMethod)}
 
 
 def method_class(name: str) -> type[Method]:
@@ -76,21 +76,10 @@ def method_class(name: str) -> type[Method]:
     return known[name.lower()]
 
 
-def parameters(method: type[Method]) -> dict[str, inspect.Parameter]:
-    """List a method's keyword parameters, with those that it passes on to its base class."""
-    found: dict[str, inspect.Parameter] = {}
-    for level, cls in enumerate(c for c in method.__mro__ if "__init__" in vars(c) and c is not object):
-        passes_on = False
-        for name, parameter in inspect.signature(vars(cls)["__init__"]).parameters.items():
-            passes_on |= parameter.kind is parameter.VAR_KEYWORD
-            # What a base class requires, its subclass decides.
-            decided = level > 0 and parameter.default is parameter.empty
-            named = parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
-            if named and not decided and name not in INTERNAL:
-                found.setdefault(name, parameter)
-        if not passes_on:
-            break
-    return found
+def parameters(method: type[Method]) -> dict[str, Any]:
+    """List a method's options that a command line can give, with their defaults."""
+    cls: type = method  # mypy takes a type[Method] for unhashable
+    return {name: default for name, default in options_of(cls).items() if name not in INTERNAL}
 
 
 def literal(text: str | None) -> Any:
@@ -196,7 +185,7 @@ def listing() -> str:
     """List methods, parameters and defaults for `fastadv train --help`."""
     lines = ["Parameters of the methods, with their defaults in this job:"]
     for name, cls in methods().items():
-        defaults = {key: parameter.default for key, parameter in parameters(cls).items()}
+        defaults = dict(parameters(cls))
         defaults.update(METHOD_DEFAULTS.get(name, {}))
         lines += _wrapped(f"{name}: ", defaults)
     lines += [

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fastadv
-from fastadv.engine.capture import Inputs, _undone
+from fastadv.engine.capture.graph import Inputs, _undone
 from tests.every import EVERY, every_but
 from tests.models import Stateful, TinyModel
 from tests.support import assert_unchanged, batch, gradients, refused, same_bits, seeded, snapshot
@@ -89,14 +89,14 @@ def test_rewound_a_method_goes_on_as_if_nothing_had_been(method: Callable[..., f
         if warmed:
             with _undone(adv, CPU):
                 for _ in range(3):
-                    adv.enter()
+                    adv._enter()
                     step(batch(seed=4))
-            memory = {tensor.data_ptr() for tensor in adv.memory()}
+            memory = {tensor.data_ptr() for tensor in adv._memory()}
         model.zero_grad()
         step(batch())
         if warmed:
-            assert memory <= {tensor.data_ptr() for tensor in adv.memory()}
-        assert (adv.now, adv.attacked, int(adv.skipped)) == (1, 1, 0)
+            assert memory <= {tensor.data_ptr() for tensor in adv._memory()}
+        assert (adv._schedule.now, adv.attacked, int(adv.skipped)) == (1, 1, 0)
         found.append(gradients(model))
         adv.close()
     assert all(same_bits(found[0][name], found[1][name]) for name in found[0])
@@ -112,7 +112,7 @@ def test_warming_up_leaves_no_trace(method: Callable[..., fastadv.Method], fails
     before = snapshot(model)
     with contextlib.suppress(ArithmeticError), _undone(adv, CPU):
         assert all(parameter.grad is None for parameter in model.parameters())
-        adv.enter()
+        adv._enter()
         adv.backward(lambda: model(data["input_ids"], data["labels"]))
         assert adv.attacked == 1
         if fails:

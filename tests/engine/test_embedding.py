@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadv.engine.embedding import find, is_compiled, unwrap
+from fastadv.engine.model.find import find, is_compiled, unwrap
 
 
 class Two(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastadv
-from fastadv.engine.interception import Lookup, OutputHook
+from fastadv.engine.model.hook import LookupHook, OutputHook
 
 
 class Scaled(nn.Embedding):
@@ -56,7 +56,7 @@ def trained(model: nn.Module, *ids: Tensor, **arguments: Any) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("embedding", "kind"),
     [
-        (nn.Embedding(7, 4), Lookup),
+        (nn.Embedding(7, 4), LookupHook),
         (nn.Embedding(7, 4, max_norm=1.0), OutputHook),
         (nn.Embedding(7, 4, scale_grad_by_freq=True), OutputHook),
         (Scaled(7, 4), OutputHook),
@@ -65,7 +65,7 @@ def trained(model: nn.Module, *ids: Tensor, **arguments: Any) -> list[Tensor]:
 )
 def test_which_way_in(embedding: nn.Module, kind: type) -> None:
     adv = fastadv.FGM(Model(embedding), embedding=embedding, scope="sample")
-    assert [type(one) for one in adv.engine._interceptions] == [kind]
+    assert [type(one) for one in adv._engine._hooks] == [kind]
 
 
 def test_both_ways_agree() -> None:
@@ -144,7 +144,7 @@ def test_copies_do_not_carry_it(embedding: nn.Module) -> None:
     copied.embedding.weight.data.zero_()
     assert not torch.equal(model(IDS), copied(IDS)), "the copy looks up its own table"
     again = fastadv.FGM(copied, scope="sample")
-    assert [type(one) for one in again.engine._interceptions] == [type(adv.engine._interceptions[0])]
+    assert [type(one) for one in again._engine._hooks] == [type(adv._engine._hooks[0])]
 
 
 @pytest.mark.parametrize("ids", [(IDS,), (IDS, OTHER), (IDS, IDS[:, :2])], ids=["one call", "two alike", "two"])

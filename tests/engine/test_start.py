@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
-from fastadv.engine.rng import apart
-from fastadv.engine.start import resolve, uniform
+from fastadv.engine.perturb.start import resolve, uniform
+from fastadv.engine.safety.rng import apart
 
 MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastadv.engine.zeros import LEAST, zeros_like
+from fastadv.engine.model.lazy_zeros import LEAST, zeros_like
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import fastadv
-from fastadv.engine import table_gradients
+from fastadv.engine.model import table_gradients
 from fastadv.integrations.transformers import AdversarialMixin, AdversarialTrainer
 from fastadv.native.flags import flag_on
 from fastadv.ops import gather_perturb_backward

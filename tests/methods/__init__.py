@@ -1,1 +1,1 @@
-"""Methods against goldens, oracles and the reference; faults and bad input."""
+"""Every method by itself: how it behaves, what it refuses, where it equals another."""

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import fastadv
-from tests import oracles
 from tests.models import TinyModel, V
+from tests.oracles import oracles
 from tests.support import assert_close, assert_gradients, clear, gradients, record, same_bits, seeded
 
 EXAMPLES = settings(max_examples=25)

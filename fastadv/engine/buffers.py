@@ -1,0 +1,43 @@
+"""Memory that serves from step to step."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastadv.engine.lookup import Lookup
+
+
+class Buffers:
+    """The engine's, lent to each step: the lookups' deltas, the rows of table scopes, the count of skipped groups."""
+
+    def __init__(self) -> None:
+        self.lookups: list[Lookup] = []
+        self.rows, self.scratch = Rows(), Rows()
+        self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
+
+    def skipped_on(self, device: torch.device) -> Tensor:
+        """The count, on the device where it grows."""
+        if self.skipped.device != device:
+            self.skipped = self.skipped.to(device, non_blocking=True)
+        return self.skipped
+
+    def memory(self) -> list[Tensor]:
+        """Every tensor that a captured graph must keep."""
+        scratch = [lookup.scratch for lookup in self.lookups if lookup.scratch is not None]
+        deltas = [lookup.delta for lookup in self.lookups]
+        return [*deltas, *scratch, self.skipped, self.rows.memory, self.scratch.memory]
+
+
+class Rows:
+    """Memory for [R, D], as many rows as a batch happens to need."""
+
+    def __init__(self) -> None:
+        self.memory = torch.empty(0)
+
+    def of(self, count: int, like: Tensor) -> Tensor:
+        """[count, D] in the dtype and on the device of `like` [..., D]; not initialised."""
+        dim, memory = like.shape[-1], self.memory
+        if memory.dtype != like.dtype or memory.device != like.device or memory.numel() < count * dim:
+            self.memory = like.new_empty(count * dim * 5 // 4)  # the next batch may have some more
+        return self.memory[: count * dim].view(count, dim)

@@ -1,0 +1,172 @@
+"""What lives with the model: its hooks, its buffers, and the frame in which each step runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.buffers import Buffers
+from fastadv.engine.forward import Entrance
+from fastadv.engine.found import APPLIED
+from fastadv.engine.lookups import Lookups, Masks, Places
+from fastadv.engine.model import find
+from fastadv.engine.model.hook import Hook, install
+from fastadv.engine.model.parallelism import Parallelism
+from fastadv.engine.model.split import Split, SplitChoice
+from fastadv.engine.owner import Owner
+from fastadv.engine.perturb.perturbation import Perturbation
+from fastadv.engine.perturb.positions import PositionPerturbation
+from fastadv.engine.perturb.rows import RowPerturbation
+from fastadv.engine.perturb.start import Draw
+from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
+from fastadv.engine.profile import span
+from fastadv.engine.safety import rng
+from fastadv.engine.safety.dropout import dropout
+from fastadv.engine.safety.guard import Guard
+from fastadv.engine.safety.inventory import Inventory
+from fastadv.engine.safety.probe_autocast import ProbeAutocast
+from fastadv.engine.step import Closure, Step, Term
+
+SCOPES = ("table", "row", "batch", "sample", "token")
+TABLE_SCOPES = ("table", "row")
+
+BUSY = "a step is already running: the closure must not call the method that calls it"
+
+
+class Engine:
+    """One model, and the modules at which it is perturbed: none, where weights are.
+
+    Args:
+        model: the user's, wrapped or not.
+        dropout: "fresh", "same" or "off".
+        fused: which backend runs the ops.
+        owner: of the backward of full passes.
+        atomic: whether gradients that are there already are copied, to be put back on a fault.
+        probe_dtype: autocast for probes; None: none.
+        embedding: the perturbed modules; None: the model's input embedding.
+        scope: over what norms are taken.
+        tied: "both" moves the tables themselves.
+        perturbs: False: nothing at any module.
+        ignore_padding: no mask follows from an embedding's `padding_idx`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        dropout: str,
+        fused: bool | None,
+        owner: Owner,
+        atomic: bool,
+        probe_dtype: torch.dtype | None,
+        embedding: find.EmbeddingChoice = None,
+        scope: str = "sample",
+        tied: str = "lookup",
+        perturbs: bool = True,
+        ignore_padding: bool = False,
+    ) -> None:
+        self.model = model
+        self.modules = find.find(model, embedding) if perturbs else []
+        self.parallelism = Parallelism(model)
+        padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
+        by_row = scope in TABLE_SCOPES and not self.parallelism.compiled
+        self.places = Places(self.modules, padding, by_row, fused)
+        self.new_perturbation = self._scoped(scope, tied)
+        self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
+        self.buffers = Buffers()
+        self.last: Perturbation | None = None  # of the last step, for its norm
+        self.inventory = Inventory(model)
+        self.guard = Guard(self.inventory, atomic, fused)
+        self.dropout = dropout
+        self.owner = owner
+        self.probe_autocast = ProbeAutocast(model, probe_dtype)
+        self.new_term: Callable[[Step], Term] | None = None
+        self.split: Split | None = None
+        self.share = 1.0  # of an optimizer step that one batch is; terms that methods add are multiplied with it
+        self.entrance = Entrance()
+        self.closed = False
+        self._busy = False
+        self._hooks: list[Hook] = []
+        if self.enters:
+            self._hooks = [install(module, index, self.entrance) for index, module in enumerate(self.modules)]
+
+    def _scoped(self, scope: str, tied: str) -> Callable[[Lookups], Perturbation]:
+        kind: type[Perturbation] = RowPerturbation if scope in TABLE_SCOPES else PositionPerturbation
+        if scope in TABLE_SCOPES and any(find.vocabulary(module) is None for module in self.modules):
+            raise ValueError(f"scope={scope!r} needs an nn.Embedding; for another module's output use scope='sample'")
+        if scope in TABLE_SCOPES and tied == "both":
+            tied_weights(self.modules)  # refuses tables that cannot move
+            kind = TiedTables
+        return lambda lookups: kind(lookups, scope, self.buffers)
+
+    def split_at(self, choice: SplitChoice) -> None:
+        """From now on partial passes can be run, which end at the output of that module."""
+        try:
+            if not self.enters:
+                raise ValueError("tied='both' moves the output layer too, which a partial pass never reaches")
+            self.split = Split(self.model, choice, self.modules, self.entrance)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Take the hooks out of the model."""
+        self.closed = True
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        if self.split is not None:
+            self.split.remove()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def watched(self) -> bool:
+        """Whether somebody outside waits for autograd to bring every parameter's gradient."""
+        return self.owner.reads_gradients or self.parallelism.reduces()
+
+    def names(self) -> str:
+        """The perturbed modules, as the model calls them."""
+        names = [name for name, part in self.model.named_modules() if any(part is module for module in self.modules)]
+        return ", ".join(names) or type(self.modules[0]).__name__
+
+    # The frame of a step
+
+    @contextlib.contextmanager
+    def step(
+        self, closure: Closure, masks: Masks = None, *, attack: Closure | None = None, start: Draw | None = None
+    ) -> Iterator[Step]:
+        """Everything inside is one step: it begins with no perturbation and, if it fails, leaves no trace.
+
+        The seed of `start` is drawn now, before the state that dropout="same" replays, so that every step starts
+        elsewhere.
+        """
+        if self._busy:
+            raise RuntimeError(BUSY)
+        if self.entrance.forward is not None:
+            raise RuntimeError(APPLIED)
+        try:
+            self._busy = True
+            device = self.device
+            modules = self.inventory.modules() if self.dropout == "off" else []
+            with span("step"), self.guard(device), rng.step(), dropout(self.dropout, modules, device) as draws:
+                step = Step(self, draws, closure, masks, attack, start)
+                self.last, self.buffers.lookups = step.perturbation, step.lookups.items
+                with step.perturbation.moving():
+                    yield step
+        finally:
+            self._busy, self.entrance.forward = False, None
+
+    def memory(self) -> list[Tensor]:
+        """The buffers that serve from step to step."""
+        return self.buffers.memory()
+
+    def norm(self, kind: str) -> Tensor:
+        """The mean norm of the last perturbation's groups."""
+        return torch.zeros(()) if self.last is None else self.last.norm(kind)

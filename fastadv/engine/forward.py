@@ -1,0 +1,95 @@
+"""The forward pass that is running, as the hooks in the model see it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Size, Tensor
+
+from fastadv.engine.lookup import Lookup, is_same
+
+if TYPE_CHECKING:
+    from fastadv.engine.model.split import Crossing
+    from fastadv.engine.step import Step
+
+Kind = Literal["full", "probe", "partial"]
+
+MOVED_ON = (
+    "activation checkpointing recomputes the perturbed module after the perturbation has moved on, and this method "
+    "goes back through the passes before that: keep it outside of checkpointed segments"
+)
+WHICH_CALL = (
+    "activation checkpointing recomputes an embedding, and which of its calls cannot be told ({alike} calls of shape "
+    "{shape} were seen in the forward pass). Use checkpoint(..., use_reentrant=False), and keep the embedding outside "
+    "of checkpointed segments."
+)
+
+
+class Perturbing(Protocol):
+    """A forward pass with a perturbation: one of a step's, or any while a found perturbation is applied."""
+
+    fused: bool | None
+
+    def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Lookup | None:
+        """The lookup that is happening, or None where it is left alone.
+
+        Its result has `shape`, and dtype and device of `like`; `plain`: it is W[ids] and nothing else.
+        """
+
+    def detaches(self, lookup: Lookup, table: Tensor) -> bool:
+        """Whether autograd need not compute this lookup's gradient by `table`."""
+
+
+class Entrance:
+    """Where the hooks in a model find the running pass. None, as between steps: the model is the plain one."""
+
+    forward: Perturbing | None = None
+
+
+class Forward:
+    """One pass of a step: "full" (trains), "probe" (the perturbation's gradient alone), "partial" (first layers)."""
+
+    def __init__(self, step: Step, kind: Kind, crossing: Crossing | None = None, last: bool = False) -> None:
+        self.step = step
+        self.lookups = step.lookups
+        self.fused = step.lookups.places.fused
+        self.kind = kind
+        self.crossing = crossing  # of the split, for YOPO
+        self.last = last  # no other full pass follows
+        self.cursor = 0  # calls so far
+        self.ran_without_grad = False
+        self.ended = False  # a module that runs now is recomputed by a checkpoint
+
+    def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Lookup | None:
+        """The lookup of the next call in call order; see `Perturbing`."""
+        if self.ended:
+            return self._again(shape, ids)
+        if not torch.is_grad_enabled():
+            self.ran_without_grad = True
+            return None
+        index, materialised = self.cursor, not (plain and self.lookups.places.by_row)
+        self.cursor = index + 1
+        items = self.lookups.items
+        if index >= len(items) or not items[index].fits(shape, like.dtype, like.device, materialised):
+            self.step.new_lookup(index, shape, like, ids, module, materialised)
+        lookup = items[index]
+        lookup.ids, lookup.module = ids, module
+        lookup.table = like if plain and ids is not None and lookup.looks_up(ids) else None
+        return lookup
+
+    def detaches(self, lookup: Lookup, table: Tensor) -> bool:
+        """In a probe, always; in a full pass, where the step itself sees to the table's gradient."""
+        if self.kind != "full":
+            return True
+        return lookup.table is table and self.step.tables.owns(lookup.module, table)
+
+    def _again(self, shape: Size, ids: Tensor | None) -> Lookup:
+        """The call that a checkpoint recomputes: the same ids, or else the only one of that shape."""
+        if self.step.waiting:
+            raise RuntimeError(MOVED_ON)
+        alike = [lookup for lookup in self.lookups.items[: self.cursor] if lookup.delta.shape == shape]
+        same = [one for one in alike if ids is not None and one.ids is not None and is_same(one.ids, ids)]
+        if len(same or alike) != 1:
+            raise RuntimeError(WHICH_CALL.format(alike=len(alike), shape=tuple(shape)))
+        return (same or alike)[0]

@@ -1,0 +1,172 @@
+"""A perturbation as a value: found once, held, and applied to as many forwards as one likes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Size, Tensor
+
+from fastadv.engine.lookup import Lookup, is_same
+from fastadv.engine.lookups import Places
+from fastadv.engine.perturb.rows import RowPerturbation
+from fastadv.engine.perturb.tied_tables import TiedTables
+
+if TYPE_CHECKING:
+    from fastadv.engine.engine import Engine
+    from fastadv.engine.step import Step
+
+OTHER_SHAPE = (
+    "no perturbation was found for an embedding call of shape {shape}: inside `applied`, run the model on the batch "
+    "that the closure ran it on ({found})"
+)
+OTHER_IDS = (
+    "this batch has other token ids than the one that the perturbation was found for: inside `applied`, run the model "
+    "on the batch that the closure ran it on, or find a perturbation for this one"
+)
+APPLIED = "a perturbation is applied to this model already: leave that `applied()` block first"
+CLOSED = "the method was closed, so that nothing can be applied to its model: find and apply before close()"
+
+
+class Found:
+    """The perturbation of one batch, as `find` returns it. It owns its memory, and holds no graph.
+
+    Attributes:
+        values: the perturbations, detached: [B, T, D] per call of the embedding in position scopes, [R, D] with a row
+            per distinct token id in table scopes.
+    """
+
+    def __init__(self, engine: Engine, step: Step) -> None:
+        self._engine = engine
+        self._lookups = [_held(lookup) for lookup in step.lookups]
+        self.values, self._tables = _values(step, self._lookups)
+        if isinstance(step.perturbation, RowPerturbation) and self.values:
+            for lookup in self._lookups:
+                lookup.rows = self.values[0]
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Let every forward inside the block see the perturbation, for as long as you like.
+
+        With gradients or without, and with optimizer steps in between. Outside of the block the model is the plain one.
+        Run backward inside as well where activation checkpointing recomputes the embedding. On CUDA, ids in other
+        memory than those of the search are compared, which synchronises.
+
+        Raises:
+            RuntimeError: another perturbation is applied, or the method was closed. Inside: the model runs on another
+                batch than the one this was found for.
+
+        Examples:
+            >>> found = adv.find(lambda: model(ids, labels=labels).loss)  # doctest: +SKIP
+            >>> with found.applied():  # doctest: +SKIP
+            ...     logits = model(ids).logits
+        """
+        engine = self._engine
+        if engine.entrance.forward is not None:
+            raise RuntimeError(APPLIED)
+        if engine.closed:
+            raise RuntimeError(CLOSED)
+        with contextlib.ExitStack() as stack:
+            for table, moved, rows in self._tables:
+                stack.enter_context(_moved(table, moved, rows))
+            try:
+                if engine.enters:
+                    engine.entrance.forward = Applied(self._lookups, engine.places)
+                yield
+            finally:
+                engine.entrance.forward = None
+
+
+class Applied:
+    """The forwards inside an `applied` block, as hooks see them: each call gets the perturbation found for it."""
+
+    def __init__(self, lookups: Sequence[Lookup], places: Places) -> None:
+        self.lookups = lookups
+        self.fused = places.fused
+        self._by_row = places.by_row
+        self._cursor = 0
+
+    def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Lookup | None:
+        """The next lookup in call order, of this module, shape and ids."""
+        materialised = not (plain and self._by_row)
+        count = len(self.lookups)
+        seen = False
+        for turn in range(count):
+            index = (self._cursor + turn) % count
+            lookup = self.lookups[index]
+            if lookup.module != module or not lookup.fits(shape, like.dtype, like.device, materialised):
+                continue
+            if torch.compiler.is_compiling() or _same_batch(lookup, ids):
+                self._cursor = index + 1
+                return lookup
+            seen = True
+        shapes = ", ".join(str(tuple(lookup.delta.shape)) for lookup in self.lookups)
+        raise RuntimeError(OTHER_IDS if seen else OTHER_SHAPE.format(shape=tuple(shape), found=shapes))
+
+    def detaches(self, lookup: Lookup, table: Tensor) -> bool:  # noqa: ARG002
+        """Never: the table is trained as in any forward."""
+        return False
+
+
+def _same_batch(lookup: Lookup, ids: Tensor | None) -> bool:
+    if lookup.ids is None or ids is None:
+        return True
+    return is_same(lookup.ids, ids) or torch.equal(lookup.ids, ids)
+
+
+def _held(lookup: Lookup) -> Lookup:
+    """A copy of a lookup's perturbation and batch, without its part in the step."""
+    ids = lookup.ids if lookup.first is None else lookup.first.copy
+    return Lookup(
+        lookup.delta.detach().clone() if lookup.materialised else lookup.delta.detach(),
+        lookup.mask,
+        None if ids is None else ids.clone(),
+        lookup.module,
+        materialised=lookup.materialised,
+        rows=lookup.rows,
+        slot=lookup.slot,
+    )
+
+
+def _values(step: Step, held: list[Lookup]) -> tuple[list[Tensor], list[tuple[Tensor, Tensor, Tensor | None]]]:
+    """The perturbations; and for tables that move in place: table, perturbation of its rows, which rows (None: all)."""
+    if isinstance(step.perturbation, TiedTables):
+        tables = [(one.table, one.perturbation(), one.rows) for one in step.perturbation.tables]
+        moved = [(table, value, rows) for table, value, rows in tables if value is not None]
+        return [value for _, value, _ in moved], moved
+    if isinstance(step.perturbation, RowPerturbation):
+        rows = step.perturbation.rows
+        return ([] if rows is None else [rows.clone()]), []
+    return [lookup.delta for lookup in held], []
+
+
+@contextlib.contextmanager
+def _moved(table: Tensor, value: Tensor, rows: Tensor | None) -> Iterator[None]:
+    """Inside, rows of a table have moved by `value`. Afterwards they are what they were, bit for bit.
+
+    Rows that an optimizer has trained in between keep what it did: `value` is taken off them.
+    """
+    before = _take(table, rows)
+    moved = (before.to(value.dtype) + value).to(table.dtype)
+    try:
+        _put(table, rows, moved)
+        yield
+    finally:
+        now = _take(table, rows)
+        trained = (now.to(value.dtype) - value).to(table.dtype)
+        _put(table, rows, torch.where((now == moved).all(dim=1, keepdim=True), before, trained))
+
+
+def _take(table: Tensor, rows: Tensor | None) -> Tensor:
+    return table.clone() if rows is None else table[rows]
+
+
+@torch.no_grad()
+def _put(table: Tensor, rows: Tensor | None, values: Tensor) -> None:
+    if rows is None:
+        table.copy_(values)
+    else:
+        table[rows] = values
+    torch.clear_autocast_cache()  # it keeps casts by tensor, and does not see that one was written to

@@ -1,0 +1,148 @@
+"""The calls of the perturbed modules in one step, in call order, and where equal ids lie in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Size, Tensor, nn
+
+from fastadv.engine.lookup import Lookup, new_delta
+from fastadv.engine.model.find import is_plain_lookup
+from fastadv.engine.perturb.segments import group
+from fastadv.ops import Segments
+
+OTHER_BATCH = "the closure must run the same batch in every pass of a step, but the embedding's calls differ"
+
+Masks = Tensor | Sequence[Tensor | None] | None
+
+
+class Places(NamedTuple):
+    """Where a model is perturbed: the same for all of its steps."""
+
+    modules: Sequence[nn.Module]
+    padding: Sequence[int | None]  # the id of padding, by module; None: no id is
+    by_row: bool  # plain lookups are moved by the rows of a table, so they need no delta of their own
+    fused: bool | None
+
+
+class Lookups:
+    """One step's lookups. The first pass shows how many there are; before it, buffers are lent by an earlier step.
+
+    Args:
+        places: the perturbed modules.
+        masks: of the user: one for every call, or a sequence of one (or None) a call.
+        lent: an earlier step's lookups, whose memory serves again where the masks have their shape.
+    """
+
+    def __init__(self, places: Places, masks: Masks, lent: Sequence[Lookup]) -> None:
+        if not all(mask is None or isinstance(mask, Tensor) for mask in _each(masks)):
+            raise TypeError(f"mask must be a tensor, or a sequence of tensors and None, not {masks!r}")
+        self.places = places
+        self.masks = masks
+        self.items: list[Lookup] = []
+        self.settled = False  # a pass has shown how often the modules are called, and on what
+        self._segments: Segments | None = None
+        self._reuse(lent)
+        if not self.items:
+            self._prepare()
+
+    def __iter__(self) -> Iterator[Lookup]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def _reuse(self, lent: Sequence[Lookup]) -> None:
+        for index, old in enumerate(lent):
+            mask = self.given_mask(index)
+            if mask is not None and mask.shape != old.delta.shape[:-1]:
+                break
+            boolean = None if mask is None else mask.bool()
+            lookup = Lookup(old.delta, boolean, materialised=old.materialised, scratch=old.scratch)
+            lookup.delta.grad = None
+            lookup.zero_()
+            self.items.append(lookup)
+
+    def _prepare(self) -> None:
+        """Make the first delta now where the mask gives its shape: a compiled graph would break on making it."""
+        mask, module = self.given_mask(0), self.places.modules[0] if self.places.modules else None
+        if mask is None or not isinstance(module, nn.Embedding):
+            return
+        materialised = not (self.places.by_row and is_plain_lookup(module))
+        shape = (*mask.shape, module.embedding_dim)
+        delta = new_delta(shape, module.weight.dtype, module.weight.device, materialised)
+        self.items.append(Lookup(delta, mask.bool(), materialised=materialised))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def add(self, index: int, shape: Size, like: Tensor, ids: Tensor | None, module: int, materialised: bool) -> Lookup:
+        """The lookup of a call that is seen for the first time; later ones are forgotten."""
+        if self.settled:
+            before = ", ".join(str(tuple(lookup.delta.shape)) for lookup in self.items)
+            raise RuntimeError(f"{OTHER_BATCH}: {tuple(shape)} in call {index}, and before {before}")
+        mask = self._mask(index, shape, ids, module)
+        delta = new_delta(shape, like.dtype, like.device, materialised)
+        lookup = Lookup(delta, mask, ids, module, materialised=materialised)
+        del self.items[index:]
+        self.items.append(lookup)
+        return lookup
+
+    def settle(self, calls: int) -> None:
+        """After a forward that made so many calls: in the first pass keep these, later expect as many.
+
+        Raises:
+            RuntimeError: a later pass made another number of calls.
+        """
+        if self.settled:
+            if calls != len(self.items):
+                raise RuntimeError(f"{OTHER_BATCH}: {calls} calls, and before {len(self.items)}")
+            return
+        self.settled = True
+        del self.items[calls:]
+        for lookup in self.items:
+            if lookup.mask is None and lookup.ids is not None:
+                lookup.mask = self._padding_mask(lookup.ids, lookup.module)
+
+    def segments(self) -> Segments:
+        """Where equal ids lie, over all calls: one sort per batch, shared by all ascents."""
+        if self._segments is None:
+            self._segments = group(self.items, self.places.modules, self.places.fused)
+        return self._segments
+
+    # Masks
+
+    def mask_of(self, shape: Size) -> Tensor | None:
+        """The mask of logits of that shape, one per token; None for one per sample. The outputs' mask comes last."""
+        masks = [*_each(self.masks), *(lookup.mask for lookup in self.items)]
+        fitting = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() > 1 and mask.shape == shape]
+        return fitting[-1] if fitting else None
+
+    def masks_follow_ids(self) -> bool:
+        """Whether the masks are known only when the ids are."""
+        return self.given_mask(0) is None and any(index is not None for index in self.places.padding)
+
+    def given_mask(self, index: int) -> Tensor | None:
+        """The user's mask for call `index`."""
+        if self.masks is None or isinstance(self.masks, Tensor):
+            return self.masks
+        return self.masks[index] if index < len(self.masks) else None
+
+    def _mask(self, index: int, shape: Size, ids: Tensor | None, module: int) -> Tensor | None:
+        mask = self.given_mask(index)
+        if mask is None:
+            return None if ids is None else self._padding_mask(ids, module)
+        if mask.shape != shape[:-1]:
+            raise ValueError(
+                f"mask has shape {tuple(mask.shape)}, but the embedding returned {tuple(shape)}: it must be "
+                f"{tuple(shape[:-1])}. Where the embedding is called several times, give one mask (or None) a call."
+            )
+        return mask.bool()
+
+    def _padding_mask(self, ids: Tensor, module: int) -> Tensor | None:
+        padding = self.places.padding[module]
+        return None if padding is None else ids != padding
+
+
+def _each(masks: object) -> Sequence[object]:
+    return masks if isinstance(masks, (list, tuple)) else [masks]

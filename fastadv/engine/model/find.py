@@ -1,0 +1,173 @@
+"""Find the embedding that a method perturbs, through whatever wraps the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+EmbeddingChoice = str | nn.Module | Sequence[str | nn.Module] | None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own module under torch.compile, DDP, DeepSpeed and PEFT."""
+    inner = _inside(model)
+    while inner is not None:
+        model, inner = inner, _inside(inner)
+    return model
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    if "_orig_mod" in model._modules:
+        return model._modules["_orig_mod"]
+    library = type(model).__module__.split(".")[0]
+    if isinstance(model, (DistributedDataParallel, nn.DataParallel)) or library == "deepspeed":
+        return model._modules.get("module")
+    if library == "peft":
+        return model._modules.get("base_model") or model._modules.get("model")
+    return None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `model` or a part of it runs under torch.compile (by `torch.compile(model)` or `model.compile()`)."""
+    return any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
+def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
+    """The modules whose outputs carry the perturbation.
+
+    `None` asks the model (`get_input_embeddings`, as transformers has it), then takes the only `nn.Embedding`.
+
+    Raises:
+        ValueError: none or several fit; the message lists the candidates.
+        TypeError: `choice` is none of a name, a module, or a sequence of these.
+    """
+    if choice is None:
+        return _default(model)
+    if isinstance(choice, (str, nn.Module)):
+        return [chosen(model, choice)]
+    if isinstance(choice, Sequence) and choice:
+        return list(dict.fromkeys(chosen(model, one) for one in choice))  # named twice, it is perturbed once
+    raise TypeError(f"embedding= takes a module's name, a module, or a sequence of these, not {choice!r}")
+
+
+def _default(model: nn.Module) -> list[nn.Module]:
+    inner = unwrap(model)
+    asked, found = _ask(inner), _candidates(inner)
+    if asked is not None:  # an encoder and a decoder may each have a module around the table of the one that is told
+        table = table_of(asked)
+        return [asked, *(part for part in found.values() if part is not asked and table_of(part) is table)]
+    if len(found) == 1:
+        return list(found.values())
+    problem = "has several embeddings" if found else "has no nn.Embedding"
+    raise ValueError(
+        f"{type(inner).__name__} {problem}: say which module's output to perturb, embedding=NAME or embedding=MODULE. "
+        f"{_listed(inner)}"
+    )
+
+
+def _ask(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_input_embeddings", None)
+    if getter is None:
+        return None
+    try:
+        answer = getter()
+    except (NotImplementedError, AttributeError):
+        return None
+    return answer if isinstance(answer, nn.Module) else None
+
+
+def chosen(model: nn.Module, choice: object, option: str = "embedding") -> nn.Module:
+    """The module that `choice` is, or the only one that it names; `option` is what the user gave it as.
+
+    Raises:
+        ValueError: none or several have that name; the message lists the candidates.
+        TypeError: it is neither a module nor a name.
+    """
+    if isinstance(choice, nn.Module):
+        return choice
+    if not isinstance(choice, str):
+        raise TypeError(f"{option}= takes names and modules, not {choice!r}")
+    inner = unwrap(model)
+    named: dict[str, nn.Module] = dict(inner.named_modules(remove_duplicate=False))  # a shared module has several names
+    outer: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))  # as a wrapper's user lists them
+    exact = named.get(choice, outer.get(choice))
+    found = {} if exact is None else {choice: exact}
+    found = found or {name: part for name, part in named.items() if name.endswith("." + choice)}
+    if len(set(found.values())) == 1:
+        return next(iter(found.values()))
+    problem = f"several modules are called {choice!r}: {', '.join(found)}"
+    if not found:
+        problem = f"no module is called {choice!r}"
+    known = _listed(inner) if option == "embedding" else "model.named_modules() has them all."
+    raise ValueError(f"{problem}. Give one full name. {known}")
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: part for name, part in model.named_modules() if isinstance(part, nn.Embedding)}
+
+
+def _listed(model: nn.Module) -> str:
+    names = [f"{name} {tuple(part.weight.shape)}" for name, part in _candidates(model).items()]  # type: ignore[arg-type]
+    return f"Candidates: {', '.join(names) or 'none; any module with a [B, T, D] output will do'}."
+
+
+def vocabulary(module: nn.Module) -> int | None:
+    """The number of rows of an embedding table; None for a module without one."""
+    return module.num_embeddings if isinstance(module, nn.Embedding) else None
+
+
+def table_of(module: nn.Module) -> object:
+    """What the rows of `module` are in: two modules may share it. A module without a table stands for itself."""
+    return module.weight if isinstance(module, nn.Embedding) else module
+
+
+def is_plain_lookup(module: nn.Module) -> bool:
+    """Whether `module` is exactly `weight[ids]`, of rows in one piece, so that gather and add may be one op."""
+    return (
+        type(module) is nn.Embedding
+        and module.max_norm is None
+        and not module.scale_grad_by_freq
+        and not module.sparse
+        and type(module.weight) in (nn.Parameter, torch.Tensor)
+        and module.weight.stride(-1) == 1
+    )
+
+
+def first_tensor(output: Any) -> Any:
+    """A module's output, or the tensor that a tuple of outputs begins with."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@torch.no_grad()
+def mean_row_norm(model: nn.Module, choice: EmbeddingChoice) -> float:
+    """The mean l2 norm of the rows that the perturbed embeddings return: over all tables, each once.
+
+    Raises:
+        ValueError: a perturbed module is no table.
+    """
+    tables = {id(table_of(module)): module for module in find(model, choice)}
+    norms = torch.cat([_row_norms(module) for module in tables.values()])
+    return float(norms.mean())
+
+
+def _row_norms(module: nn.Module) -> torch.Tensor:
+    if not isinstance(module, nn.Embedding):
+        raise ValueError(  # noqa: TRY004 - the option is wrong, not a type
+            f"relative=True takes its unit from an embedding's rows, and {type(module).__name__} has none: give radii "
+            "in the units of its output"
+        )
+    weight: torch.Tensor = module.weight
+    if type(module).forward is nn.Embedding.forward:
+        whole: torch.Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+        norms: torch.Tensor = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float64)
+        return norms
+    ids = torch.arange(module.num_embeddings, device=weight.device)  # a scaled table's rows are its output
+    parts = [torch.linalg.vector_norm(module(part), dim=1, dtype=torch.float64) for part in torch.split(ids, 4096)]
+    return torch.cat(parts)

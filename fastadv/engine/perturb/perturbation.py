@@ -1,0 +1,109 @@
+"""What the scopes share: where gradients come from, and what an ascent does with them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastadv.engine.buffers import Buffers
+from fastadv.engine.lookup import Lookup
+from fastadv.engine.lookups import Lookups
+from fastadv.engine.perturb.rule import Rule
+from fastadv.engine.perturb.start import Draw
+from fastadv.engine.safety.rng import apart
+from fastadv.ops.ascend import l2_norm
+
+Move = Callable[[int, Tensor, Tensor], Tensor]  # a lookup's index, its delta and gradient -> its next delta
+
+
+class Perturbation:
+    """One step's. `lookups` carry its gradient, and what their modules' outputs are moved by."""
+
+    def __init__(self, lookups: Lookups, scope: str, buffers: Buffers) -> None:
+        self.lookups = lookups
+        self.scope = scope
+        self.buffers = buffers
+        self.fused = lookups.places.fused
+
+    def moving(self) -> contextlib.AbstractContextManager[Any]:
+        """Around the whole of a step."""
+        return contextlib.nullcontext()
+
+    def zero_(self) -> None:
+        """Back to no perturbation; a gradient stays."""
+        for lookup in self.lookups:
+            lookup.zero_()
+
+    def start(self, draw: Draw, seed: int, lookup: Lookup) -> None:
+        """Put one lookup at its start, drawn apart from the model's own random numbers."""
+        raise NotImplementedError
+
+    def ascend(self, rule: Rule) -> None:
+        """One step up the gradient of the last pass, which it consumes."""
+        raise NotImplementedError
+
+    def move(self, step: Move) -> None:
+        """One step of a method's own; consumes the gradient."""
+        raise NotImplementedError(f"scope={self.scope!r} moves by ascents alone: use scope='sample' or 'token'")
+
+    def norm(self, kind: str) -> Tensor:
+        """The mean norm of the groups that carry a perturbation; stays on the device."""
+        raise NotImplementedError
+
+    # Gradients
+
+    def leaves(self) -> list[Tensor]:
+        """The tensors by which a probe differentiates."""
+        return [lookup.delta for lookup in self.lookups]
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Keep a probe's gradients, one per leaf."""
+        for lookup, gradient in zip(self.lookups, gradients, strict=True):
+            lookup.grad = gradient
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Around a full pass's backward: keep the gradients that it brings to the leaves."""
+        yield
+        for lookup in self.lookups:
+            lookup.grad, lookup.delta.grad = lookup.delta.grad, None
+
+    def drop_gradient(self) -> None:
+        """Forget the last pass's gradient: the next ascent follows another."""
+        for lookup in self.lookups:
+            lookup.grad = None
+
+    def has_gradient(self) -> bool:
+        """Whether the last pass brought one."""
+        return any(lookup.grad is not None for lookup in self.lookups)
+
+
+@torch.no_grad()
+def fill(delta: Tensor, draw: Draw, seed: int, mask: Tensor | None, call: int = 0) -> None:
+    """Put the start of call `call` into `delta`: what `draw` gives, zero where `mask` is False."""
+    mask = torch.ones(delta.shape[:-1], dtype=torch.bool, device=delta.device) if mask is None else mask
+    with apart(seed, delta.device) if draw.random else contextlib.nullcontext():
+        drawn = draw.at(tuple(delta.shape), mask, call)
+    if not isinstance(drawn, Tensor) or drawn.shape != delta.shape:
+        got = tuple(drawn.shape) if isinstance(drawn, Tensor) else drawn
+        raise ValueError(f"random_start(shape, mask) must return a tensor of shape {tuple(delta.shape)}, not {got!r}")
+    delta.copy_(drawn.masked_fill(~mask.unsqueeze(-1).to(drawn.device), 0))
+
+
+def mean_norm(deltas: Sequence[Tensor], leading: int, kind: str) -> Tensor:
+    """The mean over the groups that are not zero; the first `leading` dimensions index the groups (-1: all but one)."""
+    if not deltas:
+        return torch.zeros(())
+    every = torch.cat([_norms(delta, leading, kind).flatten() for delta in deltas])
+    return every.sum() / (every > 0).sum().clamp(min=1)
+
+
+def _norms(delta: Tensor, leading: int, kind: str) -> Tensor:
+    if delta.numel() == 0:
+        return delta.new_zeros(0)
+    groups = delta.reshape(1, -1) if leading == 0 else delta.flatten(0, leading - 1 if leading > 0 else -2).flatten(1)
+    return l2_norm(groups) if kind == "l2" else groups.abs().amax(dim=1, keepdim=True)

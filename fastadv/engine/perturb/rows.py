@@ -1,0 +1,118 @@
+"""Scopes "table" and "row": one vector r per distinct token id.
+
+The gradients of the positions are summed over equal ids before the ascent, and every position is moved by the row of
+its id. For an untied embedding this is exactly what moving the table does. A plain lookup takes the rows themselves;
+any other module's output takes one vector per position, to which the rows are copied.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastadv.engine.buffers import Buffers
+from fastadv.engine.lookup import Lookup
+from fastadv.engine.lookups import Lookups
+from fastadv.engine.perturb.perturbation import Perturbation, fill, mean_norm
+from fastadv.engine.perturb.rule import Rule
+from fastadv.engine.perturb.segments import together
+from fastadv.engine.perturb.start import Draw
+from fastadv.ops import ascend, segment_sum, table_step
+
+IDS_FIRST = (
+    "a random start in table scope needs all ids before the first perturbed pass, and this model calls its embedding "
+    "several times: use clean_weight > 0, or scope='sample'"
+)
+
+
+class RowPerturbation(Perturbation):
+    """One r for all lookups together."""
+
+    def __init__(self, lookups: Lookups, scope: str, buffers: Buffers) -> None:
+        super().__init__(lookups, scope, buffers)
+        self._group = 0 if scope == "table" else 1
+        self.rows: Tensor | None = None  # [R, D]; None: zero
+
+    def zero_(self) -> None:
+        """Back to no perturbation; a gradient stays."""
+        super().zero_()
+        self.rows = None
+
+    def start(self, draw: Draw, seed: int, lookup: Lookup) -> None:
+        """Draw r for every distinct id, as soon as the ids are known."""
+        if lookup is not self.lookups.items[0]:
+            if len(self.lookups.segments().slot) != sum(other.delta[..., 0].numel() for other in self.lookups):
+                raise NotImplementedError(IDS_FIRST)
+            return  # drawn with the first lookup, for all of them
+        groups = self.lookups.segments()
+        occupied = groups.stops > groups.starts[:-1]  # by a position that is not masked
+        fill(self._r(), draw, seed, occupied)
+        self._spread()
+
+    def ascend(self, rule: Rule) -> None:
+        """Sum the positions' gradients over equal ids, move r, and give every position its row."""
+        items = self.lookups.items
+        if not self.has_gradient():
+            return
+        grad = together([_gradient(lookup) for lookup in items])
+        alone = items[0] if len(items) == 1 and items[0].table is not None and not items[0].materialised else None
+        if alone is None:
+            self._step(grad, rule)
+        else:
+            self._step_and_look_up(alone, grad, rule)
+        self.drop_gradient()
+
+    def _step(self, grad: Tensor, rule: Rule) -> None:
+        ascend(
+            self._r(),
+            segment_sum(grad, self.lookups.segments(), fused=self.fused),
+            skipped=self.buffers.skipped_on(grad.device),
+            group=self._group,
+            fused=self.fused,
+            **rule._asdict(),
+        )
+        self._spread()
+
+    def _step_and_look_up(self, lookup: Lookup, grad: Tensor, rule: Rule) -> None:
+        """The usual case, one plain lookup: all of it in one op."""
+        rows, written = self._r(), lookup.next_lookup()
+        table_step(
+            rows,
+            grad,
+            self.lookups.segments(),
+            skipped=self.buffers.skipped_on(grad.device),
+            group=self._group,
+            room=self.buffers.scratch.of(len(rows), rows),
+            fused=self.fused,
+            **rule._asdict(),
+            **written,
+        )
+        lookup.wrote(written)
+
+    def norm(self, kind: str) -> Tensor:
+        """Of r: the whole of it, or the mean over words."""
+        return mean_norm([] if self.rows is None else [self.rows], self._group, kind)
+
+    def _r(self) -> Tensor:
+        """r, at first zero; every lookup is given its slots in it."""
+        if self.rows is None:
+            items, groups = self.lookups.items, self.lookups.segments()
+            self.rows = self.buffers.rows.of(len(groups.stops), items[0].delta.detach()).zero_()
+            slots = torch.split(groups.slot, [lookup.delta[..., 0].numel() for lookup in items])
+            for lookup, slot in zip(items, slots, strict=True):
+                lookup.rows, lookup.slot = self.rows, slot.view(lookup.delta.shape[:-1])
+        return self.rows
+
+    @torch.no_grad()
+    def _spread(self) -> None:
+        """Copy the rows to the positions of lookups that cannot take rows."""
+        for lookup in self.lookups:
+            if lookup.materialised and lookup.rows is not None and lookup.slot is not None:
+                spread = lookup.rows[lookup.slot.clamp(min=0)]
+                lookup.delta.copy_(spread.masked_fill_((lookup.slot < 0).unsqueeze(-1), 0))
+
+
+def _gradient(lookup: Lookup) -> Tensor:
+    """[N, D], one row per position."""
+    grad = torch.zeros_like(lookup.delta) if lookup.grad is None else lookup.grad
+    return grad.reshape(-1, grad.shape[-1])

@@ -1,0 +1,115 @@
+"""`tied="both"`: the tables themselves move, in place, as in the classic scripts. A tied output layer moves along."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.engine.buffers import Buffers
+from fastadv.engine.lookups import Lookups
+from fastadv.engine.perturb.perturbation import Perturbation, mean_norm
+from fastadv.engine.perturb.rule import Rule
+from fastadv.engine.perturb.table_rollback import TableRollback
+
+
+class TiedTables(Perturbation):
+    """Every table with a norm of its own. `moving()` puts them back."""
+
+    def __init__(self, lookups: Lookups, scope: str, buffers: Buffers) -> None:
+        super().__init__(lookups, scope, buffers)
+        self.weights = tied_weights(lookups.places.modules)
+        self.tables = [TableRollback(weight, self.fused) for weight in self.weights]
+        self._gradients: list[Tensor | None] = []
+        self._found: list[Tensor] = []
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Inside, the tables may move; afterwards they are bit for bit what they were."""
+        try:
+            yield
+            self._found = self.values() or self._found
+        finally:
+            for table in self.tables:
+                table.restore()
+
+    def zero_(self) -> None:
+        """Put the tables back; a gradient stays."""
+        self._found = self.values() or self._found
+        for table in self.tables:
+            table.restore()
+
+    def values(self) -> list[Tensor]:
+        """How far each table that moved has moved: [R, D], over its moved rows."""
+        return [moved for table in self.tables if (moved := table.perturbation()) is not None]
+
+    # Gradients: by the tables, not by the lookups
+
+    def leaves(self) -> list[Tensor]:
+        """The tables."""
+        return list(self.weights)
+
+    def take(self, gradients: Sequence[Tensor | None]) -> None:
+        """Keep a probe's gradients, one per table."""
+        self._gradients = list(gradients)
+
+    @contextlib.contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Around a full pass's backward: keep what it brings to each table, whatever its `.grad` holds already."""
+        found: dict[int, Tensor] = {}
+        hooks = [
+            weight.register_hook(functools.partial(found.__setitem__, index))  # type: ignore[no-untyped-call]
+            for index, weight in enumerate(self.weights)
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._gradients = [found.get(index) for index in range(len(self.weights))]
+
+    def drop_gradient(self) -> None:
+        """Forget the last pass's gradient."""
+        self._gradients = []
+
+    def has_gradient(self) -> bool:
+        """Whether the last pass brought one."""
+        return any(gradient is not None for gradient in self._gradients)
+
+    # The step
+
+    @torch.no_grad()
+    def ascend(self, rule: Rule) -> None:
+        """Move every table up its gradient."""
+        group = 0 if self.scope == "table" else 1
+        for table, gradient in zip(self.tables, self._gradients, strict=True):
+            if gradient is not None:
+                table.step(gradient, rule, group, self.buffers.skipped_on(gradient.device))
+        self._gradients = []
+
+    def norm(self, kind: str) -> Tensor:
+        """Of the tables' perturbations, as they were at the end of the step."""
+        return mean_norm(self._found, 0 if self.scope == "table" else 1, kind)
+
+
+def tied_weights(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """The tables of `modules`, each once.
+
+    Raises:
+        ValueError: one is frozen, or no plain tensor.
+    """
+    return list({id(module.weight): _plain(module) for module in modules}.values())
+
+
+def _plain(module: nn.Module) -> Tensor:
+    weight = cast(Tensor, module.weight)
+    if type(weight) not in (nn.Parameter, Tensor) or not weight.requires_grad:
+        raise ValueError(
+            "tied='both' moves the table in place, so it must be a plain tensor that is trained; this one is "
+            f"{'frozen' if not weight.requires_grad else type(weight).__name__}. tied='lookup' needs neither"
+        )
+    return weight

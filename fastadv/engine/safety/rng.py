@@ -1,0 +1,112 @@
+"""The states of the generators that a model's forward draws from."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastadv.engine.capture.streams import Streams
+
+
+class RngState(NamedTuple):
+    """torch's CPU and CUDA generators, and Python's own (layer dropping uses it)."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+    python: Any
+
+
+_streams: Streams | None = None  # of the step that is being captured, or warms up for it
+
+
+@contextlib.contextmanager
+def drawing_from(streams: Streams) -> Iterator[None]:
+    """Inside, steps draw as a captured step does."""
+    global _streams  # noqa: PLW0603
+    _streams = streams
+    try:
+        yield
+    finally:
+        _streams = None
+
+
+def capturing() -> bool:
+    """Whether what happens now is recorded, and happens later."""
+    return _streams is not None and _streams.capturing
+
+
+def save(device: torch.device) -> RngState:
+    """The generators as they stand, for a model on `device`."""
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return RngState(torch.get_rng_state(), cuda, random.getstate())
+
+
+def restore(state: RngState, device: torch.device) -> None:
+    """Put the generators back."""
+    torch.set_rng_state(state.cpu)
+    if state.cuda is not None:
+        torch.cuda.set_rng_state(state.cuda, device)
+    random.setstate(state.python)
+
+
+class Replayed:
+    """The state that the passes of a step begin with, so that each draws what the first one drew."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._state = None if capturing() else save(device)
+
+    def again(self) -> None:
+        """Another pass begins."""
+        if _streams is not None:
+            _streams.next_pass()
+        if self._state is not None:
+            restore(self._state, self._device)
+
+
+@contextlib.contextmanager
+def step() -> Iterator[None]:
+    """What generators a step has gone through, it leaves."""
+    streams = _streams
+    if streams is None:
+        yield
+        return
+    streams.begin()
+    try:
+        yield
+    finally:
+        streams.end()
+
+
+@contextlib.contextmanager
+def apart(seed: int, device: torch.device) -> Iterator[None]:
+    """Draw from a stream of its own: what is drawn here moves no dropout mask."""
+    with contextlib.nullcontext() if _streams is None else _streams.start():
+        if capturing():
+            yield  # the seed comes before each replay
+            return
+        with _seeded(seed, device):
+            yield
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    state = save(device)
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(seed)
+    try:
+        yield
+    finally:
+        restore(state, device)
+
+
+def new_seed() -> int:
+    """A seed for `apart`, from torch's own CPU generator: reading it waits for no device."""
+    return int(torch.randint(2**63 - 1, (), device="cpu"))

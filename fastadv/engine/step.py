@@ -1,0 +1,406 @@
+"""One adversarial step, made for one `backward` or `find` and then thrown away. A method is a schedule of its verbs.
+
+forward   a pass whose graph waits for `backward`
+backward  accumulates the parameters' gradients, and keeps the perturbation's
+descend   forward and backward: a full pass
+probe     computes the perturbation's gradient and nothing else; `partial` does so through the first layers alone
+ascend    moves the perturbation up that gradient
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import torch
+from torch import Size, Tensor
+
+from fastadv.engine.forward import Forward, Kind
+from fastadv.engine.lookups import Lookups, Masks
+from fastadv.engine.model.split import NOT_ON_THE_WAY, Crossing, Reached
+from fastadv.engine.model.table_gradients import TableGradients
+from fastadv.engine.outputs import detached, loss_of
+from fastadv.engine.perturb.perturbation import Move
+from fastadv.engine.perturb.rows import RowPerturbation
+from fastadv.engine.perturb.rule import Rule
+from fastadv.engine.perturb.start import Draw
+from fastadv.engine.profile import span
+from fastadv.engine.safety import rng
+
+if TYPE_CHECKING:
+    from fastadv.engine.engine import Engine
+    from fastadv.engine.safety.dropout import Draws
+
+Closure = Callable[[], Any]
+
+REENTRANT = (
+    "the model uses reentrant activation checkpointing, which cannot give the gradient of a perturbation: use "
+    "checkpoint(..., use_reentrant=False), in transformers "
+    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
+NEVER_CALLED = (
+    "the closure never ran the perturbed embedding ({names}). Does it run another model, or pass inputs_embeds? "
+    "Was the model compiled and called before the method was made (make the method first)? Was the method closed?"
+)
+NO_GRADIENT = (
+    "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, or the "
+    "function given as backward= ran no backward"
+)
+
+
+class Pass(NamedTuple):
+    """One pass over the model: with its graph as `forward` returns it, detached as `descend` does."""
+
+    loss: Tensor
+    output: Any
+
+
+class StepResult(NamedTuple):
+    """The figures of one step, detached. Tensors stay on the device; reading one synchronises.
+
+    Attributes:
+        loss: the clean loss where there is a clean pass, else the mean over the full passes. 0-d.
+        adv_loss: the loss at the last perturbation; None on a step that was not attacked.
+        output: the closure's result in the first pass, without its graph.
+    """
+
+    loss: Tensor
+    adv_loss: Tensor | None
+    output: Any
+
+
+class Term(Protocol):
+    """A term that a step owes besides its losses, of an unperturbed pass whose gradient no ascent follows."""
+
+    owing: bool  # whether no pass has paid it yet
+
+    def ask(self, closure: Closure) -> None:
+        """Before such a pass."""
+
+    def compare(self, output: Any) -> None:
+        """After its forward."""
+
+    def joined(self, loss: Tensor | None) -> Tensor | None:
+        """The loss to go back through: `loss`, the term, or both; None if there is neither."""
+
+
+class Step:
+    """The state of one step of one model, and the verbs that a method's `run` and `search` are written in.
+
+    Attributes:
+        closure: the user's; runs the model and returns a loss, or an output that has one.
+        lookups: the calls of the perturbed modules.
+        perturbation: what moves their outputs.
+        first: the first pass, detached.
+        waiting: whether a clean forward's graph waits for a later backward.
+        share: the part of an optimizer step that this batch is.
+    """
+
+    def __init__(
+        self, engine: Engine, draws: Draws, closure: Closure, masks: Masks, attack: Closure | None, start: Draw | None
+    ) -> None:
+        self.closure = closure
+        self.engine = engine
+        self.device = draws.device
+        self.share = engine.share
+        self.lookups = Lookups(engine.places, masks, engine.buffers.lookups)
+        self.perturbation = engine.new_perturbation(self.lookups)
+        self.tables = TableGradients(self.lookups, watched=engine.watched)
+        self.first: Pass | None = None
+        self.waiting = False
+        self.draws = draws
+        self._term = None if engine.new_term is None else engine.new_term(self)
+        self._target = attack
+        self._draw, self._seed = start, rng.new_seed() if start is not None and start.random else 0
+        self._started = False  # the perturbation is where ascents begin
+        self._followed = False  # the last pass's gradient is one that an ascent may follow
+        self._pending: Forward | None = None  # the forward that the next backward goes through
+        self._crossing: Crossing | None = None  # of the last pass with a gradient at the split
+
+    # Where the perturbation begins, and what it maximises
+
+    @property
+    def target(self) -> Closure:
+        """The closure whose value ascents maximise."""
+        return self.closure if self._target is None else self._target
+
+    def maximise(self, target: Closure) -> None:
+        """Ascend `target` instead of the closure's loss, unless the user gave an `attack`."""
+        if self._target is None:
+            self._target = target
+
+    def start(self) -> None:
+        """Put the perturbation at its start; where its shape is not known yet, as soon as it is."""
+        self._started, self._followed = True, False
+        self.perturbation.drop_gradient()
+        if self._draw is None:
+            self.zero_()
+            return
+        if self.first is None and (isinstance(self.perturbation, RowPerturbation) or self.lookups.masks_follow_ids()):
+            self.lookups.items.clear()  # what the start depends on is known only when the embedding is called
+        with span("start"):
+            for lookup in self.lookups:
+                self.perturbation.start(self._draw, self._seed, lookup)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def new_lookup(
+        self, index: int, shape: Size, like: Tensor, ids: Tensor | None, module: int, materialised: bool
+    ) -> None:
+        """A forward has met a call that no earlier one made: give it a perturbation, at its start."""
+        lookup = self.lookups.add(index, shape, like, ids, module, materialised)
+        if self._started and self._draw is not None:
+            self.perturbation.start(self._draw, self._seed, lookup)
+
+    def zero_(self) -> None:
+        """Put the perturbation at zero; the last pass's gradient stays."""
+        self.perturbation.zero_()
+
+    # Full passes
+
+    def forward(
+        self,
+        closure: Closure | None = None,
+        *,
+        read: Callable[[Any], Any] = loss_of,
+        last: bool = True,
+        clean: bool = False,
+    ) -> Pass:
+        """The forward of a full pass, whose graph waits for `backward`.
+
+        Args:
+            closure: in place of the step's.
+            read: takes the loss out of what the closure returns; None from it: a batch without a loss.
+            last: no other full pass follows, so data parallelism reduces gradients in this one's backward.
+            clean: there is no perturbation yet, and no ascent follows this pass's gradient. Without a `backward` of its
+                own, its graph waits for that of a later pass.
+        """
+        closure = self.closure if closure is None else closure
+        term = self._term if clean else None
+        if term is not None:
+            term.ask(closure)
+        with self.engine.parallelism.synchronised(last):
+            output, loss = self._run("full", closure, read, last=last)
+        if term is not None:
+            term.compare(output)
+        self.waiting = self.waiting or clean
+        return Pass(loss, output)
+
+    def backward(self, loss: Tensor | None, weight: float = 1.0) -> None:
+        """Accumulate the gradient of `weight * loss`, through the last forward and all that wait."""
+        forward = self._reenter()
+        with self.perturbation.collecting(), self.engine.parallelism.synchronised(forward.last), span("backward"):
+            self._hand_over(loss, weight)
+        self._leave(forward)
+        self.tables.collect()
+        self._followed = self._target is None and (self._started or self._draw is None)
+
+    def descend(
+        self,
+        weight: float = 1.0,
+        *,
+        closure: Closure | None = None,
+        read: Callable[[Any], Any] = loss_of,
+        last: bool = True,
+        clean: bool = False,
+    ) -> Pass:
+        """A full pass, forward and backward, whose loss counts `weight`; see `forward`. Detached."""
+        first, waiting = self.first is None, self.waiting
+        loss, output = self.forward(closure, read=read, last=last, clean=clean)
+        self.waiting = waiting
+        self.backward(loss, weight)
+        return self.first if first and self.first is not None else self._detached(loss, output)
+
+    def plain(self, read: Callable[[Any], Tensor | None] = loss_of) -> Pass:
+        """Plain training: a full pass of the model as it is, no perturbation."""
+        if self._term is not None:
+            self._term.ask(self.closure)
+        self.draws.next_pass()
+        with span("forward"):
+            output = self.closure()
+        loss = read(output)
+        if self._term is not None:
+            self._term.compare(output)
+        with span("backward"):
+            self._hand_over(loss)
+        self.first = self._detached(loss, output)
+        return self.first
+
+    def finish(self) -> None:
+        """After the method's last pass: pay the term that no pass could, and add up the tables' gradients."""
+        if self._term is not None and self._term.owing:
+            self.zero_()
+            self.descend(0.0, clean=True)
+        with span("table_gradient"):
+            self.tables.flush()
+
+    def result(self, clean: Pass | None, adversarial: Pass) -> StepResult:
+        """The step's figures, from its clean pass (if there was one) and its last."""
+        first = self.first or adversarial
+        return StepResult((clean or adversarial).loss, adversarial.loss, first.output)
+
+    def penalised(self, penalty: Tensor, weight: float = 1.0) -> StepResult:
+        """The figures of a step that trains the clean loss and `penalty`, which has that weight in it."""
+        assert self.first is not None
+        return StepResult(self.first.loss, penalty.detach() / (weight or 1), self.first.output)
+
+    # Passes that leave every `.grad` as it is
+
+    def probe(self, target: Closure | None = None) -> Tensor:
+        """Compute the perturbation's gradient of `target` alone, and return its value."""
+        engine = self.engine
+        with self._quiet():
+            with engine.probe_autocast.lowered(self.device):
+                _, loss = self._run("probe", self.target if target is None else target, loss_of)
+            forward = self._reenter()
+            grads = self._gradients([engine.owner.scaled(loss)])
+        self._leave(forward)
+        self.perturbation.take(grads)
+        self._followed = True
+        value: Tensor = loss.detach()
+        return value
+
+    def partial(self) -> None:
+        """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""
+        engine, split, crossed = self.engine, self.engine.split, self._crossing
+        assert split is not None and crossed is not None and crossed.gradient is not None
+        sharded = engine.parallelism.sharded
+        crossing = Crossing(split.name, partial=True, ends=not sharded)
+        ends, weights = [], []
+        with self._quiet():
+            self.draws.next_pass()
+            forward = engine.entrance.forward = Forward(self, "partial", crossing)
+            with engine.probe_autocast.lowered(self.device), contextlib.suppress(Reached), span("forward"):
+                # Under FSDP2 the forward runs to its end, since its modules must see the end of what they began; the
+                # loss takes part with a zero, since a module's weights are gathered when its output's gradient comes.
+                loss = loss_of(self.target())
+                ends, weights = [loss], [torch.zeros_like(loss)]
+            hidden = crossing.output(len(self.lookups))
+            forward.ended = True
+            grads = self._gradients([*ends, hidden], [*weights, crossed.gradient])
+        engine.entrance.forward = None
+        if all(grad is None for grad in grads):
+            raise RuntimeError(NOT_ON_THE_WAY.format(name=split.name))
+        self.perturbation.take(grads)
+
+    def look(self) -> Any:
+        """The unperturbed model's output, without a gradient."""
+        self.draws.next_pass()
+        with torch.no_grad(), span("forward"):
+            return self.closure()
+
+    def slope(self, loss: Tensor) -> list[Tensor]:
+        """The perturbation's gradient of a waiting forward's loss, with a graph; zeros where there is none."""
+        leaves = self.perturbation.leaves()
+        grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+        if all(grad is None for grad in grads):
+            raise RuntimeError(NO_GRADIENT)
+        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
+
+    def weight_gradients(self, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The gradient of the target by these parameters alone."""
+        engine = self.engine
+        with engine.parallelism.synchronised(False):
+            with engine.probe_autocast.lowered(self.device):
+                _, loss = self._run("full", self.target, loss_of)
+            with span("backward"):
+                return torch.autograd.grad(engine.owner.scaled(loss), parameters, allow_unused=True)
+
+    # The perturbation's steps
+
+    def ascend(self, rule: Rule) -> None:
+        """One step up the last gradient, then onto the ball. A first ascent begins with the gradient at the start."""
+        self._lead()
+        with span("ascend"):
+            self.perturbation.ascend(rule)
+
+    def move(self, step: Move) -> None:
+        """One step that no rule describes: delta <- step(index, delta, gradient), zero where a mask says so."""
+        self._lead()
+        with span("ascend"):
+            self.perturbation.move(step)
+
+    def _lead(self) -> None:
+        """See to a gradient: the last pass's, or, where no ascent may follow that, a probe's at the start."""
+        if not self._followed:
+            if not self._started:
+                self.start()
+            self.probe()
+        self._started = True
+        if not self.perturbation.has_gradient():
+            raise RuntimeError(NO_GRADIENT)
+
+    # A pass
+
+    def _run(self, kind: Kind, closure: Closure, read: Callable[[Any], Any], *, last: bool = False) -> tuple[Any, Any]:
+        """One forward with the perturbation in it: the closure's output and its loss."""
+        engine = self.engine
+        self.draws.next_pass()
+        forward = Forward(self, kind, None if engine.split is None else Crossing(engine.split.name), last)
+        self._pending = forward
+        engine.entrance.forward = forward if engine.enters else None
+        # A compiled model runs eagerly once if no mask is given: this pass finds out the shape.
+        with engine.parallelism.eagerly(engine.enters and not self.lookups.items), span("forward"):
+            output = closure()
+        if engine.enters:
+            self._check_calls(forward)
+        loss = read(output)
+        forward.ended = True
+        engine.entrance.forward = None
+        self.first = self.first or self._detached(loss, output)
+        return output, loss
+
+    def _reenter(self) -> Forward:
+        """A backward begins: what runs a perturbed module from here on is a checkpoint that recomputes it."""
+        forward = self._pending
+        assert forward is not None
+        self.engine.entrance.forward = forward if self.engine.enters else None
+        return forward
+
+    def _leave(self, forward: Forward) -> None:
+        """The backward is done."""
+        self.engine.entrance.forward = None
+        if forward.crossing is not None:
+            forward.crossing.check()
+            self._crossing = forward.crossing
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Iterator[None]:
+        """Around a pass that is about the perturbation alone."""
+        parallelism = self.engine.parallelism
+        with parallelism.synchronised(False), parallelism.frozen(self.perturbation.leaves):
+            yield
+
+    def _gradients(self, ends: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:
+        """Of the perturbation, and nothing else's."""
+        try:
+            with span("backward"):
+                return torch.autograd.grad(ends, self.perturbation.leaves(), weights, allow_unused=True)
+        except RuntimeError as error:
+            if "Checkpointing is not compatible" in str(error):
+                raise RuntimeError(REENTRANT) from error
+            raise
+
+    def _hand_over(self, loss: Tensor | None, weight: float = 1.0) -> None:
+        """Give the loss, and a term that joins it, to the owner of the backward."""
+        if loss is not None and weight != 1:
+            loss = loss * weight if weight else None
+        total = loss if self._term is None else self._term.joined(loss)
+        if total is not None:
+            self.engine.owner.backward(total)
+
+    def _detached(self, loss: Tensor | None, output: Any) -> Pass:
+        if loss is None:
+            loss = torch.zeros((), device=self.device)
+        return Pass(loss.detach().mean() if loss.dim() else loss.detach(), detached(output))
+
+    # What a closure may have done wrong
+
+    def _check_calls(self, forward: Forward) -> None:
+        if forward.cursor == 0:
+            if forward.ran_without_grad:
+                raise RuntimeError(f"the embedding ran under no_grad only. If {REENTRANT}")
+            raise RuntimeError(NEVER_CALLED.format(names=self.engine.names()))
+        if any(lookup.delta.grad is not None for lookup in self.lookups):
+            raise RuntimeError("the closure called backward: it must only run the forward and return the loss")
+        self.lookups.settle(forward.cursor)

@@ -1,0 +1,105 @@
+"""Weights that are moved for a pass or two, and put back bit for bit in the same memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastadv.ops.ascend import l2_norm
+from fastadv.ops.grads import Plan
+
+SAFE = {torch.float32: 1e-15, torch.float64: 1e-130}  # of a norm whose squares have lost nothing that matters
+GUARD = 1e-6  # of the public code that clamps: on the weight's norm and on the gradient's
+
+
+class MovedWeights:
+    """The weights of a model that move, and where they were."""
+
+    def __init__(self, weights: Sequence[nn.Parameter], fused: bool | None) -> None:
+        self.weights = list(weights)
+        self.saved: list[Tensor] = []
+        self.skipped = torch.zeros((), dtype=torch.int64)
+        self.norm = torch.zeros(())  # of the last step's movements, the mean
+        self._lenient = False if fused is False else None
+        self._save, self._restore = Plan([], [], self._lenient), Plan([], [], self._lenient)
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return iter(self.weights)
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Inside, the weights may be moved; afterwards they are what they were, whatever has happened."""
+        if not all(map(_alike, self.saved, self.weights)) or not self.saved:
+            self._make_room()
+        self._save.copy()
+        try:
+            yield
+        finally:
+            self._restore.copy()
+            torch.clear_autocast_cache()  # it keeps casts by tensor, and does not see that one was written to
+
+    def _make_room(self) -> None:
+        """In a first step, or after the model has gone to another device or precision."""
+        device = self.weights[0].device
+        self.saved = [torch.empty_like(weight, requires_grad=False) for weight in self.weights]
+        self.skipped, self.norm = self.skipped.to(device), self.norm.to(device)
+        self._save = Plan(self.saved, self.weights, self._lenient)
+        self._restore = Plan(self.weights, self.saved, self._lenient)
+
+    @torch.no_grad()
+    def step(self, gradients: Sequence[Tensor | None], gamma: float, epsilon: float | None) -> None:
+        """Move each weight by gamma times its own norm along its gradient, then within epsilon |w| of each element.
+
+        One without a gradient stays where it is; one whose gradient is not finite does too, and is counted.
+        """
+        moving = [(w, s, g) for w, s, g in zip(self.weights, self.saved, gradients, strict=True) if g is not None]
+        if not moving:
+            return
+        guard = 0.0 if epsilon is None else GUARD
+        sizes, lengths = (norms([group[index] for group in moving]).to(self.norm.device) for index in (2, 0))
+        finite = sizes.isfinite()
+        live = finite & (sizes > 0)
+        shares = torch.where(live, gamma * (lengths + guard) / torch.where(live, sizes + guard, 1), 0)
+        self.skipped += (~finite).sum()
+        self.norm.copy_((shares * torch.where(live, sizes, 0)).mean())
+        for (weight, saved, grad), share, lives in zip(moving, shares, live, strict=True):
+            if weight.is_cpu and not lives.item():
+                continue
+            _add(weight, grad if weight.is_cpu else torch.where(lives.to(grad.device), grad, 0), share)
+            if epsilon is not None:
+                reach = epsilon * saved.abs()
+                torch.clamp(weight, saved - reach, saved + reach, out=weight)
+        torch.clear_autocast_cache()
+
+
+def _alike(saved: Tensor, weight: Tensor) -> bool:
+    """Whether one can hold the other."""
+    return (saved.device, saved.dtype, saved.shape) == (weight.device, weight.dtype, weight.shape)
+
+
+def _add(weight: Tensor, grad: Tensor, share: Tensor) -> None:
+    """In place; in float32 at least, rounded once."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    share = share.to(weight.device, wide)
+    if weight.dtype == wide:
+        weight.addcmul_(grad, share)
+    else:
+        weight.copy_(torch.addcmul(weight.to(wide), grad.to(wide), share))
+
+
+def norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The l2 norm of each [n], in float64."""
+    if tensors[0].is_cuda and all(tensor.dtype != torch.float64 for tensor in tensors):
+        return torch.stack(list(torch._foreach_norm(list(tensors), 2, torch.float64)))  # squares have room there
+    return torch.stack([norm(tensor) for tensor in tensors])
+
+
+def norm(x: Tensor) -> Tensor:
+    """The l2 norm of all of `x`, 0-d, for numbers of any size; on the CPU without memory for a scaled copy, mostly."""
+    plain: Tensor = torch.linalg.vector_norm(x)
+    if x.is_cpu and x.dtype in SAFE and SAFE[x.dtype] < plain.item() < 1 / SAFE[x.dtype]:
+        return plain.double()
+    return l2_norm(x.to(torch.promote_types(x.dtype, torch.float32)).reshape(1, -1)).squeeze().double()

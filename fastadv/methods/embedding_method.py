@@ -1,0 +1,155 @@
+"""What the methods share that perturb embeddings: a rule to ascend by, a start, and `find`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, cast
+
+from torch import Tensor, nn
+from typing_extensions import Unpack
+
+from fastadv.engine.engine import SCOPES, TABLE_SCOPES
+from fastadv.engine.found import Found
+from fastadv.engine.lookups import Masks
+from fastadv.engine.model.find import mean_row_norm
+from fastadv.engine.perturb.rule import Rule
+from fastadv.engine.perturb.start import Draw, RandomStart, resolve, uniform
+from fastadv.engine.step import Closure, Step
+from fastadv.methods.base import Method
+from fastadv.methods.options import BALLS, DIRECTIONS, Norm, Scope, TiedOptions, number, one_of, whole
+
+
+class EmbeddingMethod(Method):
+    """A method that perturbs embeddings. A subclass writes `run` and `search`; see docs/your-own-method.md.
+
+    Args:
+        model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        epsilon: radius of the ball; None: no ball.
+        step_size: length of one ascent step.
+        steps: number of ascent steps.
+        norm: "l2" or "linf": the direction of a step and the ball together.
+        scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
+        random_start: False; True (magnitude epsilon); a magnitude; or a callable `(shape, mask) -> tensor`.
+        direction, ball: "l2", "sign" or "max" for the step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        relative: epsilon, step_size and the magnitude of the start are in units of the mean norm of the embedding's
+            rows, taken once, when the method is made. A callable start is not scaled.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        tied: "lookup" or "both"; see `fastadv.PGD`.
+        start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype: see `fastadv.PGD`.
+
+    Raises:
+        TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.
+        RuntimeError: `fused=True` where not every op has a native backend.
+    """
+
+    _places: Mapping[str, Any] = MappingProxyType({})
+    _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}  # direction, ball
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        epsilon: float | None = 1.0,
+        step_size: float = 0.3,
+        steps: int = 3,
+        norm: Norm = "l2",
+        scope: Scope = "sample",
+        random_start: RandomStart = False,
+        **options: Unpack[TiedOptions],
+    ) -> None:
+        one_of("norm", norm, self._norms)
+        one_of("scope", scope, SCOPES)
+        tied, embedding = options.pop("tied", "lookup"), options.pop("embedding", None)
+        one_of("tied", tied, ("lookup", "both"))
+        if tied == "both" and (scope not in TABLE_SCOPES or random_start is not False):
+            raise ValueError(
+                "tied='both' moves the table itself, from where it is: it needs scope='table' or 'row' and "
+                "random_start=False; tied='lookup' perturbs the lookups alone"
+            )
+        self.epsilon = None if epsilon is None else number("epsilon", epsilon)
+        self.step_size = number("step_size", step_size)
+        self.steps = whole("steps", steps, 1)
+        self.scope = scope
+        self._direction, self._ball = self._directed(norm, options)
+        self._unit = mean_row_norm(model, embedding) if options.pop("relative", False) else 1.0
+        self._start = self._resolve(random_start)
+        self._places = {"embedding": embedding, "scope": scope, "tied": tied, **self._places}
+        super().__init__(model, **options)  # type: ignore[misc]  # the others have been taken out
+
+    def _directed(self, norm: Norm, options: TiedOptions) -> tuple[str, str]:
+        """Direction and ball: each as given, or as `norm` says."""
+        direction, ball = self._norms[norm]
+        chosen = options.pop("ball", ball if ball != "none" else None)
+        if chosen is not None:
+            one_of("ball", chosen, BALLS)
+        direction = options.pop("direction", cast(Any, direction))
+        one_of("direction", direction, DIRECTIONS)
+        return direction, chosen or "none"
+
+    # The user's calls
+
+    def find(self, closure: Closure, mask: Masks = None) -> Found:
+        """Search for the perturbation of one batch, by probes and ascents alone: no `.grad` is touched.
+
+        Args:
+            closure: as for `backward`, of the batch that is to be perturbed.
+            mask: as for `backward`.
+
+        Returns:
+            The perturbation, to hold and to apply: `with found.applied():`.
+
+        Raises:
+            As `backward` does. The model is left as it was.
+
+        Examples:
+            >>> found = adv.find(lambda: model(ids, labels=labels).loss)  # doctest: +SKIP
+            >>> with found.applied():  # doctest: +SKIP
+            ...     logits = model(ids).logits
+        """
+        with self._engine.step(closure, mask, start=self._start) as step:
+            self._aim(step)
+            self.search(step)
+            if step.first is None:  # no pass has shown yet what is perturbed
+                step.probe()
+            return Found(self._engine, step)
+
+    @contextlib.contextmanager
+    def perturbed(self, closure: Closure, mask: Masks = None) -> Iterator[None]:
+        """Find the perturbation of one batch and apply it to every forward inside the block: `find` and `applied`."""
+        with self.find(closure, mask).applied():
+            yield
+
+    @property
+    def rule(self) -> Rule:
+        """How one step ascends, in the embedding's own units."""
+        radius = None if self.epsilon is None else self.epsilon * self._unit
+        return Rule(self.step_size * self._unit, radius, self._direction, self._ball)
+
+    @property
+    def perturbation_norm(self) -> Tensor:
+        """The last perturbation's norm, the mean over its groups: 0-d, on the device."""
+        return self._engine.norm(self._kind)
+
+    # A subclass's part
+
+    def search(self, step: Step) -> None:
+        """From the first gradient to the perturbation: by ascents, with a probe between each two."""
+        raise NotImplementedError
+
+    def _aim(self, step: Step) -> None:
+        """Before a search without training: let it `maximise` what it does in training."""
+
+    def _resolve(self, random_start: RandomStart) -> Draw | None:
+        """The start that the argument stands for."""
+        return resolve(random_start, self.epsilon, lambda magnitude: uniform(self._kind)(magnitude * self._unit))
+
+    def _draw(self) -> Draw | None:
+        return self._start
+
+    @property
+    def _kind(self) -> str:
+        """The norm in which perturbations are measured: the ball's; without one, the direction's."""
+        ball = self._ball if self._ball != "none" else self._direction
+        return "l2" if ball == "l2" else "linf"

@@ -1,0 +1,168 @@
+"""The options that methods share, typed, and the checks that name them."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+import math
+import typing
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.amp.grad_scaler import GradScaler
+from typing_extensions import TypedDict
+
+from fastadv.engine.model.find import EmbeddingChoice
+from fastadv.engine.owner import Backward, Owner
+
+Norm = Literal["l2", "linf"]
+Direction = Literal["l2", "sign", "max"]
+Ball = Literal["l2", "linf"]
+Scope = Literal["table", "row", "batch", "sample", "token"]
+Dropout = Literal["fresh", "same", "off"]
+Tied = Literal["lookup", "both"]
+
+DIRECTIONS, BALLS = typing.get_args(Direction), typing.get_args(Ball)
+
+SHARED: dict[str, Any] = {
+    "start_step": 0,
+    "every": 1,
+    "dropout": "fresh",
+    "fused": None,
+    "backward": None,
+    "scaler": None,
+    "atomic": True,
+    "probe_dtype": None,
+    "embedding": None,
+    "relative": False,
+    "direction": "by norm",
+    "ball": "by norm",
+    "tied": "lookup",
+}
+"""The defaults of the options below."""
+
+# What other codes call these options: an error that knows them is more help than the nearest spelling.
+ELSEWHERE = {
+    "eps": "epsilon",
+    "adv_max_norm": "epsilon",
+    "radius": "epsilon",
+    "alpha": "step_size",
+    "lr": "step_size",
+    "adv_lr": "step_size",
+    "K": "steps",
+    "k": "steps",
+    "num_steps": "steps",
+    "adv_steps": "steps",
+    "norm_type": "norm",
+    "norm_p": "norm",
+    "adv_init_mag": "random_start",
+    "noise_var": "random_start",
+    "emb_name": "embedding",
+    "m": "replays",
+}
+
+
+class StepOptions(TypedDict, total=False):
+    """The options of every method."""
+
+    start_step: int
+    every: int
+    dropout: Dropout
+    fused: bool | None
+    backward: Backward | Owner | None
+    scaler: GradScaler | None
+    atomic: bool
+    probe_dtype: torch.dtype | None
+
+
+class NoiseOptions(StepOptions, total=False):
+    """The options of methods that perturb embeddings, with or without a search."""
+
+    embedding: EmbeddingChoice
+    relative: bool
+
+
+class EmbeddingOptions(NoiseOptions, total=False):
+    """The options of methods that search for a perturbation of embeddings."""
+
+    direction: Direction
+    ball: Ball | None
+
+
+class TiedOptions(EmbeddingOptions, total=False):
+    """The options of methods that can also move a tied table itself."""
+
+    tied: Tied
+
+
+def check_options(method: type, given: typing.Iterable[str]) -> None:
+    """Raise TypeError for an option that `method` does not take: with the nearest, and all that it takes."""
+    accepted = options_of(method)
+    for name in given:
+        if name not in accepted:
+            near = (
+                [ELSEWHERE[name]] if ELSEWHERE.get(name) in accepted else difflib.get_close_matches(name, accepted, 1)
+            )
+            hint = f": did you mean {near[0]!r}?" if near else "."
+            raise TypeError(f"{method.__name__} has no option {name!r}{hint} It takes {', '.join(sorted(accepted))}.")
+
+
+@functools.cache
+def options_of(method: type) -> Mapping[str, Any]:
+    """The options that a method's constructor takes, with their defaults."""
+    found: dict[str, Any] = {}
+    for cls in method.__mro__:
+        if "__init__" not in cls.__dict__ or cls is object:
+            continue
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]  # type: ignore[misc]
+        named = {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        found = {**named, **found}
+        table = _table(cls)
+        if table is not None:
+            found |= {name: SHARED[name] for name in typing.get_type_hints(table)}
+        if table is not None or len(named) == len(parameters):
+            break
+    if "dropout" in found:
+        found["dropout"] = getattr(method, "_dropout", "fresh")
+    return MappingProxyType(found)
+
+
+def _table(cls: type) -> Any:
+    """The TypedDict of a constructor's `**options: Unpack[TypedDict]`; None where there is none."""
+    hints = typing.get_type_hints(cls.__init__)  # type: ignore[misc]
+    inside = [typing.get_args(hint)[0] for hint in hints.values() if typing.get_args(hint)]
+    return next((one for one in inside if hasattr(one, "__total__")), None)
+
+
+def check_module(model: object) -> None:
+    """Raises TypeError unless `model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+
+
+def one_of(name: str, value: object, choices: Any) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in tuple(choices):
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, not {value!r}")
+
+
+def number(name: str, value: Any) -> float:
+    """`value` as a finite float of at least 0, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {value!r}")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and at least 0, not {value}")
+    return float(value)
+
+
+def whole(name: str, value: Any, least: int) -> int:
+    """`value` as an int of at least `least`, or an error that names it."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, not {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, not {value}")
+    return value

@@ -1,0 +1,1 @@
+"""What every method keeps: faults, dropout, autocast, compilation, accumulation, bad input, the model's structure."""
