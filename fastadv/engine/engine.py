@@ -23,12 +23,13 @@ from fastadv.engine.perturb.rows import RowPerturbation
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
 from fastadv.engine.profile import span
+from fastadv.engine.results import Closure, Term
 from fastadv.engine.safety import rng
 from fastadv.engine.safety.dropout import dropout
 from fastadv.engine.safety.guard import Guard
 from fastadv.engine.safety.inventory import Inventory
 from fastadv.engine.safety.probe_autocast import ProbeAutocast
-from fastadv.engine.step import Closure, Step, Term
+from fastadv.engine.step import Step
 
 SCOPES = ("table", "row", "batch", "sample", "token")
 TABLE_SCOPES = ("table", "row")

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, Protocol
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from torch import Size, Tensor
 
 from fastadv.engine.lookup import Lookup, is_same
+from fastadv.engine.profile import span
+from fastadv.engine.results import Closure
 
 if TYPE_CHECKING:
     from fastadv.engine.model.split import Crossing
@@ -15,6 +19,15 @@ if TYPE_CHECKING:
 
 Kind = Literal["full", "probe", "partial"]
 
+REENTRANT = (
+    "the model uses reentrant activation checkpointing, which cannot give the gradient of a perturbation: use "
+    "checkpoint(..., use_reentrant=False), in transformers "
+    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
+)
+NEVER_CALLED = (
+    "the closure never ran the perturbed embedding ({names}). Does it run another model, or pass inputs_embeds? "
+    "Was the model compiled and called before the method was made (make the method first)? Was the method closed?"
+)
 MOVED_ON = (
     "activation checkpointing recomputes the perturbed module after the perturbation has moved on, and this method "
     "goes back through the passes before that: keep it outside of checkpointed segments"
@@ -61,6 +74,33 @@ class Forward:
         self.ran_without_grad = False
         self.ended = False  # a module that runs now is recomputed by a checkpoint
 
+    def run(self, closure: Closure, read: Callable[[Any], Any]) -> tuple[Any, Any]:
+        """Run the closure with the perturbation in its model: its output, and the loss that `read` finds in it."""
+        step, engine = self.step, self.step.engine
+        step.draws.next_pass()
+        engine.entrance.forward = self if engine.enters else None
+        # A compiled model runs eagerly once if no mask is given: this pass finds out the shape.
+        with engine.parallelism.eagerly(engine.enters and not self.lookups.items), span("forward"):
+            output = closure()
+        if engine.enters:
+            self._check_calls()
+        loss = read(output)
+        self.ended = True
+        engine.entrance.forward = None
+        return output, loss
+
+    @contextlib.contextmanager
+    def backward(self) -> Iterator[None]:
+        """Around this pass's backward: a perturbed module that runs inside is recomputed by a checkpoint."""
+        engine = self.step.engine
+        engine.entrance.forward = self if engine.enters else None
+        with span("backward"):
+            yield
+        engine.entrance.forward = None
+        if self.crossing is not None:
+            self.crossing.check()
+            self.step.crossing = self.crossing
+
     def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Lookup | None:
         """The lookup of the next call in call order; see `Perturbing`."""
         if self.ended:
@@ -93,3 +133,13 @@ class Forward:
         if len(same or alike) != 1:
             raise RuntimeError(WHICH_CALL.format(alike=len(alike), shape=tuple(shape)))
         return (same or alike)[0]
+
+    def _check_calls(self) -> None:
+        """Raises RuntimeError if the closure did not run the perturbed modules, or called backward."""
+        if self.cursor == 0:
+            if self.ran_without_grad:
+                raise RuntimeError(f"the embedding ran under no_grad only. If {REENTRANT}")
+            raise RuntimeError(NEVER_CALLED.format(names=self.step.engine.names()))
+        if any(lookup.delta.grad is not None for lookup in self.lookups):
+            raise RuntimeError("the closure called backward: it must only run the forward and return the loss")
+        self.lookups.settle(self.cursor)

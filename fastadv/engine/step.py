@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Size, Tensor
 
-from fastadv.engine.forward import Forward, Kind
+from fastadv.engine.forward import REENTRANT, Forward, Kind
 from fastadv.engine.lookups import Lookups, Masks
 from fastadv.engine.model.split import NOT_ON_THE_WAY, Crossing, Reached
 from fastadv.engine.model.table_gradients import TableGradients
@@ -26,63 +26,17 @@ from fastadv.engine.perturb.rows import RowPerturbation
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.profile import span
+from fastadv.engine.results import Closure, Pass, StepResult
 from fastadv.engine.safety import rng
 
 if TYPE_CHECKING:
     from fastadv.engine.engine import Engine
     from fastadv.engine.safety.dropout import Draws
 
-Closure = Callable[[], Any]
-
-REENTRANT = (
-    "the model uses reentrant activation checkpointing, which cannot give the gradient of a perturbation: use "
-    "checkpoint(..., use_reentrant=False), in transformers "
-    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
-)
-NEVER_CALLED = (
-    "the closure never ran the perturbed embedding ({names}). Does it run another model, or pass inputs_embeds? "
-    "Was the model compiled and called before the method was made (make the method first)? Was the method closed?"
-)
 NO_GRADIENT = (
     "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, or the "
     "function given as backward= ran no backward"
 )
-
-
-class Pass(NamedTuple):
-    """One pass over the model: with its graph as `forward` returns it, detached as `descend` does."""
-
-    loss: Tensor
-    output: Any
-
-
-class StepResult(NamedTuple):
-    """The figures of one step, detached. Tensors stay on the device; reading one synchronises.
-
-    Attributes:
-        loss: the clean loss where there is a clean pass, else the mean over the full passes. 0-d.
-        adv_loss: the loss at the last perturbation; None on a step that was not attacked.
-        output: the closure's result in the first pass, without its graph.
-    """
-
-    loss: Tensor
-    adv_loss: Tensor | None
-    output: Any
-
-
-class Term(Protocol):
-    """A term that a step owes besides its losses, of an unperturbed pass whose gradient no ascent follows."""
-
-    owing: bool  # whether no pass has paid it yet
-
-    def ask(self, closure: Closure) -> None:
-        """Before such a pass."""
-
-    def compare(self, output: Any) -> None:
-        """After its forward."""
-
-    def joined(self, loss: Tensor | None) -> Tensor | None:
-        """The loss to go back through: `loss`, the term, or both; None if there is neither."""
 
 
 class Step:
@@ -112,11 +66,11 @@ class Step:
         self.draws = draws
         self._term = None if engine.new_term is None else engine.new_term(self)
         self._target = attack
-        self._draw, self._seed = start, rng.new_seed() if start is not None and start.random else 0
+        self._start, self._seed = start, rng.new_seed() if start is not None and start.random else 0
         self._started = False  # the perturbation is where ascents begin
         self._followed = False  # the last pass's gradient is one that an ascent may follow
         self._pending: Forward | None = None  # the forward that the next backward goes through
-        self._crossing: Crossing | None = None  # of the last pass with a gradient at the split
+        self.crossing: Crossing | None = None  # of the split, in the last pass that brought a gradient there
 
     # Where the perturbation begins, and what it maximises
 
@@ -134,14 +88,14 @@ class Step:
         """Put the perturbation at its start; where its shape is not known yet, as soon as it is."""
         self._started, self._followed = True, False
         self.perturbation.drop_gradient()
-        if self._draw is None:
+        if self._start is None:
             self.zero_()
             return
         if self.first is None and (isinstance(self.perturbation, RowPerturbation) or self.lookups.masks_follow_ids()):
             self.lookups.items.clear()  # what the start depends on is known only when the embedding is called
         with span("start"):
             for lookup in self.lookups:
-                self.perturbation.start(self._draw, self._seed, lookup)
+                self.perturbation.start(self._start, self._seed, lookup)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def new_lookup(
@@ -149,8 +103,8 @@ class Step:
     ) -> None:
         """A forward has met a call that no earlier one made: give it a perturbation, at its start."""
         lookup = self.lookups.add(index, shape, like, ids, module, materialised)
-        if self._started and self._draw is not None:
-            self.perturbation.start(self._draw, self._seed, lookup)
+        if self._started and self._start is not None:
+            self.perturbation.start(self._start, self._seed, lookup)
 
     def zero_(self) -> None:
         """Put the perturbation at zero; the last pass's gradient stays."""
@@ -188,12 +142,12 @@ class Step:
 
     def backward(self, loss: Tensor | None, weight: float = 1.0) -> None:
         """Accumulate the gradient of `weight * loss`, through the last forward and all that wait."""
-        forward = self._reenter()
-        with self.perturbation.collecting(), self.engine.parallelism.synchronised(forward.last), span("backward"):
+        forward = self._pending
+        assert forward is not None
+        with self.perturbation.collecting(), self.engine.parallelism.synchronised(forward.last), forward.backward():
             self._hand_over(loss, weight)
-        self._leave(forward)
         self.tables.collect()
-        self._followed = self._target is None and (self._started or self._draw is None)
+        self._followed = self._target is None and (self._started or self._start is None)
 
     def descend(
         self,
@@ -237,12 +191,7 @@ class Step:
     def result(self, clean: Pass | None, adversarial: Pass) -> StepResult:
         """The step's figures, from its clean pass (if there was one) and its last."""
         first = self.first or adversarial
-        return StepResult((clean or adversarial).loss, adversarial.loss, first.output)
-
-    def penalised(self, penalty: Tensor, weight: float = 1.0) -> StepResult:
-        """The figures of a step that trains the clean loss and `penalty`, which has that weight in it."""
-        assert self.first is not None
-        return StepResult(self.first.loss, penalty.detach() / (weight or 1), self.first.output)
+        return StepResult((clean or adversarial).loss.detach(), adversarial.loss.detach(), first.output)
 
     # Passes that leave every `.grad` as it is
 
@@ -252,17 +201,16 @@ class Step:
         with self._quiet():
             with engine.probe_autocast.lowered(self.device):
                 _, loss = self._run("probe", self.target if target is None else target, loss_of)
-            forward = self._reenter()
-            grads = self._gradients([engine.owner.scaled(loss)])
-        self._leave(forward)
+            assert self._pending is not None
+            with self._pending.backward():
+                grads = self._gradients([engine.owner.scaled(loss)])
         self.perturbation.take(grads)
         self._followed = True
-        value: Tensor = loss.detach()
-        return value
+        return cast(Tensor, loss.detach())
 
     def partial(self) -> None:
         """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""
-        engine, split, crossed = self.engine, self.engine.split, self._crossing
+        engine, split, crossed = self.engine, self.engine.split, self.crossing
         assert split is not None and crossed is not None and crossed.gradient is not None
         sharded = engine.parallelism.sharded
         crossing = Crossing(split.name, partial=True, ends=not sharded)
@@ -277,7 +225,8 @@ class Step:
                 ends, weights = [loss], [torch.zeros_like(loss)]
             hidden = crossing.output(len(self.lookups))
             forward.ended = True
-            grads = self._gradients([*ends, hidden], [*weights, crossed.gradient])
+            with span("backward"):
+                grads = self._gradients([*ends, hidden], [*weights, crossed.gradient])
         engine.entrance.forward = None
         if all(grad is None for grad in grads):
             raise RuntimeError(NOT_ON_THE_WAY.format(name=split.name))
@@ -288,23 +237,6 @@ class Step:
         self.draws.next_pass()
         with torch.no_grad(), span("forward"):
             return self.closure()
-
-    def slope(self, loss: Tensor) -> list[Tensor]:
-        """The perturbation's gradient of a waiting forward's loss, with a graph; zeros where there is none."""
-        leaves = self.perturbation.leaves()
-        grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        if all(grad is None for grad in grads):
-            raise RuntimeError(NO_GRADIENT)
-        return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
-
-    def weight_gradients(self, parameters: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """The gradient of the target by these parameters alone."""
-        engine = self.engine
-        with engine.parallelism.synchronised(False):
-            with engine.probe_autocast.lowered(self.device):
-                _, loss = self._run("full", self.target, loss_of)
-            with span("backward"):
-                return torch.autograd.grad(engine.owner.scaled(loss), parameters, allow_unused=True)
 
     # The perturbation's steps
 
@@ -334,48 +266,22 @@ class Step:
 
     def _run(self, kind: Kind, closure: Closure, read: Callable[[Any], Any], *, last: bool = False) -> tuple[Any, Any]:
         """One forward with the perturbation in it: the closure's output and its loss."""
-        engine = self.engine
-        self.draws.next_pass()
-        forward = Forward(self, kind, None if engine.split is None else Crossing(engine.split.name), last)
-        self._pending = forward
-        engine.entrance.forward = forward if engine.enters else None
-        # A compiled model runs eagerly once if no mask is given: this pass finds out the shape.
-        with engine.parallelism.eagerly(engine.enters and not self.lookups.items), span("forward"):
-            output = closure()
-        if engine.enters:
-            self._check_calls(forward)
-        loss = read(output)
-        forward.ended = True
-        engine.entrance.forward = None
+        split = self.engine.split
+        self._pending = forward = Forward(self, kind, None if split is None else Crossing(split.name), last)
+        output, loss = forward.run(closure, read)
         self.first = self.first or self._detached(loss, output)
         return output, loss
-
-    def _reenter(self) -> Forward:
-        """A backward begins: what runs a perturbed module from here on is a checkpoint that recomputes it."""
-        forward = self._pending
-        assert forward is not None
-        self.engine.entrance.forward = forward if self.engine.enters else None
-        return forward
-
-    def _leave(self, forward: Forward) -> None:
-        """The backward is done."""
-        self.engine.entrance.forward = None
-        if forward.crossing is not None:
-            forward.crossing.check()
-            self._crossing = forward.crossing
 
     @contextlib.contextmanager
     def _quiet(self) -> Iterator[None]:
         """Around a pass that is about the perturbation alone."""
-        parallelism = self.engine.parallelism
-        with parallelism.synchronised(False), parallelism.frozen(self.perturbation.leaves):
+        with self.engine.parallelism.synchronised(False), self.engine.parallelism.frozen(self.perturbation.leaves):
             yield
 
     def _gradients(self, ends: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:
         """Of the perturbation, and nothing else's."""
         try:
-            with span("backward"):
-                return torch.autograd.grad(ends, self.perturbation.leaves(), weights, allow_unused=True)
+            return torch.autograd.grad(ends, self.perturbation.leaves(), weights, allow_unused=True)
         except RuntimeError as error:
             if "Checkpointing is not compatible" in str(error):
                 raise RuntimeError(REENTRANT) from error
@@ -390,17 +296,5 @@ class Step:
             self.engine.owner.backward(total)
 
     def _detached(self, loss: Tensor | None, output: Any) -> Pass:
-        if loss is None:
-            loss = torch.zeros((), device=self.device)
-        return Pass(loss.detach().mean() if loss.dim() else loss.detach(), detached(output))
-
-    # What a closure may have done wrong
-
-    def _check_calls(self, forward: Forward) -> None:
-        if forward.cursor == 0:
-            if forward.ran_without_grad:
-                raise RuntimeError(f"the embedding ran under no_grad only. If {REENTRANT}")
-            raise RuntimeError(NEVER_CALLED.format(names=self.engine.names()))
-        if any(lookup.delta.grad is not None for lookup in self.lookups):
-            raise RuntimeError("the closure called backward: it must only run the forward and return the loss")
-        self.lookups.settle(forward.cursor)
+        value = torch.zeros((), device=self.device) if loss is None else loss.detach()
+        return Pass(value.mean() if value.dim() else value, detached(output))

@@ -1,7 +1,8 @@
 """The methods, one file each; each reads like its paper."""
 
 from fastadv.engine.found import Found
-from fastadv.engine.step import Pass, Step, StepResult
+from fastadv.engine.results import Pass, StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.awp import AWP
 from fastadv.methods.base import Method
 from fastadv.methods.embedding_method import EmbeddingMethod

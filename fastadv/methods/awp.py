@@ -6,11 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.engine.lookups import Masks
-from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.engine.profile import span
+from fastadv.engine.results import Closure, StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.awp_weights import MovedWeights
 from fastadv.methods.base import Method
 from fastadv.methods.options import StepOptions, number, whole
@@ -108,9 +111,16 @@ class AWP(Method):
     def search(self, step: Step, gradients: Sequence[Tensor | None] | None = None) -> None:
         """The movement, along gradients that are there already or are found by a probe."""
         for _ in range(self.steps):
-            found = step.weight_gradients(self._weights.weights) if gradients is None else gradients
+            found = self._gradients(step) if gradients is None else gradients
             self._weights.step(found, self.gamma, self.epsilon)
             gradients = None
+
+    def _gradients(self, step: Step) -> Sequence[Tensor | None]:
+        """The gradient of the step's target by the weights that move, and by nothing else."""
+        with step.engine.probe_autocast.lowered(step.device):
+            loss = step.forward(step.target, last=False).loss
+        with span("backward"):
+            return torch.autograd.grad(step.engine.owner.scaled(loss), self._weights.weights, allow_unused=True)
 
     @contextlib.contextmanager
     def perturbed(self, closure: Closure, mask: Masks = None) -> Iterator[None]:

@@ -16,8 +16,9 @@ from fastadv.engine.engine import Engine
 from fastadv.engine.lookups import Masks
 from fastadv.engine.owner import Owner
 from fastadv.engine.perturb.start import Draw
+from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.dropout import MODES
-from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.options import Dropout, StepOptions, check_module, check_options, number, one_of
 from fastadv.methods.schedule import Schedule
 from fastadv.native import flags

@@ -16,7 +16,8 @@ from fastadv.engine.lookups import Masks
 from fastadv.engine.model.find import mean_row_norm
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw, RandomStart, resolve, uniform
-from fastadv.engine.step import Closure, Step
+from fastadv.engine.results import Closure
+from fastadv.engine.step import Step
 from fastadv.methods.base import Method
 from fastadv.methods.options import BALLS, DIRECTIONS, Norm, Scope, TiedOptions, number, one_of, whole
 

@@ -7,7 +7,8 @@ from typing_extensions import Unpack
 
 from fastadv.classic import ClassicFGM
 from fastadv.engine.perturb.start import RandomStart
-from fastadv.engine.step import Step, StepResult
+from fastadv.engine.results import StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import Norm, Scope, TiedOptions, number
 

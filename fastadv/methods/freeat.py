@@ -12,7 +12,8 @@ from typing_extensions import Unpack
 
 from fastadv.engine.engine import TABLE_SCOPES
 from fastadv.engine.perturb.start import Draw, RandomStart
-from fastadv.engine.step import Step, StepResult
+from fastadv.engine.results import StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.carry_buffer import CarryBuffer
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, whole

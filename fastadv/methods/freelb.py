@@ -9,7 +9,8 @@ from torch import nn
 from typing_extensions import Unpack
 
 from fastadv.engine.perturb.start import RandomStart
-from fastadv.engine.step import Pass, Step, StepResult
+from fastadv.engine.results import Pass, StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import Norm, Scope, TiedOptions, number
 

@@ -15,7 +15,8 @@ from fastadv.engine.engine import TABLE_SCOPES
 from fastadv.engine.lookups import Masks
 from fastadv.engine.outputs import losses_of
 from fastadv.engine.perturb.start import RandomStart
-from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.engine.results import Closure, Pass, StepResult
+from fastadv.engine.step import NO_GRADIENT, Step
 from fastadv.methods.adam import Adam
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, one_of
@@ -143,7 +144,7 @@ class LLR(EmbeddingMethod):
     def run(self, step: Step) -> StepResult:
         """The clean forward and its slope, the search for the largest gap, and one backward through all of it."""
         clean = step.forward(read=losses_of, last=False, clean=True)
-        slope = step.slope(clean.loss.sum())  # g, as a function of the weights
+        slope = _slope(step, clean.loss.sum())  # g, as a function of the weights
         step.maximise(self._gaps(step, clean.loss.detach(), [g.detach() for g in slope]))
         self.search(step)
         moved = step.forward(read=losses_of)
@@ -151,7 +152,7 @@ class LLR(EmbeddingMethod):
         gap = (moved.loss - clean.loss - linear).abs().mean()
         penalty = self.gap_weight * gap + self.slope_weight * linear.abs().mean()
         step.backward(clean.loss.mean() + penalty)
-        return step.penalised(penalty)
+        return step.result(step.first, Pass(penalty, None))
 
     def search(self, step: Step) -> None:
         """K steps, with a probe between each two."""
@@ -179,7 +180,7 @@ class LLR(EmbeddingMethod):
     def _aim(self, step: Step) -> None:
         with twice_differentiable():
             clean = step.forward(read=losses_of, last=False, clean=True)
-            slope = step.slope(clean.loss.sum())
+            slope = _slope(step, clean.loss.sum())
         step.maximise(self._gaps(step, clean.loss.detach(), [g.detach() for g in slope]))
 
     def _by_adam(self, index: int, delta: Tensor, grad: Tensor) -> Tensor:
@@ -194,6 +195,15 @@ def along(deltas: list[Tensor], slope: list[Tensor], losses: Tensor) -> Tensor:
     if len(losses) == 1:
         return torch.stack([product.sum() for product in products]).sum().reshape(1)
     return torch.stack(products).sum(0)
+
+
+def _slope(step: Step, loss: Tensor) -> list[Tensor]:
+    """The perturbation's gradient of a waiting forward's loss, with a graph; zeros where there is none."""
+    leaves = step.perturbation.leaves()
+    grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    if all(grad is None for grad in grads):
+        raise RuntimeError(NO_GRADIENT)
+    return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
 @contextlib.contextmanager

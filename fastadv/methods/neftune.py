@@ -8,7 +8,8 @@ from typing_extensions import Unpack
 from fastadv.engine.engine import TABLE_SCOPES
 from fastadv.engine.lookups import Masks
 from fastadv.engine.perturb.start import Draw, RandomStart, resolve, uniform_l2
-from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.engine.results import Closure, StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import NoiseOptions, Scope, number
 

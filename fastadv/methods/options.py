@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import math
 import typing
@@ -111,14 +110,13 @@ def check_options(method: type, given: typing.Iterable[str]) -> None:
             raise TypeError(f"{method.__name__} has no option {name!r}{hint} It takes {', '.join(sorted(accepted))}.")
 
 
-@functools.cache
-def options_of(method: type) -> Mapping[str, Any]:
+def options_of(method: Any) -> Mapping[str, Any]:
     """The options that a method's constructor takes, with their defaults."""
     found: dict[str, Any] = {}
     for cls in method.__mro__:
         if "__init__" not in cls.__dict__ or cls is object:
             continue
-        parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]  # type: ignore[misc]
+        parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
         named = {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
         found = {**named, **found}
         table = _table(cls)

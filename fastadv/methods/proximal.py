@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from typing_extensions import Self, Unpack
 
 from fastadv.engine.lookups import Masks
-from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.engine.results import Closure, StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.base import Method
 from fastadv.methods.comparison import Comparison, Divergence
 from fastadv.methods.options import StepOptions, number

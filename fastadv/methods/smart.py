@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.engine.perturb.start import Draw, RandomStart, normal, resolve
-from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.engine.results import Closure, Pass, StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.comparison import Comparison, Divergence
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, one_of
@@ -131,7 +132,7 @@ class SMART(EmbeddingMethod):
         moved = self.compare.logits(step.forward().output)
         penalty = self.compare(moved, answer, step, self.weight * step.share)
         step.backward(clean.loss + penalty)
-        return step.penalised(penalty, self.weight)
+        return step.result(step.first, Pass(penalty / (self.weight or 1), None))
 
     def search(self, step: Step) -> None:
         """K steps, with a probe between each two."""

@@ -10,8 +10,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fastadv.engine.results import Closure
 from fastadv.engine.safety import rng
-from fastadv.engine.step import Closure, Step
+from fastadv.engine.step import Step
 
 
 class Teacher(Protocol):
@@ -25,7 +26,7 @@ class Teacher(Protocol):
 
 
 class TeacherTerm:
-    """One step's; see `fastadv.engine.step.Term`."""
+    """One step's; see `fastadv.engine.results.Term`."""
 
     def __init__(self, teacher: Teacher, step: Step) -> None:
         self.owing = True

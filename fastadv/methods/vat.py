@@ -11,7 +11,8 @@ from typing_extensions import Unpack
 from fastadv.engine.outputs import has_loss, loss_if_any
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw, RandomStart, resolve, somewhere_at
-from fastadv.engine.step import Closure, Step, StepResult
+from fastadv.engine.results import Closure, StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.comparison import Comparison, Divergence
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, check_module, number

@@ -9,7 +9,8 @@ from typing_extensions import Unpack
 
 from fastadv.engine.model.split import SplitChoice
 from fastadv.engine.perturb.start import RandomStart
-from fastadv.engine.step import Step, StepResult
+from fastadv.engine.results import StepResult
+from fastadv.engine.step import Step
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.freelb import FreeLB
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, whole

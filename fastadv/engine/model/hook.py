@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.forward import Entrance
 from fastadv.engine.model.find import first_tensor, is_plain_lookup
-from fastadv.ops import gather_perturb
+from fastadv.ops.gather_perturb import gather_perturb
 
 
 def install(module: nn.Module, index: int, entrance: Entrance) -> Hook:
