@@ -1,39 +1,20 @@
+# ruff: noqa: F405 - the names come with a star, for type checkers alone
 """Adversarial training for language models, as fast as the hardware allows.
 
->>> import fastadv  # doctest: +SKIP
->>> adv = fastadv.PGD(model, epsilon=1.0, step_size=0.3, steps=3)  # doctest: +SKIP
->>> adv.backward(lambda: model(**batch).loss, mask=batch["attention_mask"])  # doctest: +SKIP
+`import fastadv` by itself loads no torch: the methods come with the first of the names below that is used.
+
+Examples:
+    >>> import fastadv  # doctest: +SKIP
+    >>> adv = fastadv.PGD(model, epsilon=1.0, step_size=0.3, steps=3)  # doctest: +SKIP
+    >>> adv.backward(lambda: model(**batch).loss, mask=batch["attention_mask"])  # doctest: +SKIP
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module as _import_module
+from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
+from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from fastadv.methods import (
-    AWP,
-    FGM,
-    FGSM,
-    LLR,
-    PGD,
-    SMART,
-    VAT,
-    YOPO,
-    BregmanProximal,
-    EmbeddingMethod,
-    Found,
-    FreeAT,
-    FreeLB,
-    Method,
-    NEFTune,
-    Pass,
-    Step,
-    StepResult,
-    repeat,
-)
-
-try:
-    __version__ = version("fastadv")
-except PackageNotFoundError:  # run from a source tree that was never installed
-    __version__ = "0+unknown"
-
+# A public name is one line here, and one in fastadv.methods, which everything is taken from.
 __all__ = [
     "AWP",
     "FGM",
@@ -56,3 +37,27 @@ __all__ = [
     "__version__",
     "repeat",
 ]
+
+try:
+    __version__ = _version("fastadv")
+except _PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0+unknown"
+
+if TYPE_CHECKING:
+    from fastadv.methods import *  # noqa: F403 - what of it is public here says __all__
+else:  # hidden from type checkers: a misspelt name stays an error there
+    # What the methods load in any case, so that `fastadv.ops` needs no import of its own.
+    _PARTS = ("classic", "engine", "methods", "native", "ops")
+
+    def __getattr__(name: str) -> object:
+        """Import a public name when it is first used (PEP 562)."""
+        if name in _PARTS:
+            return _import_module(f"fastadv.{name}")
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(_import_module("fastadv.methods"), name)
+        globals()[name] = value  # from now on an attribute like any other
+        return value
+
+    def __dir__() -> list[str]:
+        return sorted(__all__)

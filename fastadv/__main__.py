@@ -1,84 +1,20 @@
-"""`python -m fastadv`: what is available here, and why the rest is not."""
+"""`python -m fastadv`: the command `fastadv`. Without arguments it needs torch alone, and lists the backends."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
-from collections.abc import Sequence
-
-import torch
-
-import fastadv
-from fastadv import native
-from fastadv.ops import dispatch
+import sys
 
 
 def main() -> None:
-    """Print the versions, what the build found, and every op's backends."""
-    print(f"fastadv {fastadv.__version__}\n")
-    print(aligned(versions()))
-    print()
-    print(aligned(built()))
-    print()
-    print(aligned(backends()))
+    """Run the command that the arguments name; with none, print what is available here."""
+    if len(sys.argv) > 1:
+        from fastadv.train.cli import main as command
 
-
-def versions() -> list[tuple[str, str]]:
-    """Python, torch, triton and the devices that torch sees."""
-    if torch.cuda.is_available():
-        devices = ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+        command()
     else:
-        devices = "none that torch sees"
-    return [
-        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
-        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
-        ("triton", _installed("triton")),
-        ("transformers", _installed("transformers")),
-        ("GPU", devices),
-        ("threads", str(torch.get_num_threads())),
-    ]
+        from fastadv import available
 
-
-def built() -> list[tuple[str, str]]:
-    """What the build of the C++ part found, and why something is missing."""
-    info = native.build_info()
-    openmp = info.get("openmp_reason") or ("yes" if info.get("compiler") else "not built")
-    archs = ", ".join(info.get("cuda_architectures", ())) or "none"
-    nvcc = f"{info['nvcc']} ({info['cuda_version']})" if "nvcc" in info else "not used"
-    return [
-        ("C++ ops", native.reason() or "yes"),
-        ("compiler", info.get("compiler", "none")),
-        ("OpenMP", openmp),
-        ("CUDA ops", native.cuda_reason() or "yes"),
-        ("nvcc", nvcc),
-        ("CUDA architectures", archs),
-    ]
-
-
-def backends() -> list[tuple[str, ...]]:
-    """What runs each op on the CPU and on CUDA, and why it is nothing faster."""
-    rows: list[tuple[str, ...]] = [("op", "cpu", "cuda", "why eager")]
-    for op in dispatch.OPS:
-        here = {status.device: status for status in op.status()}
-        cells = [here[device].backend if here[device].available else "eager" for device in ("cpu", "cuda")]
-        reasons = [f"{row.device}: {row.reason}" for row in here.values() if not row.available]
-        rows.append((op.name, *cells, "; ".join(reasons)))
-    return rows
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Columns of plain text, each as wide as its longest entry."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    )
-
-
-def _installed(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        print(available.report())
 
 
 if __name__ == "__main__":

@@ -19,7 +19,13 @@ from fastadv.train.options import methods
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "tests/goldens/README.md"]
 EXAMPLES = [method.__module__ for method in methods().values()]
-EXAMPLES += ["fastadv.methods.repeat", "fastadv.classic", "fastadv.ops.rows", "fastadv.ops.grads"]
+EXAMPLES += [
+    "fastadv.classic",
+    "fastadv.integrations.transformers",
+    "fastadv.methods.repeat",
+    "fastadv.ops.grads",
+    "fastadv.ops.rows",
+]
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -101,7 +107,7 @@ def test_the_methods_are_shown_as_they_were_measured() -> None:
     page = (ROOT / "docs/training.md").read_text()
     runs, timed = (
         json.loads((ROOT / f"docs/results/{name}.json").read_text())["runs"]
-        for name in ("compare/compare", "compare_time")
+        for name in ("compare/compare", "compare_time/sweep")
     )
     seconds = {run["method"]: run["seconds_per_step"] for run in timed}
     rows = compare.summary(runs)
@@ -184,3 +190,14 @@ def test_the_page_of_the_engine_shows_what_was_measured() -> None:
     for name, row in kept["others"].items():
         cells = [f"{value:.3f}" for value in row.values()]
         assert f"| {name} | {cells[1]}, {cells[0]} | {cells[3]}, {cells[2]} |" in page
+
+
+def test_the_page_of_the_job_shows_how_threads_wait() -> None:
+    page = (ROOT / "docs/training.md").read_text()
+    measured = json.loads((ROOT / "docs/results/threads.json").read_text())
+    for count, place in ((0, "nothing else"), (8, "eight busy processes")):
+        rows = measured[f"beside {count} busy processes"]
+        cells = [f"{rows[name]['seconds']:.1f}" for name in ("OMP_NUM_THREADS=1", "default", "passive")]
+        passive = rows["passive"]
+        ratio = f"x {passive['ratio']:.2f} [{passive['low']:.2f}, {passive['high']:.2f}]"
+        assert f"| {place} | {' | '.join(cells)} | {ratio} |" in page

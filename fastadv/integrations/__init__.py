@@ -1,1 +1,1 @@
-"""The methods inside of other people's training loops, one file per library."""
+"""Run the methods inside the training loops of other libraries, one file per library."""

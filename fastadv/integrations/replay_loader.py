@@ -1,4 +1,4 @@
-"""A loader that repeats the batches of another, for a Trainer: it can be skipped into, and knows its length."""
+"""Repeat the batches of a loader for a Trainer, which must know its length and skip batches when it resumes."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from fastadv.methods import repeat
 
 
 class _Replayed(IterableDataset[Any]):
-    """A loader's batches, each group of them several times in a row, as a data set: what skips batches of a loader when
-    training resumes looks at its data set.
+    """Yield a loader's batches, each group several times in a row.
+
+    A data set, since accelerate skips batches of a loader's data set when training resumes.
     """
 
     def __init__(self, loader: Any, replays: int, group: int) -> None:
@@ -40,7 +41,7 @@ class _Replayed(IterableDataset[Any]):
         return batches
 
     def _batches(self) -> int | None:
-        """Batches that do not fill a group are left out: their replays would share an optimizer step."""
+        """Count the batches. Those that fill no group are left out: their replays would share an optimizer step."""
         return None if self._groups is None else self._groups * self.group * self.replays
 
     def set_epoch(self, epoch: int) -> None:
@@ -49,7 +50,7 @@ class _Replayed(IterableDataset[Any]):
 
 
 class ReplayLoader(DataLoader[Any]):
-    """A loader of batches that another has loaded and placed."""
+    """Load batches that another loader has collated and moved to the device."""
 
     def __init__(self, loader: Any, replays: int, group: int) -> None:
         super().__init__(_Replayed(loader, replays, group), batch_size=None, collate_fn=_as_it_is)

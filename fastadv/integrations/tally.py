@@ -1,4 +1,4 @@
-"""What a Trainer's log shows of the attacked steps between two lines."""
+"""Sum up the attacked steps between two lines of a Trainer's log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastadv.methods import Method, StepResult
 
 
 class Tally:
-    """Sums over a logging interval, kept on the device."""
+    """Keep sums over a logging interval, on the device."""
 
     def __init__(self) -> None:
         self.steps: set[int] = set()
@@ -27,10 +27,10 @@ class Tally:
         self.passes += 1
 
     def read(self, accelerator: Any, method: Method) -> dict[str, float]:
-        """Means over the attacked steps (the loss is a sum over a step's micro-batches), and over processes.
+        """Average over the attacked steps and over processes; a step's loss is the sum over its micro-batches.
 
         Raises:
-            IndexError: a kernel has met an id out of range since the last line.
+            IndexError: a kernel met an id out of range since the last line.
         """
         assert self.sums is not None
         values = torch.cat((self.sums, method.skipped.float().reshape(1)))

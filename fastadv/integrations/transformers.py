@@ -1,25 +1,14 @@
-"""Adversarial training inside of `transformers.Trainer`.
-
->>> from fastadv.integrations.transformers import AdversarialTrainer  # doctest: +SKIP
->>> trainer = AdversarialTrainer(  # doctest: +SKIP
-...     model=model,
-...     args=args,
-...     train_dataset=data,
-...     adversary=(fastadv.PGD, {"epsilon": 0.1, "step_size": 0.05, "scope": "sample"}),
-... )
->>> trainer.train()  # doctest: +SKIP
-"""
+"""Train adversarially inside `transformers.Trainer`."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from accelerate.utils import DistributedType  # type: ignore[import-untyped, unused-ignore]
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped, unused-ignore]
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -27,11 +16,11 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from fastadv.integrations.adversary import Adversary, factory, refuse
 from fastadv.integrations.replay_loader import ReplayLoader
 from fastadv.integrations.tally import Tally
 from fastadv.methods import Method
 
-Adversary = Callable[[nn.Module], Method] | tuple[Callable[..., Method], Mapping[str, Any]]
 Masks = Tensor | list[Tensor | None] | None
 
 if TYPE_CHECKING:
@@ -41,40 +30,22 @@ else:
 
 
 class AdversarialMixin(_Trainer):
-    """Trains adversarially what a Trainer or a subclass of it trains: `class T(AdversarialMixin, SomeTrainer)`.
+    """Make a Trainer or a subclass of it adversarial: `class T(AdversarialMixin, SomeTrainer)`.
 
-    Every micro-batch is attacked by itself, so gradient accumulation changes no direction. `start_step` and `every`
-    count optimizer steps (`state.global_step`). The method is made when training begins, around the wrapped model (DDP,
-    torch.compile, PEFT), and taken out of the model when training ends, with an error or without.
+    It takes `adversary=` besides what the Trainer takes: see `AdversarialTrainer`. Override `adversarial_mask` where
+    the batch calls its mask otherwise.
 
-    A method that trains on each batch several times in a row (`fastadv.FreeAT`) gets its replays: whole groups of
-    micro-batches, loaded once, come again for so many optimizer steps, and `num_train_epochs` counts replays, so that
-    the number of optimizer steps stays what it is without a method. Give such a method as a class with its arguments.
-    What a method knows of earlier steps is saved with every checkpoint (adversary.safetensors) and read when training
-    resumes from it.
-
-    The Trainer's log gets `adv_loss` (scaled as `loss` is), `adv_norm` (mean norm of the perturbations) and
-    `adv_skipped` (groups that took no step, since the start), read from the device once per logging interval.
-
-    Args:
-        adversary: a method class and its arguments, `(fastadv.FGM, {"epsilon": 0.1})`, or a callable that takes the
-            model and returns the method.
-        *args, **kwargs: what the Trainer takes.
-
-    Attributes:
-        adversary: the method, from the beginning of `train()` on; closed when `train()` has ended.
-
-    Raises:
-        TypeError: `adversary` is neither.
-        ValueError: at the beginning of `train()`, where the backward cannot be run twice in a step (DeepSpeed, LOMO),
-            the model is replicated in threads (`nn.DataParallel`), batches are to be replayed by a method that was
-            given as a callable, or there are fewer of them than one optimizer step accumulates.
+    Examples:
+        >>> from fastadv.integrations.transformers import AdversarialMixin
+        >>> from transformers import Seq2SeqTrainer
+        >>> class AdversarialSeq2SeqTrainer(AdversarialMixin, Seq2SeqTrainer):
+        ...     pass
     """
 
     adversary: Method | None = None
 
     def __init__(self, *args: Any, adversary: Adversary, **kwargs: Any) -> None:
-        self._make_adversary, self._replays = _factory(adversary)
+        self._make_adversary, self._replays = factory(adversary)
         self._tally = Tally()
         self._adversarial_steps = 0
         self._attacking = False
@@ -85,7 +56,7 @@ class AdversarialMixin(_Trainer):
     # The method's life
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """`Trainer.train`; the model is left without an interception whatever happens."""
+        """Train as `Trainer.train` does; the method leaves the model whatever happens."""
         folder = resume_from_checkpoint
         if folder is True:
             folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call, unused-ignore]
@@ -100,8 +71,8 @@ class AdversarialMixin(_Trainer):
                 self.adversary.close()
 
     def begin_adversary(self) -> None:
-        """Make the method, now that the model is wrapped and has not run yet."""
-        _refuse(self)
+        """Make the method around the wrapped model, before its first call."""
+        refuse(self)
         if self.adversary is not None:  # an earlier train(), or a smaller batch size after running out of memory
             self.adversary.close()
         method = self._make_adversary(self.model_wrapped)
@@ -126,7 +97,7 @@ class AdversarialMixin(_Trainer):
         self._attacking = True
 
     def save_adversary(self) -> None:
-        """Put what the method knows of earlier steps beside the checkpoint that was just saved."""
+        """Save the method's state in the checkpoint that was just written."""
         checkpoint = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         state = self._state_file(checkpoint)
         if self.adversary is not None and state is not None:
@@ -134,7 +105,7 @@ class AdversarialMixin(_Trainer):
             save_file(self.adversary.state_dict(), state)
 
     def _state_file(self, checkpoint: Path | None) -> Path | None:
-        """Each process has its own part of every batch, and so its own state."""
+        """Name the state's file: each process has its own part of every batch, and so its own state."""
         process = f"-{self.args.process_index}" if self.args.world_size > 1 else ""
         return None if checkpoint is None else checkpoint / f"adversary{process}.safetensors"
 
@@ -149,27 +120,27 @@ class AdversarialMixin(_Trainer):
     # Replays
 
     def get_train_dataloader(self) -> DataLoader[Any]:
-        """`Trainer.get_train_dataloader`, whose batches come as often as the method trains on each."""
+        """Repeat the batches of `Trainer.get_train_dataloader` as often as the method trains on each."""
         loader = super().get_train_dataloader()
         if self._replays == 1:
             return loader
         return ReplayLoader(loader, self._replays, self.args.gradient_accumulation_steps)
 
     def set_initial_training_values(self, args: Any, dataloader: Any) -> Any:
-        """`Trainer.set_initial_training_values`, of as many epochs as the replays leave."""
+        """Plan `Trainer.set_initial_training_values` for the epochs that the replays leave."""
         if self._replays > 1:
             args = copy.copy(args)
             args.num_train_epochs /= self._replays
         return super().set_initial_training_values(args, dataloader)
 
     def num_examples(self, dataloader: Any) -> int:
-        """`Trainer.num_examples`; a replayed batch counts each time."""
+        """Count examples as `Trainer.num_examples` does; a replayed batch counts each time."""
         if isinstance(dataloader, ReplayLoader):
             return self._replays * super().num_examples(dataloader.dataset.loader)
         return super().num_examples(dataloader)
 
     def begin_epoch(self) -> None:
-        """Tell the loader inside, which draws its order by the epoch."""
+        """Tell the repeated loader the epoch, which its order follows from."""
         loader = self.callback_handler.train_dataloader
         if isinstance(loader, ReplayLoader):
             loader.dataset.set_epoch(math.floor(self.state.epoch or 0))
@@ -182,7 +153,7 @@ class AdversarialMixin(_Trainer):
         inputs: dict[str, Tensor | Any],
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
-        """`Trainer.training_step`, with the method's passes in place of the one forward and backward."""
+        """Run the method's passes in place of the one forward and backward of `Trainer.training_step`."""
         if not self._attacking or self.adversary is None:
             return super().training_step(model, inputs, num_items_in_batch)
         model.train()
@@ -217,7 +188,7 @@ class AdversarialMixin(_Trainer):
         return passed if losses is None else {**passed, "losses": self._scaled(losses, num_items_in_batch)}
 
     def _scaled(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Divided by the micro-batches of the step, unless it was normalised over all of them already."""
+        """Divide by the micro-batches of the step, unless the loss was normalised over all of them already."""
         scaled = getattr(self, "loss_is_scaled_for_ga", None)
         if scaled is None:
             by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
@@ -225,9 +196,9 @@ class AdversarialMixin(_Trainer):
         return loss if scaled else loss / self.current_gradient_accumulation_steps
 
     def adversarial_mask(self, inputs: Mapping[str, Any]) -> Masks:
-        """The mask of a batch: [B, T], 1 where a token is; a list of them, one per call, for an encoder and a decoder.
+        """Return the mask of a batch: [B, T], 1 where a token is; for an encoder and a decoder, a list of both.
 
-        Override it where the batch names its mask otherwise.
+        Override it where the batch calls its mask otherwise.
         """
         mask = inputs.get("attention_mask")
         if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -237,7 +208,7 @@ class AdversarialMixin(_Trainer):
         return mask
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """`Trainer.log`, with the adversarial numbers of the interval."""
+        """Log as `Trainer.log` does, with the adversarial numbers of the interval."""
         if "loss" in logs and self.adversary is not None and self._tally.steps:
             logs.update(self._tally.read(self.accelerator, self.adversary))
             self._tally = Tally()
@@ -245,17 +216,57 @@ class AdversarialMixin(_Trainer):
 
 
 class AdversarialTrainer(AdversarialMixin, Trainer):
-    """`transformers.Trainer` that trains adversarially; see `AdversarialMixin` for `adversary=`."""
+    """Train adversarially with `transformers.Trainer`: every batch is attacked by a method of fastadv.
+
+    Each micro-batch is attacked by itself, so gradient accumulation changes no direction. Its `attention_mask` keeps
+    padding unperturbed. `start_step` and `every` of the method count optimizer steps (`state.global_step`). The method
+    is made when `train()` begins, around the wrapped model (DDP, torch.compile, PEFT), and leaves the model when it
+    ends, with an error or without.
+
+    The log gets three numbers, read from the device once per logging interval: `adv_loss` (scaled like `loss`),
+    `adv_norm` (mean norm of the perturbations) and `adv_skipped` (norm groups that took no step because their gradient
+    was not finite, since the start).
+
+    A method that trains on each batch several times (`fastadv.FreeAT`) gets its replays: batches are loaded once and
+    repeated, group by group under gradient accumulation. `num_train_epochs` counts replays, so the number of optimizer
+    steps stays the same. Every checkpoint holds the method's state (adversary.safetensors), and resuming reads it.
+
+    Args:
+        adversary: a method class with its options, `(fastadv.FGM, {"epsilon": 0.1})`, or a callable that takes the
+            model and returns the method.
+        *args: what `Trainer` takes.
+        **kwargs: what `Trainer` takes.
+
+    Attributes:
+        adversary: the method, once `train()` has begun; closed when `train()` has ended.
+
+    Raises:
+        TypeError: `adversary` is neither.
+        ValueError: from `train()`, before the first step: the backward cannot run twice in a step (DeepSpeed, LOMO);
+            the model runs in several threads (`nn.DataParallel`); a method with replays was given as a callable; or an
+            epoch has fewer batches than `gradient_accumulation_steps`, so none can be replayed.
+
+    Examples:
+        >>> import fastadv
+        >>> from fastadv.integrations.transformers import AdversarialTrainer
+        >>> trainer = AdversarialTrainer(  # doctest: +SKIP
+        ...     model=model,
+        ...     args=args,
+        ...     train_dataset=data,
+        ...     adversary=(fastadv.PGD, {"epsilon": 0.1, "step_size": 0.05, "scope": "sample"}),
+        ... )
+        >>> trainer.train()  # doctest: +SKIP
+    """
 
 
 class _Events(TrainerCallback):
-    """What the mixin has to know of the training's course."""
+    """Tell the mixin about the training's course."""
 
     def __init__(self, trainer: AdversarialMixin) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """The one event between the wrapping of the model and its first call."""
+        """Begin: the one event between the wrapping of the model and its first call."""
         self.trainer.begin_adversary()
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
@@ -265,36 +276,6 @@ class _Events(TrainerCallback):
         self.trainer.save_adversary()
 
 
-def _factory(adversary: Adversary) -> tuple[Callable[[nn.Module], Method], int]:
-    """What makes the method, and how often it trains on each batch in a row."""
-    if callable(adversary) and not isinstance(adversary, tuple):
-        return adversary, getattr(adversary, "replays", 1)
-    if isinstance(adversary, tuple) and len(adversary) == 2 and callable(adversary[0]):
-        build, arguments = adversary
-        return lambda model: build(model, **arguments), arguments.get("replays", getattr(build, "replays", 1))
-    raise TypeError(
-        "adversary= takes a method class with its arguments, (fastadv.FGM, {'epsilon': 0.1}), "
-        f"or a callable that takes the model and returns a method, not {adversary!r}"
-    )
-
-
 def _field(output: Any, name: str) -> Any:
-    """One field of a model's output, which may be a dict; None where it has none."""
+    """Read a field of a model's output, which may be a dict; None where there is none."""
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
-
-
-def _refuse(trainer: Trainer) -> None:
-    """Where a step cannot have two backward passes, say so before the first."""
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "DeepSpeed steps its optimizer in every backward: adversarial passes are not supported under it"
-        )
-    if str(getattr(trainer.args.optim, "value", trainer.args.optim)) in ("lomo", "adalomo"):
-        raise ValueError(
-            "LOMO optimizers update weights during backward, so a step cannot have two: choose another --optim"
-        )
-    if isinstance(trainer.model_wrapped, nn.DataParallel):
-        raise ValueError(  # noqa: TRY004 - the way of launching is wrong, not a type
-            "nn.DataParallel runs the embedding in several threads at once: launch one process per GPU with torchrun, "
-            "or show one GPU with CUDA_VISIBLE_DEVICES=0"
-        )

@@ -1,1 +1,1 @@
-"""The main job: fine-tune a classifier plainly and adversarially, and compare the two."""
+"""Fine-tune a text classifier plainly and adversarially, and compare the two: the command `fastadv`."""

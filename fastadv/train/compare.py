@@ -1,4 +1,4 @@
-"""Methods against each other: every one with several seeds on one data set, a table, a picture and the numbers."""
+"""Compare methods: train with each and several seeds on one data set; a table, a picture and the numbers."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastadv.train import options, plots
-from fastadv.train.errors import Interrupted, UserError
-from fastadv.train.job import Settings, read_json, write_json
-from fastadv.train.sweep import Point, common, label, points, ready, train_all
+from fastadv.train.errors import Interrupted
+from fastadv.train.job import Settings, write_json
+from fastadv.train.sweep import Point, label, points, ready, train_all
 
 RESULT, PICTURE, TABLE = "compare.json", "compare.svg", "compare.md"
 
 
 class Spread(NamedTuple):
-    """A measure over the seeds."""
+    """Mean and standard deviation of a measure over the seeds."""
 
     mean: float
     deviation: float  # of the sample; 0 for one seed
@@ -24,7 +24,7 @@ class Spread(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One method."""
+    """Hold the measures of one setting of a method."""
 
     setting: str
     seeds: list[int]
@@ -35,7 +35,7 @@ class Row(NamedTuple):
 
 
 def grid_of(names: str, tries: Sequence[str]) -> list[Point]:
-    """Plain training, the methods by their names ("all": every one) with this job's defaults, and settings besides.
+    """List plain training, the named methods ("all": every one) at this job's defaults, and the settings of --try.
 
     Raises:
         UserError: there is no such method, or it has no such parameter.
@@ -50,19 +50,13 @@ def grid_of(names: str, tries: Sequence[str]) -> list[Point]:
 
 
 def run(settings: Settings, grid: Sequence[Point], seeds: Sequence[int], folder: Path, command: str) -> dict[str, Any]:
-    """Train and measure what `folder` does not hold yet; then write its table and its picture.
+    """Train and measure the settings that `folder` does not hold yet; then write its table and its picture.
 
     Raises:
         UserError: `folder` holds a comparison on other data, or with other settings.
         Interrupted: stopped by its user; trainings that are finished are kept.
     """
     job = ready(settings, grid)
-    kept = read_json(folder / RESULT)
-    if kept is not None and kept["job"] != common(job):
-        different = [name for name, value in common(job).items() if kept["job"].get(name) != value]
-        raise UserError(
-            f"{folder} holds a comparison with other settings ({', '.join(different)}): give another --output-dir"
-        )
     try:
         result = train_all(job, grid, seeds, folder / RESULT, command)
     except (KeyboardInterrupt, Interrupted):
@@ -74,7 +68,7 @@ def run(settings: Settings, grid: Sequence[Point], seeds: Sequence[int], folder:
 
 
 def write(result: dict[str, Any], folder: Path) -> list[Row]:
-    """The table and the picture of what is there."""
+    """Write the table and the picture of the trainings so far."""
     rows = summary(result["runs"])
     (folder / TABLE).write_text(markdown(rows), encoding="utf-8")
     (folder / PICTURE).write_text(plots.methods(rows), encoding="utf-8")
@@ -82,7 +76,7 @@ def write(result: dict[str, Any], folder: Path) -> list[Row]:
 
 
 def summary(runs: Iterable[dict[str, Any]]) -> list[Row]:
-    """One row per setting: plain training first, then by name."""
+    """Summarise each setting in a row: plain training first, then by name."""
     runs = sorted(runs, key=lambda one: (one["method"] != "plain", one["method"]))
     plain = {one["seed"]: one["accuracy"][0]["accuracy"] for one in runs if one["method"] == "plain"}
     rows = []
@@ -110,13 +104,13 @@ def _spread(values: Sequence[float]) -> Spread:
 
 
 def headings(rows: Sequence[Row]) -> list[str]:
-    """Of the table."""
+    """Name the columns of the table."""
     radii = ["clean, %" if radius == 0 else f"radius {radius:g}, %" for radius in rows[0].accuracy]
     return ["method", "seeds", *radii, "clean - plain", "s per step", "peak memory"]
 
 
 def cells(row: Row) -> list[str]:
-    """A row of the table: mean +- standard deviation over the seeds."""
+    """Format a row of the table: mean ± standard deviation over the seeds."""
     shares = [_percent(spread) for spread in row.accuracy.values()]
     difference = "" if row.difference is None else f"{100 * row.difference.mean:+.1f}"
     memory = "" if row.memory is None else _size(row.memory.mean)
@@ -133,7 +127,7 @@ def _size(count: float) -> str:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table, for a page."""
+    """Format the table in Markdown."""
     named = headings(rows)
     lines = [named, ["---"] * len(named), *(cells(row) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -1,4 +1,4 @@
-"""Labelled texts: the default data, CSV, JSON Lines and hub data sets, split so that nothing is on both sides."""
+"""Load labelled texts (default data, CSV, JSON Lines, hub data sets), and split them without leaks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SPLIT_SEED = 0  # the split is part of the data, not of the experiment: every --
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the samples come from, and how they are split."""
+    """Say where the samples come from and how they are split."""
 
     data: str = DEFAULT
     test_data: str | None = None
@@ -32,7 +32,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Sample:
-    """One text and the number of its label."""
+    """Hold a text and the number of its label."""
 
     text: str
     label: int
@@ -40,7 +40,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """A data set that is ready to be tokenised."""
+    """Hold a data set that is ready to be tokenised."""
 
     train: list[Sample]
     test: list[Sample]
@@ -48,7 +48,7 @@ class Samples:
     settings: DataSettings
 
     def description(self) -> dict[str, Any]:
-        """What is kept with a checkpoint, so that `evaluate` can find the same test samples again."""
+        """Describe the samples for settings.json, so that `evaluate` can find and recognise the same test samples."""
         return {
             "settings": asdict(self.settings),
             "labels": self.labels,
@@ -59,12 +59,12 @@ class Samples:
 
 
 def shuffler(seed: int | str) -> random.Random:
-    """A generator of its own, so that nothing else moves the order of the data."""
+    """Make a generator that nothing else draws from: the order of the data follows from `seed` alone."""
     return random.Random(seed)  # noqa: S311 - not for secrets
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
-    """Changes when a sample, a label or their order does."""
+    """Hash the samples; a changed text, label or order gives another value."""
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample.label}\t{sample.text}\n".encode())
@@ -72,10 +72,10 @@ def fingerprint(samples: Sequence[Sample]) -> str:
 
 
 def load(settings: DataSettings, labels: list[str] | None = None) -> Samples:
-    """Read, check and split. `labels` are those of a checkpoint; by default they are the training data's.
+    """Read, check and split. `labels`: those of a checkpoint (default: the training data's).
 
     Raises:
-        UserError: a file or column that is not there, a row without a text or label, no rows, one class only,
+        UserError: a missing file or column, a row without a text or label, no rows, one class only,
             a test label that no training sample has.
     """
     if not 0 < settings.test_fraction < 1:
@@ -99,7 +99,7 @@ def load(settings: DataSettings, labels: list[str] | None = None) -> Samples:
 
 
 def load_test(settings: DataSettings, labels: list[str]) -> list[Sample]:
-    """All rows of one source as test samples, for a model that knows `labels`."""
+    """Load all rows of one source as test samples, for a model that knows `labels`."""
     rows, more = _read(settings)
     rows = more if more is not None else rows
     if not rows:
@@ -109,7 +109,7 @@ def load_test(settings: DataSettings, labels: list[str]) -> list[Sample]:
 
 
 def _read(settings: DataSettings) -> tuple[list[Row], list[Row] | None]:
-    """Training rows, and test rows where the source has its own."""
+    """Read training rows, and test rows where the source has its own."""
     if settings.data == DEFAULT:
         return default_rows(), None
     columns = (settings.text_column, settings.label_column, settings.group_column)
@@ -128,7 +128,7 @@ def _key(text: str) -> str:
 
 
 def _distinct(rows: list[Row]) -> list[Row]:
-    """The first of all rows with the same text: a text on both sides of a split is a leak."""
+    """Keep the first of rows with the same text: on both sides of a split it would be a leak."""
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(_key(row.text), row)
@@ -136,7 +136,7 @@ def _distinct(rows: list[Row]) -> list[Row]:
 
 
 def _split(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Whole groups go to one side; a row without a group is its own."""
+    """Put whole groups on one side; a row without a group is its own."""
     names = [row.text if row.group is None else row.group for row in rows]
     groups = sorted(set(names))
     generator = shuffler(SPLIT_SEED)
@@ -168,7 +168,7 @@ def _check_known(names: list[str], rows: list[Row], settings: DataSettings) -> N
 
 
 class Tokens(Dataset[dict[str, Any]]):
-    """Samples as the Trainer reads them; padding is left to the collator, batch by batch."""
+    """Tokenise samples for the Trainer; the collator pads, batch by batch."""
 
     def __init__(self, samples: Sequence[Sample], tokenizer: Any, max_length: int) -> None:
         encoded = tokenizer([sample.text for sample in samples], truncation=True, max_length=max_length)
@@ -184,12 +184,12 @@ class Tokens(Dataset[dict[str, Any]]):
         return self.items[index]
 
     def lengths(self) -> list[int]:
-        """Tokens of each sample."""
+        """Count the tokens of each sample."""
         return [len(item["input_ids"]) for item in self.items]
 
 
 class LengthGrouped(Sampler[int]):
-    """Batches of similar length, the batches themselves in random order.
+    """Draw batches of similar length, in random order.
 
     The order follows from the seed and the epoch alone: two runs see the same batches whatever else they draw from
     torch's generator, and a resumed one continues where it stopped.
@@ -203,7 +203,7 @@ class LengthGrouped(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader when an epoch begins."""
+        """Choose the order of an epoch; the data loader calls this at its beginning."""
         self.epoch = epoch
 
     def __len__(self) -> int:

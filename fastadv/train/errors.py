@@ -1,4 +1,4 @@
-"""What a command stops with: one line that says what to do."""
+"""Stop a command with one line that says what to do."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 
 class UserError(Exception):
-    """Something in the command, the data or a checkpoint that its user can put right. Printed without a traceback."""
+    """Report a mistake in the command, the data or a checkpoint. The command prints it without a traceback."""
 
 
 class Interrupted(Exception):  # noqa: N818 - nothing went wrong
-    """The user stopped the job; what was done is saved."""
+    """Report that the user stopped the job; finished work is saved."""
 
 
 @contextmanager
 def loading(what: str, advice: str) -> Iterator[None]:
-    """Turn whatever a library raises while it loads something into one line.
+    """Turn any error of a library that loads a file into one line.
 
     Raises:
         UserError: `what` (the first line of the library's message): `advice`.

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call"
-"""How accurate a classifier is: as it is, and under an attack on its word embeddings."""
+"""Measure the accuracy of a classifier, clean and under an attack on its word embeddings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Correct answers out of `total`, under an attack of radius `radius` (0: none)."""
+    """Count correct answers out of `total`, under an attack of radius `radius` (0: none)."""
 
     radius: float
     correct: int
@@ -29,23 +29,23 @@ class Accuracy:
 
     @property
     def value(self) -> float:
-        """The share of correct answers."""
+        """Share of correct answers."""
         return self.correct / self.total
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval, by Wilson's formula."""
+        """95 % interval by Wilson's formula."""
         return wilson(self.correct, self.total)
 
     def as_dict(self) -> dict[str, Any]:
-        """For result.json."""
+        """Lay it out for result.json."""
         low, high = self.interval
         counts = {"radius": self.radius, "correct": self.correct, "total": self.total}
         return {**counts, "accuracy": self.value, "low": low, "high": high}
 
 
 def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    r"""Wilson's score interval of a share.
+    r"""Compute Wilson's score interval of a share.
 
     .. math:: \frac{p + z^2/2n \pm z \sqrt{p(1-p)/n + z^2/4n^2}}{1 + z^2/n}
     """
@@ -57,7 +57,7 @@ def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]
 
 
 class Evaluator:
-    """Runs one model over one data set, in batches of similar length."""
+    """Run one model over one data set, in batches of similar length."""
 
     def __init__(self, model: MeanPoolClassifier, data: Tokens, tokenizer: Any, progress: bool = True) -> None:
         self.model = model.eval()
@@ -67,7 +67,7 @@ class Evaluator:
         self.progress = progress
 
     def clean(self) -> list[int]:
-        """The samples that the model gets right."""
+        """List the samples that the model classifies correctly."""
         right: list[int] = []
         with torch.inference_mode(), self._bar("clean", len(self.data)) as bar:
             for indices, batch in self._batches(range(len(self.data))):
@@ -77,7 +77,7 @@ class Evaluator:
         return right
 
     def attacked(self, right: Sequence[int], total: int, radii: Sequence[float], steps: int) -> list[Accuracy]:
-        """Accuracy under PGD at each radius, over `total` samples of which `right` are right without an attack.
+        """Measure accuracy under PGD at each radius over `total` samples. `right`: those correct without an attack.
 
         The ball is each sample's: the l2 norm over its tokens. PGD starts at zero, and takes steps of radius / 4.
         A sample that is wrong already needs no attack, and what an attack of a smaller radius found lies inside the
@@ -102,7 +102,7 @@ class Evaluator:
         return kept
 
     def _attack(self, attack: PGD, batch: dict[str, Tensor]) -> Tensor:
-        """Logits at the worst perturbation that the attack finds."""
+        """Compute the logits at the perturbation that the attack finds."""
 
         def loss() -> Tensor:
             output: Tensor = self.model(**batch).loss

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call"
-"""What a run consists of, checked before anything is trained or written."""
+"""Read and check all parts of a run before anything is trained or written."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ RADII = (0.1, 0.2)
 
 @dataclass(frozen=True)
 class Settings:
-    """The options of `fastadv train`."""
+    """Hold the options of `fastadv train`. Their names are the keys of settings.json, and stay."""
 
     model: str = model.DEFAULT
     data: DataSettings = field(default_factory=DataSettings)
@@ -42,7 +42,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Job:
-    """Settings with everything they name, read and checked."""
+    """Hold settings with everything they name, read and checked."""
 
     settings: Settings
     model_path: str
@@ -55,7 +55,7 @@ class Job:
     training: dict[str, str | None]
 
     def arguments(self, folder: Path, **fixed: Any) -> Any:
-        """TrainingArguments for one training."""
+        """Make the TrainingArguments of one training."""
         given = {name: value for name, value in self.training.items() if name not in fixed}
         if not torch.accelerator.is_available():
             given.setdefault("use_cpu", "True")  # else bf16 is refused
@@ -66,13 +66,13 @@ class Job:
         return args
 
     def build(self, seed: int) -> model.MeanPoolClassifier:
-        """The classifier as training finds it: the same for the same seed."""
+        """Build the classifier at the start of training: the same for the same seed."""
         set_seed(seed)
         return model.build(self.model_path, self.samples.labels, self.settings.head_dropout)
 
     @property
     def adversary(self) -> tuple[type[Method], dict[str, Any]]:
-        """The method and its arguments, as `AdversarialTrainer` takes them."""
+        """Method and arguments, as `AdversarialTrainer` takes them."""
         return self.method, self.method_arguments
 
     def check_adversary(self, seed: int) -> None:
@@ -87,7 +87,7 @@ class Job:
             raise UserError(f"{self.method.__name__}: {error}") from None
 
     def description(self) -> dict[str, Any]:
-        """What settings.json and the report show."""
+        """Lay out the settings for result.json and the report."""
         settings = asdict(self.settings)
         settings.pop("extra")
         return {
@@ -100,7 +100,7 @@ class Job:
 
 
 def prepare(settings: Settings) -> Job:
-    """Read and check everything. Nothing is written.
+    """Read and check everything; write nothing.
 
     Raises:
         UserError: see `data.load`, `model.encoder_config`, `options.split`; and numbers out of range.
@@ -108,7 +108,7 @@ def prepare(settings: Settings) -> Job:
     _check(settings)
     quiet(offline=_is_local(settings))
     method = options.method_class(settings.method)
-    extra = options.split(settings.extra, method, _option_names())
+    extra = options.split(settings.extra, method)
     folder = model.resolve(settings.model)
     model.encoder_config(folder)
     if settings.data.data == data.DEFAULT and settings.data.train_samples is None:
@@ -140,7 +140,7 @@ def _check(settings: Settings) -> None:
         if value < 1:
             raise UserError(f"--{name} must be at least 1, not {value}")
     if not settings.attack_radii or min(settings.attack_radii) <= 0:
-        raise UserError("--attack-radii must be one or more numbers above 0, such as 0.1,0.2")
+        raise UserError("--radii must be one or more numbers above 0, such as 0.1,0.2")
     if settings.max_length < 3:
         raise UserError(f"--max-length must be at least 3, not {settings.max_length}")
     if not 0 <= settings.head_dropout < 1:
@@ -154,13 +154,8 @@ def _is_local(settings: Settings) -> bool:
     return local_data and (settings.model == model.DEFAULT or Path(settings.model).expanduser().exists())
 
 
-def _option_names() -> list[str]:
-    names = [*Settings.__dataclass_fields__, *DataSettings.__dataclass_fields__]
-    return [*(name for name in names if name != "extra"), "resume", "output_dir"]
-
-
 def quiet(offline: bool = False) -> None:
-    """Leave the terminal to the job; and with everything at hand, do not look for it on the network."""
+    """Silence transformers. `offline`: model and data are local, so do not ask the network."""
     if offline:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
     transformers_logging.set_verbosity_error()
@@ -168,14 +163,14 @@ def quiet(offline: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file that is either there as a whole or not at all."""
+    """Write a file atomically."""
     temporary = path.with_suffix(path.suffix + ".tmp")
     temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
     temporary.replace(path)
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote; None where there is no such file.
+    """Read a file of `write_json`; None if there is none.
 
     Raises:
         UserError: the file is there and is not JSON.
@@ -189,7 +184,7 @@ def read_json(path: Path) -> Any:
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:
-    """The command as its user typed it."""
+    """Spell the command as its user typed it."""
     import shlex
 
     return "fastadv " + shlex.join(sys.argv[1:] if arguments is None else arguments)

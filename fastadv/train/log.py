@@ -1,5 +1,5 @@
 # ruff: noqa: ARG002 - transformers decides what its callbacks are given
-"""What a training shows and keeps while it runs: a JSON Lines log, a progress bar, and a way to stop it."""
+"""Follow a training: a JSON Lines log, a progress bar, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class JsonLines(TrainerCallback):
-    """Appends every row of the Trainer's log to a file, with its phase and the seconds of each step since the last."""
+    """Append each row of the Trainer's log to a file, with its phase and the seconds of each step since the last."""
 
     def __init__(self, path: Path, phase: str) -> None:
         self.path = path
@@ -48,7 +48,7 @@ class JsonLines(TrainerCallback):
 
 
 def read_log(path: Path, phase: str | None = None) -> list[dict[str, Any]]:
-    """The rows of a log, or those of one phase. A line cut off by a crash is left out."""
+    """Read a log, or the rows of one phase. A line cut off by a crash is skipped."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -70,7 +70,7 @@ def rewind(path: Path, phase: str, step: int) -> None:
 
 
 class Progress(TrainerCallback):
-    """One bar per training, with the latest losses."""
+    """Show one bar per training, with the latest losses."""
 
     def __init__(self, title: str) -> None:
         self.title = title
@@ -101,14 +101,14 @@ class Progress(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """Also after an error, so that its message starts on a line of its own."""
+        """Close the bar, after an error too, so that its message starts on a new line."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
 
 class Stop(TrainerCallback):
-    """Ctrl-C (or a termination signal) ends training after the current step, with a checkpoint; again: at once."""
+    """End training after the current step, with a checkpoint, on Ctrl-C or SIGTERM; at once on the second."""
 
     def __init__(self) -> None:
         self.requested = False

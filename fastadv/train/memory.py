@@ -1,4 +1,4 @@
-"""Peak memory of a piece of work."""
+"""Measure peak memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WHAT = {
 
 
 class PeakMemory:
-    """The most memory held between entry and exit: by torch's allocator on a GPU, by the process on the CPU."""
+    """Measure peak memory between entry and exit: of torch's allocator on a GPU, of the process on the CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.kind = "cuda" if device.type == "cuda" else "cpu"
@@ -57,7 +57,7 @@ class PeakMemory:
 
 
 def release() -> None:
-    """Give freed memory back to the system, so that what an earlier run left does not count for the next one."""
+    """Give freed memory back to the system, so that an earlier run does not count for the next one."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call"
-"""The classifier of the main job: any encoder of transformers, a masked mean over its tokens, and a linear layer."""
+"""Build the classifier of the main job: an encoder of transformers, a masked mean over tokens, a linear layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DEFAULT = "minilm-l6-v2"
 
 
 class MeanPoolConfig(PreTrainedConfig):
-    """The encoder's own configuration, and the head's."""
+    """Hold the configuration of the encoder and of the head."""
 
     model_type = "fastadv-mean-pool"
     keys_to_ignore_at_inference = ("losses",)
@@ -35,13 +35,13 @@ class MeanPoolConfig(PreTrainedConfig):
 
 @dataclass
 class Answer(SequenceClassifierOutput):
-    """What the classifier returns: as transformers has it, and each sample's loss [B], which LLR asks for."""
+    """Return the output of a transformers classifier, and the loss of each sample [B], which LLR needs."""
 
     losses: Tensor | None = None
 
 
 class MeanPoolClassifier(PreTrainedModel):
-    r"""Masked mean of the last hidden states, dropout, a linear layer.
+    r"""Classify by the masked mean of the last hidden states, dropout and a linear layer.
 
     .. math:: y = W \, \mathrm{dropout}\Big(\frac{\sum_t m_t h_t}{\sum_t m_t}\Big) + b
 
@@ -65,7 +65,7 @@ class MeanPoolClassifier(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Answer:
-        """Logits [B, classes] of ids [B, T]; where labels [B] are given, the cross entropy, mean and of each sample."""
+        """Compute logits [B, classes] from ids [B, T]; with labels [B], the cross entropy too: mean and per sample."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -79,7 +79,7 @@ class MeanPoolClassifier(PreTrainedModel):
 
 
 def _without_pooler(config: Any) -> dict[str, bool]:
-    """Encoders like BERT carry a pooling layer that this head does not use."""
+    """Leave out the pooling layer of encoders like BERT, which this head does not use."""
     from transformers import MODEL_MAPPING
 
     model: Any = MODEL_MAPPING.get(type(config), None)
@@ -88,7 +88,7 @@ def _without_pooler(config: Any) -> dict[str, bool]:
 
 
 def resolve(name: str) -> str:
-    """The folder or hub name that `--model` stands for.
+    """Resolve `--model` to a folder or a hub name.
 
     Raises:
         UserError: the default model's package is not installed, or the path does not exist.
@@ -106,7 +106,7 @@ def resolve(name: str) -> str:
 
 
 def tokenizer_of(name: str) -> Any:
-    """The tokenizer that belongs to a model; one without a padding token pads with its end token."""
+    """Load the tokenizer of a model; without a padding token it pads with its end token."""
     with loading(f"no tokenizer could be loaded from {name}", "save one beside the model"):
         tokenizer = AutoTokenizer.from_pretrained(name)
     if tokenizer.pad_token is None:
@@ -117,7 +117,7 @@ def tokenizer_of(name: str) -> Any:
 
 
 def encoder_config(name: str) -> Any:
-    """The configuration of the encoder that `--model` names.
+    """Load the configuration of the encoder that `--model` names.
 
     Raises:
         UserError: it cannot be loaded, is no encoder, or is a checkpoint of this job.
@@ -134,7 +134,7 @@ def encoder_config(name: str) -> Any:
 
 
 def build(name: str, labels: list[str], head_dropout: float) -> MeanPoolClassifier:
-    """A classifier around a pretrained encoder; the head is drawn from torch's generator."""
+    """Build a classifier around a pretrained encoder; the head is drawn from torch's generator."""
     inner = encoder_config(name)
     config = MeanPoolConfig(
         encoder=inner.to_dict(),
@@ -149,7 +149,7 @@ def build(name: str, labels: list[str], head_dropout: float) -> MeanPoolClassifi
 
 
 def load_checkpoint(folder: Path) -> MeanPoolClassifier:
-    """The classifier that `fastadv train` saved.
+    """Load a classifier that `fastadv train` saved.
 
     Raises:
         UserError: there is none, it is of another model, or its weights do not fit its configuration.
@@ -173,7 +173,7 @@ def load_checkpoint(folder: Path) -> MeanPoolClassifier:
 
 
 def check_same_model(folder: Path, model: MeanPoolClassifier) -> None:
-    """Before resuming: the checkpoint must be of the model that the settings describe."""
+    """Refuse to resume from a checkpoint of another model than the settings describe."""
     saved = load_checkpoint(folder)
     ours, theirs = ({n: tuple(p.shape) for n, p in m.named_parameters()} for m in (model, saved))
     if ours != theirs:
@@ -181,7 +181,7 @@ def check_same_model(folder: Path, model: MeanPoolClassifier) -> None:
 
 
 def label_names(model: MeanPoolClassifier) -> list[str]:
-    """Labels by their number."""
+    """List the labels in the order of their numbers."""
     names: Any = model.config.id2label
     return [names[index] for index in range(len(names))]
 

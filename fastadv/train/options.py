@@ -1,13 +1,12 @@
-"""Options that are not written down here: a method's parameters and TrainingArguments, by their own names."""
+"""Take a method's parameters and TrainingArguments as options, by their own names."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import io
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, cast
 
 import torch
@@ -15,15 +14,19 @@ import torch
 import fastadv
 from fastadv.methods import EmbeddingMethod, Method
 from fastadv.methods.options import options_of
+from fastadv.train import names
 from fastadv.train.errors import UserError
 
-# What the job decides itself, or what only a program can give.
+# The job decides these itself, or only a program can give them.
 INTERNAL = {"self", "model", "method", "parameters", "backward", "scaler", "atomic"}
-TAKEN = {
+IN_A_SCRIPT = "leave it out, or write a script with AdversarialTrainer"
+TAKEN = dict.fromkeys((
     "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "disable_tqdm", "local_rank", "deepspeed",
     "do_train", "do_eval", "do_predict", "eval_strategy", "eval_on_start", "load_best_model_at_end",
     "metric_for_best_model", "push_to_hub", "remove_unused_columns", "label_names",
-}  # fmt: skip
+), IN_A_SCRIPT)  # fmt: skip
+# By commands that train several times.
+TAKEN_BY_SEVERAL = {"seed": "give --seeds, with commas between", "save_strategy": "it keeps no models"}
 
 # Parameters of a method where this job wants others than the method's own: a ball around each sample, so that the
 # strength does not depend on the batch, and the radius and steps that the sweep in docs/training.md chose.
@@ -55,14 +58,14 @@ TRAINING = {
 
 
 def methods() -> dict[str, type[Method]]:
-    """Every method that fastadv exports, by its lower-case name."""
+    """List every method that fastadv exports, by its lower-case name."""
     exported = [getattr(fastadv, name) for name in fastadv.__all__]
     classes = [one for one in exported if isinstance(one, type) and issubclass(one, Method)]
     return {one.__name__.lower(): one for one in classes if one not in (Method, EmbeddingMethod)}
 
 
 def method_class(name: str) -> type[Method]:
-    """The method of that name.
+    """Find a method by its name.
 
     Raises:
         UserError: there is none.
@@ -74,28 +77,13 @@ def method_class(name: str) -> type[Method]:
 
 
 def parameters(method: type[Method]) -> dict[str, Any]:
-    """A method's options that a command line can give, with their defaults."""
-    return {name: default for name, default in options_of(method).items() if name not in INTERNAL}
-
-
-def pairs(arguments: Sequence[str]) -> dict[str, str | None]:
-    """`--name value`, `--name=value` and a bare `--name`, as a dict with underscores in its names."""
-    found: dict[str, str | None] = {}
-    name: str | None = None
-    for argument in arguments:
-        if argument.startswith("--") and len(argument) > 2:
-            name, equals, value = argument[2:].partition("=")
-            name = name.replace("-", "_")
-            found[name] = value if equals else None
-        elif name is not None and found[name] is None:
-            found[name], name = argument, None
-        else:
-            raise UserError(f"{argument!r} belongs to no option: see `fastadv train --help`")
-    return found
+    """List a method's options that a command line can give, with their defaults."""
+    cls: type = method  # mypy takes a type[Method] for unhashable
+    return {name: default for name, default in options_of(cls).items() if name not in INTERNAL}
 
 
 def literal(text: str | None) -> Any:
-    """A parameter's value as it would be written in Python, more or less: none, true, 3, 0.5, l2, bfloat16."""
+    """Read a value much as Python would: none, true, 3, 0.5, l2, bfloat16."""
     if text is None:
         return True
     constants = {"none": None, "true": True, "false": False, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -109,54 +97,67 @@ def literal(text: str | None) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What the command line said beyond the options of the job itself."""
+    """Hold the options beyond those of the job itself."""
 
     method: dict[str, Any]
     training: dict[str, str | None]
 
 
-def split(arguments: Sequence[str], method: type[Method], known: Iterable[str] = ()) -> Options:
+def split(arguments: Sequence[str], method: type[Method] | None, own: Sequence[str] = ()) -> Options:
     """Sort options into the method's parameters and TrainingArguments.
+
+    Args:
+        arguments: as the command line has them.
+        method: None for a command that trains with several: its options are TrainingArguments alone.
+        own: the names of the options that the command declares itself, to suggest one of them.
 
     Raises:
         UserError: an option that is neither; the message names the nearest one.
     """
-    accepted = parameters(method)
+    accepted = {} if method is None else parameters(method)
     fields = training_fields()
-    options = Options({}, {})
-    for name, value in pairs(arguments).items():
+    taken = TAKEN if method is not None else {**TAKEN, **TAKEN_BY_SEVERAL}
+    found = Options({}, {})
+    for name, value in names.pairs(arguments).items():
         plain = name.removeprefix("no_") if name not in fields else name
         if name in accepted:
-            options.method[name] = literal(value)
-        elif plain in fields and plain not in TAKEN:
-            options.training[name] = value
+            found.method[name] = literal(value)
+        elif plain in taken:
+            raise UserError(f"{names.option(name)} is decided by this command: {taken[plain]}")
+        elif plain in fields:
+            found.training[name] = value
         else:
-            _unknown(name, method, [*accepted, *fields, *known])
-    return options
+            _refuse_parameter(name, method, own)
+            names.refuse(name, [*own, *accepted], [one for one in fields if one not in taken])
+    return found
 
 
-def _unknown(name: str, method: type[Method], known: Sequence[str]) -> NoReturn:
-    option = "--" + name.replace("_", "-")
-    if name in TAKEN:
-        raise UserError(f"{option} is decided by this job: leave it out, or write a script with AdversarialTrainer")
+def _refuse_parameter(name: str, method: type[Method] | None, own: Sequence[str]) -> None:
+    """Refuse the parameter of another method, and say whose it is."""
     owners = [other.__name__ for other in methods().values() if name in parameters(other)]
-    if owners:
-        mine = ", ".join("--" + one.replace("_", "-") for one in parameters(method))
-        raise UserError(f"{option} is no parameter of {method.__name__} (of {', '.join(owners)}); it takes {mine}")
-    near = difflib.get_close_matches(name, known, n=1)
-    hint = f": did you mean --{near[0].replace('_', '-')}?" if near else ": see `fastadv train --help`"
-    raise UserError(f"there is no option {option}{hint}")
+    if not owners and not (name == "method" and method is None):
+        return
+    near = names.related(name, own)
+    hint = f"; {names.suggestion(near)}" if near else ""
+    if method is None:
+        raise UserError(
+            f'{names.option(name)} belongs to one method: give it in a --try, such as --try "pgd steps=3"{hint}'
+        )
+    mine = ", ".join(names.option(one) for one in parameters(method))
+    raise UserError(
+        f"{names.option(name)} is no parameter of {method.__name__} (of {', '.join(owners)}); it takes {mine}{hint}"
+    )
 
 
 def training_fields() -> dict[str, Any]:
-    """The fields of TrainingArguments, by name."""
+    """List the fields of TrainingArguments by name."""
     from transformers import TrainingArguments
 
     return {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
 
 
 def training_arguments(given: Mapping[str, str | None], **fixed: Any) -> Any:
-    """TrainingArguments of the job's defaults, what the command line gave, and what is `fixed`.
+    """Make TrainingArguments of the job's defaults, the command line (`given`) and the values that are `fixed`.
 
     Raises:
         UserError: a value that cannot be read, or that TrainingArguments refuses.
@@ -181,7 +182,7 @@ def training_arguments(given: Mapping[str, str | None], **fixed: Any) -> Any:
 
 
 def listing() -> str:
-    """Methods, their parameters and the defaults, for `fastadv train --help`."""
+    """List methods, parameters and defaults for `fastadv train --help`."""
     lines = ["Parameters of the methods, with their defaults in this job:"]
     for name, cls in methods().items():
         defaults = dict(parameters(cls))

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-call"
-"""One training: plain, or with a method. The two of a comparison differ in that alone."""
+"""Train once, plainly or with a method. The two trainings of a comparison differ in nothing else."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from fastadv.integrations.transformers import AdversarialMixin, Adversary
+from fastadv.integrations.adversary import Adversary
+from fastadv.integrations.transformers import AdversarialMixin
 from fastadv.train.data import LengthGrouped, Tokens
 from fastadv.train.errors import Interrupted
 from fastadv.train.evaluate import Evaluator
@@ -28,7 +29,7 @@ PLAIN, ADVERSARIAL = "plain", "adversarial"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training took."""
+    """Hold the cost of a training."""
 
     steps: int
     seconds_per_step: float  # the median
@@ -37,7 +38,7 @@ class Cost:
 
 
 class PlainTrainer(Trainer):
-    """`Trainer`, with batches whose order follows from seed and epoch alone."""
+    """Train with batches whose order follows from seed and epoch alone."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -49,7 +50,7 @@ class PlainTrainer(Trainer):
 
 
 class AdversarialPhaseTrainer(AdversarialMixin, PlainTrainer):
-    """The same, adversarially."""
+    """Train adversarially on the same batches."""
 
 
 def train(
@@ -62,7 +63,7 @@ def train(
     resume: bool = False,
     **fixed: Any,
 ) -> tuple[MeanPoolClassifier, Cost]:
-    """Train one model; its checkpoints go to `folder`, its rows to `log`. `fixed`: TrainingArguments that are set.
+    """Train one model; checkpoints go to `folder`, rows to `log`. `fixed`: TrainingArguments set by the command.
 
     Raises:
         Interrupted: the user stopped it, after a checkpoint was saved.
@@ -97,7 +98,7 @@ def train(
 
 
 def measure(job: Job, model: MeanPoolClassifier, *, progress: bool = True) -> list[dict[str, Any]]:
-    """Accuracy over all test samples, then under the attack at each radius over the first of them."""
+    """Measure accuracy over all test samples, then under the attack at each radius over the first of them."""
     evaluator = Evaluator(model, job.test, job.tokenizer, progress)
     right = evaluator.clean()
     return measured(evaluator, right, job.settings.attack_samples, job.settings.attack_radii, job.settings.attack_steps)
@@ -106,7 +107,7 @@ def measure(job: Job, model: MeanPoolClassifier, *, progress: bool = True) -> li
 def measured(
     evaluator: Evaluator, right: list[int], samples: int | None, radii: tuple[float, ...], steps: int
 ) -> list[dict[str, Any]]:
-    """The clean accuracy, and those of the radii, as result.json has them."""
+    """Measure the accuracy at each radius, and lay it out with the clean one for result.json."""
     from fastadv.train.evaluate import Accuracy
 
     total = len(evaluator.data)
@@ -117,18 +118,18 @@ def measured(
 
 
 def cost_dict(cost: Cost) -> dict[str, Any]:
-    """For JSON."""
+    """Lay out a cost for JSON."""
     return asdict(cost)
 
 
 def place(model: MeanPoolClassifier, device: str) -> MeanPoolClassifier:
-    """The model on a device; its own `to` loses its type."""
+    """Move a model to a device; its own `to` loses its type."""
     nn.Module.to(model, device)
     return model
 
 
 def device_name(device: str) -> str:
-    """The hardware that trained."""
+    """Name the hardware."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(torch.device(device))
     threads = torch.get_num_threads()

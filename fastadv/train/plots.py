@@ -1,4 +1,4 @@
-"""Pictures for the report: SVG text, to be put into a page as it is."""
+"""Draw the pictures of the reports as SVG text that goes into a page as it is."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STYLE: dict[str, Any] = {
 
 
 def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
-    """Training losses against steps: of both trainings, and the adversarial one of the second."""
+    """Draw training losses against steps: of both trainings, and the adversarial loss of the second."""
 
     def draw(axes: Axes) -> None:
         for phase, key, colour, style, name in (
@@ -50,7 +50,7 @@ def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
 
 
 def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
-    """Accuracy against the radius of the attack, with 95 % intervals."""
+    """Draw accuracy against the radius of the attack, with 95 % intervals."""
 
     def draw(axes: Axes) -> None:
         for index, (name, cells) in enumerate(models.items()):
@@ -71,7 +71,7 @@ def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
 
 
 def methods(rows: Sequence[Any]) -> str:
-    """Every method on a line of its own: clean and attacked accuracy of each seed and their mean, and the time."""
+    """Draw a line per method: clean and attacked accuracy of each seed and their mean, and the time of a step."""
     names = [row.setting for row in rows]
     radii = list(rows[0].accuracy)
     panels = [("clean accuracy" if radius == 0 else f"under attack, radius {radius:g}", "%") for radius in radii]
@@ -104,7 +104,7 @@ def _axes(draw: Callable[[Axes], None]) -> Callable[[Figure], None]:
 def svg(
     draw: Callable[[Figure], None], salt: str, size: tuple[float, float] = (5.6, 3.6), *, opaque: bool = False
 ) -> str:
-    """A figure of `size` inches in this project's style. Equal drawings with equal `salt` give equal text.
+    """Draw a figure of `size` inches in this project's style. Equal drawings with equal `salt` give equal text.
 
     `opaque`: on white, for pages whose background is not known.
     """

@@ -1,4 +1,4 @@
-"""report.html: one page that holds everything it shows."""
+"""Write report.html: one page that needs no other file."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ pre { background: #f3f4f6; padding: .75rem 1rem; overflow-x: auto; border-radius
 
 
 def write(result: Mapping[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write the page of a comparison; `rows` are the log's."""
+    """Write the page of a comparison. `rows`: of its log."""
     path.write_text(page(result, rows), encoding="utf-8")
 
 
 def page(result: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """The page's text."""
+    """Compose the page."""
     settings, models = result["settings"], result["models"]
     method = settings["method"]
     parts = [

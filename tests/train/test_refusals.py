@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastadv.train.cli import main
 from tests.train.command import refused
 from tests.train.conftest import write_csv
 
@@ -29,8 +30,8 @@ from tests.train.conftest import write_csv
             "--steps is no parameter of FGM (of AWP, LLR, PGD, SMART, VAT, YOPO, FreeLB)",
         ),
         (["--data", "TABLE", "--learning-rate", "fast"], "invalid float value: 'fast'"),
-        (["--data", "TABLE", "--attack-radii", "a,b"], "--attack-radii takes numbers"),
-        (["--data", "TABLE", "--attack-radii", "0"], "--attack-radii must be one or more numbers above 0"),
+        (["--data", "TABLE", "--radii", "a,b"], "--radii takes numbers"),
+        (["--data", "TABLE", "--radii", "0"], "--radii must be one or more numbers above 0"),
         (["--data", "TABLE", "--attack-samples", "0"], "--attack-samples must be at least 1"),
         (["--data", "TABLE", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
         (["--data", "TABLE", "--output-dir", "full"], "full is not an empty folder"),
@@ -50,6 +51,42 @@ def test_what_is_refused(
     if "--model" not in arguments and "--resume" not in arguments:
         arguments += ["--model", str(encoder)]
     assert message in refused(capsys, "train", *arguments)
+
+
+@pytest.mark.parametrize(
+    ("command", "given", "suggested"),
+    [
+        ("train", "--attack-radii", "--radii"),
+        ("train", "--output", "--output-dir"),
+        ("train", "--samples", "--train-samples or --attack-samples"),
+        ("train", "--epoch", "--num-train-epochs"),
+        ("sweep", "--attack-step", "--attack-steps"),
+        ("sweep", "--maxlength", "--max-length"),
+        ("compare", "--attack-radii", "--radii"),
+        ("compare", "--method", "--methods"),
+        ("evaluate", "--steps", "--attack-steps"),
+        ("evaluate", "--samples", "--attack-samples"),
+        ("evaluate", "--output", "--output-dir"),
+        ("evaluate", "--label", "--label-column"),
+    ],
+)
+def test_an_unknown_option_is_answered_with_one_of_this_command(
+    capsys: pytest.CaptureFixture[str], command: str, given: str, suggested: str
+) -> None:
+    needed = {"sweep": ["--output-dir", "out", "--try", "fgm"], "compare": ["--output-dir", "out"], "evaluate": ["RUN"]}
+    message = refused(capsys, command, *needed.get(command, []), given, "1")
+    assert f"did you mean {suggested}?" in message
+    assert given in message
+    with pytest.raises(SystemExit) as left:
+        main([command, "--help"])
+    assert left.value.code == 0
+    help_text = capsys.readouterr().out.split()
+    assert all(one in help_text or one == "--num-train-epochs" for one in suggested.split(" or "))
+    assert given not in help_text
+
+
+def test_attack_steps_are_no_steps_of_a_method(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean --attack-steps?" in refused(capsys, "train", "--steps", "3")
 
 
 def test_missing_packages_are_named(

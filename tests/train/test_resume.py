@@ -14,6 +14,7 @@ from fastadv.train import phase
 from fastadv.train.cli import main
 from fastadv.train.log import Stop, read_log
 from fastadv.train.options import methods
+from fastadv.train.run import to_resume
 from tests.train.command import FAST, main_ok, refused, train
 
 MORE = {"freeat": ["--replays", "3"]}  # step 4 is in the middle of a batch's replays
@@ -79,6 +80,30 @@ def test_resume_measures_a_model_that_is_trained_already(
     main_ok("train", "--resume")
     assert weights.stat().st_mtime_ns == before
     assert json.loads(Path("runs/a/result.json").read_text())["models"]["adversarial"]["accuracy"]
+
+
+def test_settings_of_an_earlier_version_can_be_resumed() -> None:
+    """settings.json as 0.1.0 wrote it: its keys stay, whatever the options are called."""
+    data = {"data": "texts.csv", "test_data": None, "text_column": "text", "label_column": "label"}
+    more = {"group_column": None, "test_fraction": 0.2, "train_samples": None}
+    saved = {
+        "model": "encoder",
+        "data": {**data, **more},
+        "method": "pgd",
+        "max_length": 128,
+        "head_dropout": 0.1,
+        "attack_radii": [0.2, 0.1],
+        "attack_steps": 3,
+        "attack_samples": 500,
+        "extra": ["--steps", "2", "--max-steps", "4"],
+    }
+    folder = Path("runs/old")
+    folder.mkdir(parents=True)
+    (folder / "settings.json").write_text(json.dumps({"command": "fastadv train --attack-steps 3", "settings": saved}))
+    found, settings, command = to_resume(Path("runs"), None)
+    assert (found, command) == (folder, "fastadv train --attack-steps 3")
+    assert (settings.attack_radii, settings.attack_steps, settings.data.data) == ((0.2, 0.1), 3, "texts.csv")
+    assert settings.extra == ("--steps", "2", "--max-steps", "4")
 
 
 def test_resume_with_a_checkpoint_of_another_model(

@@ -1,0 +1,52 @@
+"""Read the `adversary=` of a Trainer, and refuse Trainers whose steps cannot have two backward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from accelerate.utils import DistributedType  # type: ignore[import-untyped, unused-ignore]
+from torch import nn
+from transformers import Trainer
+
+from fastadv.methods import Method
+
+Adversary = Callable[[nn.Module], Method] | tuple[Callable[..., Method], Mapping[str, Any]]
+
+
+def factory(adversary: Adversary) -> tuple[Callable[[nn.Module], Method], int]:
+    """Return what makes the method, and how often it trains on each batch in a row.
+
+    Raises:
+        TypeError: `adversary` is neither a class with its options nor a callable.
+    """
+    if callable(adversary) and not isinstance(adversary, tuple):
+        return adversary, getattr(adversary, "replays", 1)
+    if isinstance(adversary, tuple) and len(adversary) == 2 and callable(adversary[0]):
+        build, arguments = adversary
+        return lambda model: build(model, **arguments), arguments.get("replays", getattr(build, "replays", 1))
+    raise TypeError(
+        "adversary= takes a method class with its arguments, (fastadv.FGM, {'epsilon': 0.1}), "
+        f"or a callable that takes the model and returns a method, not {adversary!r}"
+    )
+
+
+def refuse(trainer: Trainer) -> None:
+    """Refuse to train where a step cannot have two backward passes.
+
+    Raises:
+        ValueError: under DeepSpeed, with a LOMO optimizer, or in `nn.DataParallel`.
+    """
+    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "DeepSpeed steps its optimizer in every backward: adversarial passes are not supported under it"
+        )
+    if str(getattr(trainer.args.optim, "value", trainer.args.optim)) in ("lomo", "adalomo"):
+        raise ValueError(
+            "LOMO optimizers update weights during backward, so a step cannot have two: choose another --optim"
+        )
+    if isinstance(trainer.model_wrapped, nn.DataParallel):
+        raise ValueError(  # noqa: TRY004 - the way of launching is wrong, not a type
+            "nn.DataParallel runs the embedding in several threads at once: launch one process per GPU with torchrun, "
+            "or show one GPU with CUDA_VISIBLE_DEVICES=0"
+        )
