@@ -75,6 +75,8 @@ class BregmanProximal(Method):
         True
     """
 
+    replays: int = 1  # how many steps in a row see the same batch
+
     def __init__(
         self,
         model: nn.Module,
@@ -108,6 +110,7 @@ class BregmanProximal(Method):
         self.updates = 0
         self.distance = torch.zeros((), device=self._engine.device)  # D of the last step
         self._attached: Any = None
+        self.replays = getattr(self.method, "replays", 1)  # more than one with FreeAT
         self._engine.new_term = lambda step: TeacherTerm(_Teacher(self), step)
 
     def _check_resolution(self) -> None:
@@ -166,11 +169,6 @@ class BregmanProximal(Method):
     def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
         """The method's; without one, the plain model."""
         return self.method.perturbed(closure, mask)
-
-    @property
-    def replays(self) -> int:
-        """How many steps in a row see the same batch: more than one with FreeAT."""
-        return getattr(self.method, "replays", 1)
 
     @property
     def skipped(self) -> Tensor:
