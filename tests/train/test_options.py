@@ -21,7 +21,7 @@ def test_methods_are_those_that_fastadv_exports() -> None:
 def test_parameters_are_the_signatures() -> None:
     pgd, fgm = options.parameters(fastadv.PGD), options.parameters(fastadv.FGM)
     assert {"epsilon", "step_size", "steps", "norm", "scope", "random_start", "clean_weight", "every"} <= set(pgd)
-    assert pgd["step_size"].default == 0.3
+    assert pgd["step_size"] == 0.3
     assert not {"step_size", "steps"} & set(fgm), "FGM decides these itself"
     assert not {"model", "backward", "scaler"} & set(pgd)
 
