@@ -31,6 +31,7 @@ __all__ = [
     "FreeLB",
     "Method",
     "NEFTune",
+    "Pass",
     "Step",
     "StepResult",
     "__version__",
@@ -59,4 +60,4 @@ else:  # hidden from type checkers: a misspelt name stays an error there
         return value
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted(__all__)

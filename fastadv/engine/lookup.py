@@ -19,6 +19,7 @@ class Lookup:
     module: int = 0  # index of the module among the perturbed ones
     table: Tensor | None = None  # its weight, where the call is a plain lookup of the step's own ids
     first: FirstIds | None = None  # the ids of the step's first pass
+    checked: bool = False  # no id of the first pass is out of range
     materialised: bool = True  # False: delta is an expanded zero, used only as an autograd leaf
     rows: Tensor | None = None  # r [R, D], added at slot [B, T] where delta is not materialised; None: nothing
     slot: Tensor | None = None

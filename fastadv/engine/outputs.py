@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 FORMS = "a scalar loss, an output with .loss, a dict with 'loss', or a tuple that begins with the loss"
 
@@ -109,8 +109,8 @@ def detached(output: Any) -> Any:
     """`output` without its graph; an object of no known structure keeps its loss and logits alone."""
     if isinstance(output, Tensor):
         return output.detach()
-    leaves = tree_leaves(output)
+    leaves, structure = tree_flatten(output)
     if len(leaves) == 1 and leaves[0] is output:
         fields = {name: getattr(output, name) for name in ("loss", "logits") if hasattr(output, name)}
         return SimpleNamespace(**{name: detached(value) for name, value in fields.items()}) if fields else output
-    return tree_map(lambda leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, output)
+    return tree_unflatten([leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)

@@ -189,8 +189,6 @@ class BregmanProximal(Method):
         self._engine.new_term = None
         self.method.close()
 
-    # For a captured step
-
     def capture(self, fn: Callable[[Any], Any], example_batch: Any) -> Callable[[Any], Any]:
         """As for every method; the teacher is updated outside, by the optimizer's hook.
 
@@ -199,22 +197,7 @@ class BregmanProximal(Method):
         """
         if self._engine.dropout == "fresh":
             raise ValueError("capture() needs dropout='same' or 'off' here: the teacher sees the clean pass's masks")
-        return super().capture(fn, example_batch)
-
-    def _enter(self, step: int | None = None) -> bool:
-        return self.method._enter(step)
-
-    def _count(self, attacked: bool) -> None:
-        self.method._count(attacked)
-
-    def _memory(self) -> list[Tensor]:
-        return [*self.method._memory(), *self.teacher.values(), *self.buffers.values()]
-
-    def _remember(self) -> Any:
-        return self.method._remember()
-
-    def _rewind(self, state: Any) -> None:
-        self.method._rewind(state)
+        return self.method.capture(fn, example_batch)
 
     # For a checkpoint
 

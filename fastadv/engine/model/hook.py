@@ -104,11 +104,13 @@ class LookupHook(Hook):
             # The compiler fuses lookup and sum by itself; a sharded weight needs its own lookup.
             return self.add(nn.Embedding.forward(module, input), input)
         weight: Tensor = module.weight
-        _check_ids(input, weight.shape[0])
         shape = torch.Size((*input.shape, weight.shape[1]))
         lookup = forward.enter(weight, shape, input, self.index, plain=True)
         if lookup is None:
             return nn.Embedding.forward(module, input)
+        if lookup.table is None or not lookup.checked:  # later passes look up the ids of the first
+            _check_ids(input, weight.shape[0])
+            lookup.checked = True
         padding: int | None = module.padding_idx
         return gather_perturb(
             weight.detach() if forward.detaches(lookup, weight) else weight,

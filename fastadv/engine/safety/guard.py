@@ -31,7 +31,8 @@ class _Constant(NamedTuple):
 class _Saved(NamedTuple):
     gradients: list[tuple[nn.Parameter, Tensor | None]]
     buffers: list[_Buffer]
-    modes: list[tuple[nn.Module, bool]]
+    modules: list[nn.Module]
+    modes: list[bool]
     rng: rng.RngState
 
 
@@ -69,7 +70,7 @@ class Guard:
         gradients = [(parameter, parameter.grad) for parameter in self.inventory.parameters()]
         self._back_up([parameter for parameter, grad in gradients if grad is not None])
         buffers = [_Buffer(*place, self._copy(place[2], known)) for place in self.inventory.buffers()]
-        return _Saved(gradients, buffers, [(module, module.training) for module in modules], rng.save(device))
+        return _Saved(gradients, buffers, modules, [module.training for module in modules], rng.save(device))
 
     def _back_up(self, parameters: list[nn.Parameter]) -> None:
         """Copy their gradients."""
@@ -103,7 +104,7 @@ class Guard:
         for module, name, buffer, copy in saved.buffers:
             module._buffers[name] = buffer
             _distinct(buffer).copy_(copy)
-        for module, training in saved.modes:
+        for module, training in zip(saved.modules, saved.modes, strict=True):
             module.training = training
         rng.restore(saved.rng, device)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor, nn
 
 
@@ -13,26 +11,21 @@ class Inventory:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._modules: list[nn.Module] = []
-        self._children: list[tuple[dict[str, nn.Module | None], dict[str, nn.Module | None]]] = []
+        self._children: list[dict[str, nn.Module | None]] = []
 
     def modules(self) -> list[nn.Module]:
         """Every module once, as `model.modules()` lists them."""
-        if not self._modules or any(now != before for now, before in self._children):
+        if not self._modules or [module._modules for module in self._modules] != self._children:
             self._modules = list(self.model.modules())
-            self._children = [(module._modules, dict(module._modules)) for module in self._modules]
+            self._children = [dict(module._modules) for module in self._modules]
         return self._modules
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Every parameter; one that two modules share comes twice."""
-        for module in self._modules or self.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    yield parameter
+    def parameters(self) -> list[nn.Parameter]:
+        """Every parameter of `modules()`; one that two modules share comes twice."""
+        every = [module._parameters for module in self._modules]
+        return [parameter for some in every if some for parameter in some.values() if parameter is not None]
 
-    def buffers(self) -> Iterator[tuple[nn.Module, str, Tensor]]:
-        """Every buffer, with the module that has it and its name there."""
-        for module in self._modules or self.modules():
-            if module._buffers:
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        yield module, name, buffer
+    def buffers(self) -> list[tuple[nn.Module, str, Tensor]]:
+        """Every buffer of `modules()`, with the module that has it and its name there."""
+        having = [module for module in self._modules if module._buffers]
+        return [(one, name, buffer) for one in having for name, buffer in one._buffers.items() if buffer is not None]
