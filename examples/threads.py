@@ -1,4 +1,4 @@
-"""How OpenMP's threads wait: the time of a training step by itself, and beside processes that want the same cores.
+"""Measure how OpenMP's threads wait: the time of a step by itself, and beside processes that want the same cores.
 
 Processes that differ in the runtime's settings alone take the same step of FGM, on the default job's model with batches
 of 32, in turns: `default` as the runtime waits by itself, `passive` as `fastadv train` has it wait. What else the
