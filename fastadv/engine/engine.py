@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine.buffers import Buffers
-from fastadv.engine.forward import Entrance
-from fastadv.engine.found import APPLIED
+from fastadv.engine.forward import APPLIED, Entrance
 from fastadv.engine.lookups import Lookups, Masks, Places
 from fastadv.engine.model import find
 from fastadv.engine.model.hook import Hook, install

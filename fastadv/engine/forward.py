@@ -28,6 +28,7 @@ NEVER_CALLED = (
     "the closure never ran the perturbed embedding ({names}). Does it run another model, or pass inputs_embeds? "
     "Was the model compiled and called before the method was made (make the method first)? Was the method closed?"
 )
+APPLIED = "a perturbation is applied to this model already: leave that `applied()` block first"
 MOVED_ON = (
     "activation checkpointing recomputes the perturbed module after the perturbation has moved on, and this method "
     "goes back through the passes before that: keep it outside of checkpointed segments"
@@ -43,6 +44,8 @@ class Perturbing(Protocol):
     """A forward pass with a perturbation: one of a step's, or any while a found perturbation is applied."""
 
     fused: bool | None
+    crossing: Crossing | None  # of the split, for YOPO
+    ended: bool  # a module that runs now is recomputed by a checkpoint
 
     def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Lookup | None:
         """The lookup that is happening, or None where it is left alone.
@@ -68,11 +71,11 @@ class Forward:
         self.lookups = step.lookups
         self.fused = step.lookups.places.fused
         self.kind = kind
-        self.crossing = crossing  # of the split, for YOPO
+        self.crossing = crossing
         self.last = last  # no other full pass follows
         self.cursor = 0  # calls so far
         self.ran_without_grad = False
-        self.ended = False  # a module that runs now is recomputed by a checkpoint
+        self.ended = False
 
     def run(self, closure: Closure, read: Callable[[Any], Any]) -> tuple[Any, Any]:
         """Run the closure with the perturbation in its model: its output, and the loss that `read` finds in it."""

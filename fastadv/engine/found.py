@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Size, Tensor
 
+from fastadv.engine.forward import APPLIED
 from fastadv.engine.lookup import Lookup, is_same
 from fastadv.engine.lookups import Places
 from fastadv.engine.perturb.rows import RowPerturbation
@@ -26,7 +27,6 @@ OTHER_IDS = (
     "this batch has other token ids than the one that the perturbation was found for: inside `applied`, run the model "
     "on the batch that the closure ran it on, or find a perturbation for this one"
 )
-APPLIED = "a perturbation is applied to this model already: leave that `applied()` block first"
 CLOSED = "the method was closed, so that nothing can be applied to its model: find and apply before close()"
 
 
@@ -85,6 +85,8 @@ class Applied:
     def __init__(self, lookups: Sequence[Lookup], places: Places) -> None:
         self.lookups = lookups
         self.fused = places.fused
+        self.crossing = None
+        self.ended = False
         self._by_row = places.by_row
         self._cursor = 0
 

@@ -21,20 +21,14 @@ def factory(adversary: Adversary) -> tuple[Callable[[nn.Module], Method], int]:
         TypeError: `adversary` is neither a class with its options nor a callable.
     """
     if callable(adversary) and not isinstance(adversary, tuple):
-        return adversary, _replays(adversary)
+        return adversary, getattr(adversary, "replays", 1)
     if isinstance(adversary, tuple) and len(adversary) == 2 and callable(adversary[0]):
         build, arguments = adversary
-        return lambda model: build(model, **arguments), arguments.get("replays", _replays(build))
+        return lambda model: build(model, **arguments), arguments.get("replays", getattr(build, "replays", 1))
     raise TypeError(
         "adversary= takes a method class with its arguments, (fastadv.FGM, {'epsilon': 0.1}), "
         f"or a callable that takes the model and returns a method, not {adversary!r}"
     )
-
-
-def _replays(build: Callable[..., Method]) -> int:
-    """Read the default of a method class; where its instances compute the number (the Bregman term), it is 1."""
-    found = getattr(build, "replays", 1)
-    return found if isinstance(found, int) else 1
 
 
 def refuse(trainer: Trainer) -> None:

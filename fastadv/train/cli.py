@@ -106,7 +106,7 @@ def evaluate(
     label_column: shared.LabelColumn = "label",
     max_length: shared.MaxLength = 128,
     radii: shared.Radii = "0.05,0.1,0.2,0.4",
-    attack_steps: shared.AttackSteps = 20,
+    attack_steps: Annotated[int, typer.Option("--attack-steps", "--steps", help="Steps of this attack.")] = 20,
     attack_samples: Annotated[int | None, typer.Option(help="Attack only so many test samples. Default: all.")] = None,
     output_dir: Annotated[
         Path | None, typer.Option(help="Folder for evaluation.json and evaluation.svg. Default: the checkpoint's.")

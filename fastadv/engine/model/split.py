@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.forward import Entrance, Forward
+from fastadv.engine.forward import Entrance
 from fastadv.engine.model.find import chosen, first_tensor, unwrap
 from fastadv.engine.model.hook import NotCopied
 
@@ -57,7 +57,7 @@ class Split(NotCopied):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002
         forward = self.entrance.forward
-        if isinstance(forward, Forward) and forward.crossing is not None and not forward.ended:
+        if forward is not None and forward.crossing is not None and not forward.ended:
             forward.crossing.reach(first_tensor(output), forward.cursor)
 
 
