@@ -45,6 +45,7 @@ class Perturbing(Protocol):
 
     fused: bool | None
     crossing: Crossing | None  # of the split, for YOPO
+    cursor: int  # calls so far
     ended: bool  # a module that runs now is recomputed by a checkpoint
 
     def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Lookup | None:
@@ -73,7 +74,7 @@ class Forward:
         self.kind = kind
         self.crossing = crossing
         self.last = last  # no other full pass follows
-        self.cursor = 0  # calls so far
+        self.cursor = 0
         self.ran_without_grad = False
         self.ended = False
 

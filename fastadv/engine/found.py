@@ -17,6 +17,7 @@ from fastadv.engine.perturb.tied_tables import TiedTables
 
 if TYPE_CHECKING:
     from fastadv.engine.engine import Engine
+    from fastadv.engine.model.split import Crossing
     from fastadv.engine.step import Step
 
 OTHER_SHAPE = (
@@ -85,10 +86,10 @@ class Applied:
     def __init__(self, lookups: Sequence[Lookup], places: Places) -> None:
         self.lookups = lookups
         self.fused = places.fused
-        self.crossing = None
+        self.crossing: Crossing | None = None
         self.ended = False
         self._by_row = places.by_row
-        self._cursor = 0
+        self.cursor = 0
 
     def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Lookup | None:
         """The next lookup in call order, of this module, shape and ids."""
@@ -96,12 +97,12 @@ class Applied:
         count = len(self.lookups)
         seen = False
         for turn in range(count):
-            index = (self._cursor + turn) % count
+            index = (self.cursor + turn) % count
             lookup = self.lookups[index]
             if lookup.module != module or not lookup.fits(shape, like.dtype, like.device, materialised):
                 continue
             if torch.compiler.is_compiling() or _same_batch(lookup, ids):
-                self._cursor = index + 1
+                self.cursor = index + 1
                 return lookup
             seen = True
         shapes = ", ".join(str(tuple(lookup.delta.shape)) for lookup in self.lookups)
