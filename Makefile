@@ -104,7 +104,7 @@ $(VENV)/.torch: constraints.txt | $(VENV)/.made
 	$(INSTALL) torch
 	touch $@
 
-$(VENV)/.package: pyproject.toml setup.py $(wildcard csrc/*.*) $(VENV)/.torch
+$(VENV)/.package: pyproject.toml setup.py fastadv/native/toolchain.py $(wildcard csrc/*.*) $(VENV)/.torch
 	@$(REPAIR)
 	$(INSTALL) --editable .
 	touch $@

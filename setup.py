@@ -10,6 +10,7 @@ Environment:
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shlex
@@ -23,16 +24,26 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "csrc"))
-
-import toolchain  # noqa: E402
-from toolchain import Cxx, Nvcc, ToolchainError  # noqa: E402
-
-CPP, CU, HEADERS, HELPERS = (
+CPP, CU, HEADERS = (
     sorted(found.relative_to(ROOT).as_posix() for found in (ROOT / "csrc").glob(pattern))
-    for pattern in ("*.cpp", "*.cu", "*.h", "*.py")
+    for pattern in ("*.cpp", "*.cu", "*.h")
 )
+TOOLCHAIN = "fastadv/native/toolchain.py"
 RECORD = "_build_info.json"
+
+
+def load(path: str) -> Any:
+    """A module of the package without the package, which imports torch."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    if spec is None or spec.loader is None:
+        raise SystemExit(f"{path} is not there")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolchain = load(TOOLCHAIN)
+ToolchainError: type[Exception] = toolchain.ToolchainError
 
 
 def wish(name: str) -> str:
@@ -79,7 +90,7 @@ class BuildNative(build_ext):
             info["cuda_reason"] = str(missing)
             self._compile(target, cxx, None)
 
-    def _compile(self, target: Path, cxx: Cxx, nvcc: Nvcc | None) -> None:
+    def _compile(self, target: Path, cxx: Any, nvcc: Any) -> None:
         """Writes the rules once; ninja runs them in parallel and skips what is up to date."""
         folder = Path(self.build_temp).resolve() / ("cuda" if nvcc else "cpu")
         folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +109,7 @@ class BuildNative(build_ext):
             toolchain.run(command)
         toolchain.run(link)
 
-    def _compile_command(self, source: str, output: Path, cxx: Cxx, nvcc: Nvcc | None) -> list[str]:
+    def _compile_command(self, source: str, output: Path, cxx: Any, nvcc: Any) -> list[str]:
         if nvcc and source in CU:
             command = [nvcc.command, *nvcc.compile_flags()]
         else:
@@ -127,7 +138,7 @@ class BuildNative(build_ext):
         return {str(Path(self.build_lib) / name): name for name in (library, f"fastadv/{RECORD}")}
 
 
-def includes(source: str, nvcc: Nvcc | None) -> list[str]:
+def includes(source: str, nvcc: Any) -> list[str]:
     """Headers for one C++ file. Only the module sees Python's, which move with every isolated build."""
     if not source.endswith("module.cpp"):
         return []
@@ -178,6 +189,6 @@ setup(
     package_dir={"fastadv": "fastadv", "fastadv.kernels": "kernels"},
     package_data={"fastadv": ["py.typed"]},
     include_package_data=False,
-    ext_modules=[Extension("fastadv._C", sources=[*CPP, *CU], depends=[*HEADERS, *HELPERS])],
+    ext_modules=[Extension("fastadv._C", sources=[*CPP, *CU], depends=[*HEADERS, TOOLCHAIN])],
     cmdclass={"build_ext": BuildNative},
 )

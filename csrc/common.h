@@ -22,7 +22,7 @@
 
 namespace fastadv {
 
-// The codes by which Python names the dtype of a buffer (fastadv/native/checks.py has the same list).
+// The codes by which Python names the dtype of a buffer (fastadv/arguments/tensors.py has the same list).
 enum Dtype { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
 struct BFloat16 {

@@ -19,7 +19,7 @@
 
 namespace fastadv {
 
-// The codes by which Python names them (fastadv/native/divergence.py has the same list).
+// The codes by which Python names them (fastadv/arguments/kinds.py has the same list).
 enum DivergenceKind { kSymmetricKl = 0, kKl = 1, kJs = 2, kMse = 3 };
 
 template <class Real>

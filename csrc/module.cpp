@@ -1,18 +1,16 @@
-// fastadv._C: the only file that knows Python. It takes addresses that fastadv/native/<op>.py has checked.
+// fastadv._C: takes Python tensors if a signature does, and runs the op on their addresses. None: it does not; then
+// fastadv/native says why not, or copies what is laid out otherwise and calls again.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <string>
+#include <algorithm>
+#include <optional>
 #include <tuple>
 #include <vector>
 
-#include "ascend.h"
-#include "divergence.h"
-#include "gather_perturb.h"
-#include "gather_perturb_backward.h"
+#include "calls.h"
 #include "grads.h"
-#include "rows.h"
-#include "segment_sum.h"
+#include "refusals.h"
 #include "table_step.h"
 
 #ifdef FASTADV_WITH_CUDA
@@ -23,10 +21,12 @@ namespace py = pybind11;
 
 namespace {
 
-using fastadv::GatherPerturbCall;
+using fastadv::GivenRule;
 using fastadv::GradsPlan;
 using fastadv::RowsCall;
-using fastadv::RowsRule;
+using fastadv::Signature;
+using fastadv::Taken;
+using fastadv::View;
 
 constexpr bool kCuda =
 #ifdef FASTADV_WITH_CUDA
@@ -35,168 +35,133 @@ constexpr bool kCuda =
     false;
 #endif
 
-std::string at(std::int64_t index) { return std::to_string(index); }
+const View kNone;
 
-std::int64_t entry(std::uintptr_t address, std::int64_t index) {
-  return reinterpret_cast<const std::int64_t*>(address)[index];
+// Runs `op` without Python's lock.
+template <class F>
+auto unlocked(F&& op) {
+  py::gil_scoped_release released;
+  return op();
 }
 
-void refuse_index(const std::string& op, const char* what, std::uintptr_t indices, std::int64_t bad, const char* where,
-                  std::int64_t rows) {
-  throw py::index_error(op + ": " + what + " " + at(entry(indices, bad)) + " at position " + at(bad) +
-                        " is out of range for " + where + " of " + at(rows) + " rows");
-}
-
-void refuse_lookup(const std::string& op, const fastadv::OutOfRange& bad, const GatherPerturbCall& call,
-                   const char* slots = "delta") {
-  if (bad.id_at >= 0) refuse_index(op, "id", call.ids, bad.id_at, "a table", call.rows);
-  if (bad.slot_at >= 0) refuse_index(op, "slot", call.slot, bad.slot_at, slots, call.slots);
-}
-
-void gather_perturb_cpu(const GatherPerturbCall& call, int threads) {
-  fastadv::OutOfRange bad;
-  {
-    py::gil_scoped_release unlocked;
-    bad = fastadv::gather_perturb_cpu(call, threads);
+// delta, grad, mask, skipped; and weight, ids, embedded; and slot.
+py::object ascend_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
+  const GivenRule rule(given);
+  const Taken taken(signature, tensors);
+  if (!taken || !rule.fits(taken[0].dims)) return py::none();
+  const auto call = fastadv::ascend_call(taken[0], taken[1], taken[2], taken[3], rule);
+  if (taken.size() == 4) {
+    unlocked([&] { return fastadv::ascend_cpu(call, nullptr, threads); });
+    return py::bool_(true);
   }
-  refuse_lookup("gather_perturb", bad, call, "a perturbation");
+  const auto lookup =
+      fastadv::gather_call(taken[4], taken[5], taken[0], taken.size() == 8 ? taken[7] : kNone, taken[6]);
+  const auto bad = unlocked([&] { return fastadv::ascend_cpu(call, &lookup, threads); });
+  fastadv::refuse_lookup("ascend", bad, lookup);
+  return py::bool_(true);
 }
 
-void ascend_cpu(const fastadv::AscendCall& call, const GatherPerturbCall* embedding, int threads) {
-  fastadv::OutOfRange bad;
-  {
-    py::gil_scoped_release unlocked;
-    bad = fastadv::ascend_cpu(call, embedding, threads);
-  }
-  if (bad.any()) refuse_lookup("ascend", bad, *embedding);
-}
-
-void segments_cpu(const fastadv::SegmentsCall& call) {
-  std::int64_t bad;
-  {
-    py::gil_scoped_release unlocked;
-    bad = fastadv::segments_cpu(call);
-  }
-  if (bad >= 0) refuse_index("segments", "id", call.ids, bad, "a table", call.vocabulary);
-}
-
-void refuse_position(const std::string& op, std::uintptr_t order, std::int64_t bad, std::int64_t count) {
-  throw py::index_error(op + ": order[" + at(bad) + "] is " + at(entry(order, bad)) + ", which is out of range for " +
-                        at(count) + " positions");
-}
-
-void refuse_segment(const std::string& op, std::int64_t bad, std::int64_t count) {
-  throw py::index_error(op + ": segment " + at(bad) + " is out of range for " + at(count) + " positions");
-}
-
-void refuse_plan(const std::string& op, const fastadv::BadPlan& bad, const fastadv::SegmentSumCall& call) {
-  if (bad.position_at >= 0) refuse_position(op, call.order, bad.position_at, call.count);
-  if (bad.segment_at >= 0) refuse_segment(op, bad.segment_at, call.count);
-}
-
-void segment_sum_cpu(const fastadv::SegmentSumCall& call, int threads) {
-  fastadv::BadPlan bad;
-  {
-    py::gil_scoped_release unlocked;
-    bad = fastadv::segment_sum_cpu(call, threads);
-  }
-  refuse_plan("segment_sum", bad, call);
-}
-
-void divergence_cpu(const fastadv::DivergenceCall& call, int threads) {
-  py::gil_scoped_release unlocked;
-  fastadv::divergence_cpu(call, threads);
-}
-
-void table_step_cpu(const fastadv::AscendCall& call, const fastadv::SegmentSumCall& sums,
-                    const GatherPerturbCall& embedding, int threads) {
-  fastadv::TableStepFault fault;
-  {
-    py::gil_scoped_release unlocked;
-    fault = fastadv::table_step_cpu(call, sums, embedding, threads);
-  }
+// delta, room, skipped, weight, ids, embedded, grad, slot, order, starts, stops.
+py::object table_step_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
+  const GivenRule rule(given);
+  const Taken taken(signature, tensors);
+  if (!taken || !rule.fits(2)) return py::none();
+  const View &delta = taken[0], &room = taken[1];
+  const auto call = fastadv::ascend_call(delta, room, kNone, taken[2], rule);
+  const auto lookup = fastadv::gather_call(taken[3], taken[4], delta, taken[7], taken[5]);
+  const auto sums = fastadv::segment_sum_call(taken[6], taken[8], taken[9], taken[10], room);
+  const auto fault = unlocked([&] { return fastadv::table_step_cpu(call, sums, lookup, threads); });
   const auto& [plan, index, mixed_at] = fault;
-  refuse_plan("table_step", plan, sums);
-  refuse_lookup("table_step", index, embedding);
-  if (mixed_at >= 0) throw py::index_error("table_step: segment " + at(mixed_at) + " was not made from these ids");
-}
-
-// Address, row stride, and whether the rows are in the dtype of the sum.
-using Grads = std::vector<std::tuple<std::uintptr_t, std::int64_t, bool>>;
-
-fastadv::GatherPerturbBackwardCall backward_call(int dtype, std::uintptr_t table_grad, std::int64_t row_stride,
-                                                 std::int64_t vocabulary, const Grads& grads, std::uintptr_t ids,
-                                                 std::uintptr_t order, std::uintptr_t starts, std::int64_t rows,
-                                                 std::int64_t count, std::int64_t dim, std::int64_t padding) {
-  fastadv::GatherPerturbBackwardCall call{dtype, table_grad, row_stride, vocabulary, {},  0,      ids,
-                                          order, starts,     rows,       count,      dim, padding};
-  if (grads.size() > fastadv::kMostGrads) throw py::value_error("gather_perturb_backward: too many grads");
-  for (const auto& [address, stride, wide] : grads) {
-    call.grads[call.grad_count++] = {reinterpret_cast<const void*>(address), stride, wide};
+  fastadv::refuse_plan("table_step", plan, sums);
+  fastadv::refuse_lookup("table_step", index, lookup);
+  if (mixed_at >= 0) {
+    throw py::index_error("table_step: segment " + fastadv::at(mixed_at) + " was not made from these ids");
   }
-  return call;
+  return py::bool_(true);
 }
 
-void gather_perturb_backward_cpu(const fastadv::GatherPerturbBackwardCall& call, int threads) {
-  const std::string op = "gather_perturb_backward";
-  fastadv::BadBackward bad;
-  {
-    py::gil_scoped_release unlocked;
-    bad = fastadv::gather_perturb_backward_cpu(call, threads);
-  }
-  if (bad.position_at >= 0) refuse_position(op, call.order, bad.position_at, call.count);
-  if (bad.segment_at >= 0) refuse_segment(op, bad.segment_at, call.count);
-  if (bad.id_at >= 0) refuse_index(op, "id", call.ids, bad.id_at, "a table", call.vocabulary);
-  if (bad.fall_at >= 0) {
-    throw py::value_error(op + ": the ids must rise from segment to segment, but do not at segment " + at(bad.fall_at) +
-                          "; pass the order and starts that segments(ids) gives");
-  }
+// weight, ids; and delta; and slot.
+py::object gather_perturb_cpu(const Signature& signature, const py::tuple& tensors, int threads) {
+  const Taken taken(signature, tensors);
+  if (!taken) return py::none();
+  const View &weight = taken[0], &ids = taken[1];
+  std::vector<std::int64_t> shape(ids.sizes, ids.sizes + ids.dims);
+  shape.push_back(weight.sizes[1]);
+  View out;
+  const py::object made = taken.empty(shape, weight.dtype, out);
+  const View &delta = taken.size() > 2 ? taken[2] : kNone, &slot = taken.size() > 3 ? taken[3] : kNone;
+  const auto call = fastadv::gather_call(weight, ids, delta, slot, out);
+  const auto bad = unlocked([&] { return fastadv::gather_perturb_cpu(call, threads); });
+  fastadv::refuse_lookup("gather_perturb", bad, call, "a perturbation");
+  return made;
 }
 
-void check_rows(const char* op, const RowsCall& call) {
-  const std::int64_t bad = fastadv::rows_first_bad(call);
-  if (bad < 0) return;
-  const std::int64_t row = entry(call.rows, bad);
-  if (row < 0 || row >= call.table_rows) refuse_index(op, "row", call.rows, bad, "a table", call.table_rows);
-  throw py::value_error(std::string(op) + ": row " + at(row) + " at position " + at(bad) +
-                        " is not above the one before it: rows must be in ascending order, each only once");
+// table_grad, ids, order, starts, and gradients.
+py::object gather_perturb_backward_cpu(const Signature& signature, const py::tuple& tensors, std::int64_t padding,
+                                       int threads) {
+  const Taken taken(signature, tensors);
+  if (!taken || taken.size() - 4 > fastadv::kMostGrads) return py::none();
+  const auto call = fastadv::backward_call(taken, 4, padding);
+  const auto bad = unlocked([&] { return fastadv::gather_perturb_backward_cpu(call, threads); });
+  fastadv::refuse_backward("gather_perturb_backward", bad, call);
+  return py::bool_(true);
 }
 
-std::int64_t rows_touched_cpu(const RowsCall& call, std::uintptr_t found, int threads) {
-  py::gil_scoped_release unlocked;
-  return fastadv::rows_touched_cpu(call, reinterpret_cast<std::int64_t*>(found), threads);
+// ids, mask -> slot, order, starts, stops.
+py::object segments_cpu(const Signature& signature, const py::tuple& tensors, std::int64_t vocabulary, int) {
+  const Taken taken(signature, tensors);
+  if (!taken || vocabulary < 0) return py::none();
+  const std::int64_t count = taken[0].sizes[0], rows = std::min(count, vocabulary);
+  View slot, order, starts, stops;
+  const auto make = [&](std::int64_t size, View& view) { return taken.empty({size}, fastadv::kInt64, view); };
+  const py::tuple made =
+      py::make_tuple(make(count, slot), make(count, order), make(rows + 1, starts), make(rows, stops));
+  const fastadv::SegmentsCall call{taken[0].address, taken[1].address, vocabulary,    count, slot.address,
+                                   order.address,    starts.address,   stops.address, rows};
+  const std::int64_t bad = unlocked([&] { return fastadv::segments_cpu(call); });
+  if (bad >= 0) fastadv::refuse_index("segments", "id", call.ids, bad, "a table", vocabulary);
+  return made;
 }
 
-void rows_copy_cpu(const RowsCall& call, bool back, int threads) {
-  check_rows(back ? "rows_restore" : "rows_back_up", call);
-  py::gil_scoped_release unlocked;
-  fastadv::rows_copy_cpu(call, back, threads);
+// values, order, stops, starts -> sums.
+py::object segment_sum_cpu(const Signature& signature, const py::tuple& tensors, int threads) {
+  const Taken taken(signature, tensors);
+  if (!taken) return py::none();
+  const View &values = taken[0], &stops = taken[2];
+  View out;
+  const py::object made = taken.empty({stops.sizes[0], values.sizes[1]}, fastadv::compute_dtype(values.dtype), out);
+  const auto call = fastadv::segment_sum_call(values, taken[1], taken[3], stops, out);
+  const auto bad = unlocked([&] { return fastadv::segment_sum_cpu(call, threads); });
+  fastadv::refuse_plan("segment_sum", bad, call);
+  return made;
 }
 
-void rows_step_cpu(const RowsCall& call, const RowsRule& rule, int threads) {
-  check_rows("rows_step", call);
-  py::gil_scoped_release unlocked;
-  fastadv::rows_step_cpu(call, rule, threads);
+// logits, target, weights -> values, and the gradients that are wanted.
+py::object divergence_cpu(const Signature& signature, const py::tuple& tensors, int kind, bool for_logits,
+                          bool for_target, int threads) {
+  const Taken taken(signature, tensors);
+  if (!taken || kind < 0) return py::none();
+  const View &logits = taken[0], &target = taken[1], &weights = taken[2];
+  const std::int64_t count = logits.sizes[0], classes = logits.sizes[1];
+  View values, left, right;
+  const auto grad = [&](bool wanted, View& view) {
+    if (wanted) return taken.empty({count, classes}, logits.dtype, view);
+    View nowhere;
+    return taken.empty({0}, logits.dtype, nowhere);
+  };
+  const py::tuple made =
+      py::make_tuple(taken.empty({count}, weights.dtype, values), grad(for_logits, left), grad(for_target, right));
+  const auto call = fastadv::divergence_call(logits, target, weights, values, left, right, kind);
+  unlocked([&] { return fastadv::divergence_cpu(call, threads), 0; });
+  return made;
 }
 
 #ifdef FASTADV_WITH_CUDA
 // Runs `launch` without Python's lock, and raises what CUDA says went wrong.
 template <class F>
 void on_device(const char* op, F&& launch) {
-  const char* error;
-  {
-    py::gil_scoped_release unlocked;
-    error = launch();
-  }
+  const char* error = unlocked(launch);
   if (error) throw std::runtime_error(std::string(op) + ": CUDA: " + error);
-}
-
-void rows_copy_cuda(const RowsCall& call, bool back, const fastadv::OnDevice& on) {
-  on_device(back ? "rows_restore" : "rows_back_up", [&] { return fastadv::rows_copy_cuda(call, back, on); });
-}
-
-void rows_step_cuda(const RowsCall& call, const RowsRule& rule, std::uintptr_t parts, const fastadv::OnDevice& on) {
-  on_device("rows_step", [&] { return fastadv::rows_step_cuda(call, rule, parts, on); });
 }
 
 void grads_cuda(std::uintptr_t entries, std::int64_t count, std::int64_t chunks, int kind, double number,
@@ -214,63 +179,103 @@ py::object cuda_problem() {
 }
 #endif
 
+// Where a launch on the tensors' device goes: nowhere (on the CPU), or to a stream.
+using Where = std::optional<fastadv::OnDevice>;
+
+int place_of(const Where& where) { return where ? fastadv::kOnCuda : fastadv::kOnCpu; }
+
+void copy_rows(const char* op, const RowsCall& call, bool back, const Where& where, int threads) {
+#ifdef FASTADV_WITH_CUDA
+  if (where) return on_device(op, [&] { return fastadv::rows_copy_cuda(call, back, *where); });
+#endif
+  (void)where;
+  fastadv::check_rows(op, call);
+  unlocked([&] { return fastadv::rows_copy_cpu(call, back, threads), 0; });
+}
+
+// table -> room for every row, and how many of its numbers are of rows that hold something.
+py::object rows_touched_cpu(const Signature& signature, const py::tuple& tensors, int threads) {
+  const Taken taken(signature, tensors);
+  if (!taken) return py::none();
+  View found;
+  const py::object made = taken.empty({taken[0].sizes[0]}, fastadv::kInt64, found);
+  const auto call = fastadv::rows_call(taken[0], kNone, kNone, kNone);
+  auto* into = reinterpret_cast<std::int64_t*>(found.address);
+  return py::make_tuple(made, unlocked([&] { return fastadv::rows_touched_cpu(call, into, threads); }));
+}
+
+// table, rows -> copies.
+py::object rows_back_up(const Signature& signature, const py::tuple& tensors, const Where& where, int threads) {
+  const Taken taken(signature, tensors, place_of(where));
+  if (!taken) return py::none();
+  const View &table = taken[0], &rows = taken[1];
+  View saved;
+  const std::int64_t count = rows.there ? rows.sizes[0] : table.sizes[0];
+  const py::object made = taken.empty({count, table.sizes[1]}, table.dtype, saved);
+  copy_rows("rows_back_up", fastadv::rows_call(table, kNone, saved, rows), false, where, threads);
+  return made;
+}
+
+// table, saved; or table, rows, saved.
+py::object rows_restore(const Signature& signature, const py::tuple& tensors, const Where& where, int threads) {
+  const Taken taken(signature, tensors, place_of(where));
+  if (!taken) return py::none();
+  const View &rows = taken.size() == 3 ? taken[1] : kNone, &saved = taken[taken.size() - 1];
+  copy_rows("rows_restore", fastadv::rows_call(taken[0], kNone, saved, rows), true, where, threads);
+  return py::bool_(true);
+}
+
+// table, grad, skipped, saved; or table, grad, skipped, rows, saved.
+py::object rows_step(const Signature& signature, const py::tuple& tensors, const py::tuple& given, const Where& where,
+                     int threads) {
+  const GivenRule rule(given);
+  const Taken taken(signature, tensors, place_of(where));
+  if (!taken || !rule.fits(2)) return py::none();
+  const View &rows = taken.size() == 5 ? taken[3] : kNone, &saved = taken[taken.size() - 1];
+  if (rule.ball != fastadv::kNoBall && !saved.there) return py::none();
+  const auto call = fastadv::rows_call(taken[0], taken[1], saved, rows);
+  const fastadv::RowsRule by{rule.step, rule.epsilon, rule.direction, rule.ball, rule.group == 1, taken[2].address};
+#ifdef FASTADV_WITH_CUDA
+  if (where) {
+    View parts;
+    const auto room = taken.empty({by.by_row ? 0 : 5 * fastadv::kRowsParts}, fastadv::kFloat64, parts);
+    on_device("rows_step", [&] { return fastadv::rows_step_cuda(call, by, parts.address, *where); });
+    return py::bool_(true);
+  }
+#endif
+  fastadv::check_rows("rows_step", call);
+  unlocked([&] { return fastadv::rows_step_cpu(call, by, threads), 0; });
+  return py::bool_(true);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
-  m.doc() = "fastadv's C++ and CUDA ops, by address. Call them through fastadv.native.";
+  m.doc() = "fastadv's C++ and CUDA ops. Call them through fastadv.native.";
   m.attr("cuda") = kCuda;
-  py::class_<GatherPerturbCall>(m, "GatherPerturbCall")
-      .def(py::init([](int dtype, std::uintptr_t weight, std::int64_t row_stride, std::int64_t rows, std::uintptr_t ids,
-                       std::uintptr_t delta, std::uintptr_t slot, std::int64_t slots, std::uintptr_t out,
-                       std::int64_t count, std::int64_t dim) {
-        return GatherPerturbCall{dtype, weight, row_stride, rows, ids, delta, slot, slots, out, count, dim};
-      }));
-  m.def("gather_perturb_cpu", &gather_perturb_cpu);
-  py::class_<fastadv::AscendCall>(m, "AscendCall")
-      .def(py::init([](int dtype, std::uintptr_t delta, std::uintptr_t grad, std::int64_t grad_stride,
-                       std::uintptr_t mask, std::int64_t groups, std::int64_t rows, std::int64_t dim, double step,
-                       double epsilon, int direction, int ball, std::uintptr_t skipped) {
-        return fastadv::AscendCall{dtype, delta, grad,    grad_stride, mask, groups, rows,
-                                   dim,   step,  epsilon, direction,   ball, skipped};
-      }));
-  m.def("ascend_cpu", &ascend_cpu);
-  py::class_<fastadv::SegmentsCall>(m, "SegmentsCall")
-      .def(py::init([](std::uintptr_t ids, std::uintptr_t mask, std::int64_t vocabulary, std::int64_t count,
-                       std::uintptr_t slot, std::uintptr_t order, std::uintptr_t starts, std::uintptr_t stops,
-                       std::int64_t rows) {
-        return fastadv::SegmentsCall{ids, mask, vocabulary, count, slot, order, starts, stops, rows};
-      }));
-  m.def("segments_cpu", &segments_cpu);
-  py::class_<fastadv::SegmentSumCall>(m, "SegmentSumCall")
-      .def(py::init([](int dtype, std::uintptr_t values, std::int64_t row_stride, std::int64_t count,
-                       std::uintptr_t order, std::uintptr_t starts, std::uintptr_t stops, std::uintptr_t out,
-                       std::int64_t rows, std::int64_t dim) {
-        return fastadv::SegmentSumCall{dtype, values, row_stride, count, order, starts, stops, out, rows, dim};
-      }));
-  m.def("segment_sum_cpu", &segment_sum_cpu);
-  m.def("table_step_cpu", &table_step_cpu);
-  py::class_<fastadv::DivergenceCall>(m, "DivergenceCall")
-      .def(py::init([](int dtype, std::uintptr_t logits, std::uintptr_t target, std::int64_t logits_stride,
-                       std::int64_t target_stride, std::uintptr_t weights, std::uintptr_t values,
-                       std::uintptr_t grad_logits, std::uintptr_t grad_target, std::int64_t count, std::int64_t classes,
-                       int kind) {
-        return fastadv::DivergenceCall{dtype,  logits,      target,      logits_stride, target_stride, weights,
-                                       values, grad_logits, grad_target, count,         classes,       kind};
-      }));
-  m.def("divergence_cpu", &divergence_cpu);
-  py::class_<fastadv::GatherPerturbBackwardCall>(m, "GatherPerturbBackwardCall").def(py::init(&backward_call));
   m.attr("most_grads") = fastadv::kMostGrads;
+  m.attr("grads_chunk") = fastadv::kGradsChunk;
+  m.def("connect", [](const py::object& tensor_class, const py::list& dtypes, bool exchange) {
+    fastadv::reader().connect(tensor_class, dtypes, exchange);
+  });
+  py::class_<Signature>(m, "Signature")
+      .def(py::init<const std::vector<Signature::Line>&, bool>())
+      .def("takes",
+           [](const Signature& signature, const py::tuple& tensors) { return bool(Taken(signature, tensors, 0)); });
+  py::class_<fastadv::OnDevice>(m, "OnDevice").def(py::init([](int device, std::uintptr_t stream, std::uintptr_t flag) {
+    return fastadv::OnDevice{device, stream, flag};
+  }));
+  m.def("ascend_cpu", &ascend_cpu);
+  m.def("table_step_cpu", &table_step_cpu);
+  m.def("gather_perturb_cpu", &gather_perturb_cpu);
   m.def("gather_perturb_backward_cpu", &gather_perturb_backward_cpu);
-  py::class_<RowsCall>(m, "RowsCall")
-      .def(py::init([](int dtype, std::uintptr_t table, std::int64_t table_stride, std::int64_t table_rows,
-                       std::uintptr_t grad, std::int64_t grad_stride, std::uintptr_t saved, std::uintptr_t rows,
-                       std::int64_t count, std::int64_t dim) {
-        return RowsCall{dtype, table, table_stride, table_rows, grad, grad_stride, saved, rows, count, dim};
-      }));
-  py::class_<RowsRule>(m, "RowsRule")
-      .def(py::init([](double step, double epsilon, int direction, int ball, bool by_row, std::uintptr_t skipped) {
-        return RowsRule{step, epsilon, direction, ball, by_row, skipped};
-      }));
+  m.def("segments_cpu", &segments_cpu);
+  m.def("segment_sum_cpu", &segment_sum_cpu);
+  m.def("divergence_cpu", &divergence_cpu);
+  m.def("rows_touched_cpu", &rows_touched_cpu);
+  m.def("rows_back_up", &rows_back_up);
+  m.def("rows_restore", &rows_restore);
+  m.def("rows_step", &rows_step);
   using Pairs = std::vector<std::tuple<int, std::uintptr_t, std::uintptr_t, std::int64_t>>;
   py::class_<GradsPlan>(m, "GradsPlan")
       .def(py::init<>())
@@ -279,20 +284,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
              for (const auto& [dtype, into, source, count] : pairs) plan.add({dtype, into, source, count});
            })
       .def("run", [](const GradsPlan& plan, int kind, double number, int threads) {
-        py::gil_scoped_release unlocked;
+        py::gil_scoped_release released;
         plan.run_cpu(fastadv::GradsKind(kind), number, threads);
       });
-  m.def("rows_touched_cpu", &rows_touched_cpu);
-  m.def("rows_copy_cpu", &rows_copy_cpu);
-  m.def("rows_step_cpu", &rows_step_cpu);
-  m.attr("grads_chunk") = fastadv::kGradsChunk;
-  m.attr("rows_parts") = fastadv::kRowsParts;
 #ifdef FASTADV_WITH_CUDA
-  py::class_<fastadv::OnDevice>(m, "OnDevice").def(py::init([](int device, std::uintptr_t stream, std::uintptr_t flag) {
-    return fastadv::OnDevice{device, stream, flag};
-  }));
-  m.def("rows_copy_cuda", &rows_copy_cuda);
-  m.def("rows_step_cuda", &rows_step_cuda);
   m.def("grads_cuda", &grads_cuda);
   m.def("cuda_problem", &cuda_problem);
 #endif

@@ -26,15 +26,17 @@ import triton
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fastadv.arguments import signatures
+from fastadv.arguments.lookup import Lookup
+from fastadv.arguments.rule import Rule
+from fastadv.arguments.tensors import row_stride
 from fastadv.kernels import gather_perturb as lookups
 from fastadv.kernels.ascend_by_group import SUMS, move_kernel, sums_kernel, unit_kernel
 from fastadv.kernels.ascend_by_row import rows_kernel
 from fastadv.kernels.common import columns, launch, pointer, wide
-from fastadv.native import ascend as checked
-from fastadv.native import checks
 from fastadv.native.flags import flag_on
+from fastadv.native.launch import fitted
 
-OP = "ascend"
 LONGEST_ROW = 8192  # elements that a program keeps in registers
 TILE, TALLEST = 1024, 8  # elements of a tile, and rows at most: every row has addresses of its own
 PROGRAMS = 1024  # of a launch over groups; fixed, so that sums do not depend on the device
@@ -43,67 +45,45 @@ PROGRAMS = 1024  # of a launch over groups; fixed, so that sums do not depend on
 class Step(NamedTuple):
     """What is moved where, checked; the table and what follows it belong together."""
 
+    rule: Rule
     delta: Tensor
     grad: Tensor
-    grad_stride: int
     mask: Tensor | None
     skipped: Tensor
-    rule: checked.Rule
     weight: Tensor | None = None
     ids: Tensor | None = None
     embedded: Tensor | None = None
 
     def constants(self) -> dict[str, Any]:
         """What all kernels that move are compiled for."""
-        _, epsilon, direction, ball, _ = self.rule
         return {
-            "DIRECTION": direction,
-            "BALL": "none" if epsilon is None else ball,
+            "DIRECTION": self.rule.direction,
+            "BALL": self.rule.ball if self.rule.bounded else "none",
             "MASKED": self.mask is not None,
         }
 
 
 def ascend(
-    delta: Tensor,
-    grad: Tensor,
-    mask: Tensor | None,
-    skipped: Tensor,
-    step_size: float,
-    epsilon: float | None,
-    direction: str,
-    ball: str,
-    group: int,
-    weight: Tensor | None = None,
-    ids: Tensor | None = None,
-    slot: Tensor | None = None,
-    embedded: Tensor | None = None,
+    delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor, rule: Rule, lookup: Lookup | None = None
 ) -> None:
-    """`fastadv.ops.ascend`; tensors as `fastadv.native.ascend` takes them.
+    """`fastadv.ops.ascend`; `fastadv.arguments.signatures` lists the tensors.
 
     With `slot` the lookup is a launch of its own: many positions take one row.
     """
-    checked.check_rule(OP, delta, direction, ball, group)
-    checked.check_step(OP, delta, grad, mask, skipped)
-    grad, grad_stride = checked.rows_of(OP, grad)
-    mask = None if mask is None else mask.contiguous()
-    step = Step(delta, grad, grad_stride, mask, skipped, (step_size, epsilon, direction, ball, group))
-    if checked.embeds(OP, delta, weight, ids, slot, embedded):
-        assert weight is not None and ids is not None and embedded is not None
-        ids = checks.indices(OP, "ids", ids)
-        if slot is None:
-            run(step._replace(weight=weight, ids=ids, embedded=embedded))
-        else:
-            run(step)
-            lookups.write(weight, ids, delta, slot.contiguous(), embedded)
-        increment_version((delta, skipped, embedded))
+    rule.check("ascend", delta.dim())
+    tensors = fitted(*signatures.ascend(delta, grad, mask, skipped, lookup))
+    if lookup is None or lookup.slot is None:
+        run(Step(rule, *tensors))
     else:
-        run(step)
-        increment_version((delta, skipped))
+        run(Step(rule, *tensors[:4]))
+        weight, ids, embedded, slot = tensors[4:]
+        lookups.write(weight, ids, delta, slot, embedded)
+    increment_version((delta, skipped) if lookup is None else (delta, skipped, lookup.embedded))
 
 
 def run(step: Step) -> None:
     """Launch what the groups need."""
-    delta, group = step.delta, step.rule[-1]
+    delta, group = step.delta, step.rule.group
     groups, rows = math.prod(delta.shape[:group]), math.prod(delta.shape[group:-1])
     if delta.numel() == 0:
         return
@@ -124,7 +104,7 @@ def _by_row(step: Step, rows: int) -> None:
         *_moved(step),
         rows,
         dim,
-        step.grad_stride,
+        row_stride(step.grad),
         *_table(step),
         *_lengths(step),
         **step.constants(),
@@ -145,14 +125,14 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
     parts = min(tiles, max(PROGRAMS // groups, 1))
     grid, everything = (groups, parts), groups * parts
     sums = torch.empty(SUMS * everything, dtype=torch.float64, device=delta.device)
-    read = (sums, delta, step.grad, pointer(step.mask, delta), rows, dim, step.grad_stride)
+    read = (sums, delta, step.grad, pointer(step.mask, delta), rows, dim, row_stride(step.grad))
     cut = (parts, tiles, across, everything)
     tile = {"ROWS": height, "COLUMNS": width}
     constants, some = step.constants(), {"PARTS": triton.next_power_of_2(parts)}
     launch(sums_kernel, grid, delta.device, *read, *cut, **constants, **tile)
     if constants["BALL"] == "unit":
         without = {name: constants[name] for name in ("DIRECTION", "MASKED")}
-        launch(unit_kernel, grid, delta.device, *read, *cut, step.rule[0], **without, **some, **tile)
+        launch(unit_kernel, grid, delta.device, *read, *cut, step.rule.step_size, **without, **some, **tile)
     launch(
         move_kernel,
         grid,
@@ -161,7 +141,7 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
         *_moved(step),
         rows,
         dim,
-        step.grad_stride,
+        row_stride(step.grad),
         *_table(step),
         *cut,
         *_lengths(step),
@@ -184,5 +164,4 @@ def _table(step: Step) -> tuple[int, int]:
 
 
 def _lengths(step: Step) -> tuple[float, float]:
-    step_size, epsilon = step.rule[:2]
-    return step_size, 0.0 if epsilon is None else epsilon
+    return step.rule.step_size, step.rule.epsilon or 0.0

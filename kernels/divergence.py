@@ -12,8 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastadv.arguments import signatures
+from fastadv.arguments.kinds import kind_code
 from fastadv.kernels.common import launch, wide
-from fastadv.native import divergence as checked
+from fastadv.native.launch import fitted
 
 MOST = 1024  # classes of a tile; half as many of float64, which would not fit in registers
 LN2 = tl.constexpr(0.6931471805599453)
@@ -187,9 +189,12 @@ def divergence_kernel(
 
 def divergence(
     logits: Tensor, target: Tensor, weights: Tensor, kind: str, for_logits: bool, for_target: bool
-) -> checked.Result:
-    """`fastadv.ops.divergence`; tensors as `fastadv.native.divergence` takes them."""
-    values, grad_logits, grad_target = checked.check(logits, target, weights, kind, for_logits, for_target)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`fastadv.ops.divergence`; `fastadv.arguments.signatures` lists the tensors."""
+    kind_code(kind)
+    logits, target, weights = fitted(signatures.DIVERGENCE, (logits, target, weights))
+    values = torch.empty_like(weights)
+    grad_logits, grad_target = (logits.new_empty(logits.shape if wants else (0,)) for wants in (for_logits, for_target))
     count, classes = logits.shape
     if count == 0:
         return values, grad_logits, grad_target

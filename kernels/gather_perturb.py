@@ -12,10 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastadv.arguments import signatures
 from fastadv.kernels.common import columns, complain, launch, pointer, wide
 from fastadv.kernels.segment_sum import heights, sum_segment
-from fastadv.native import gather_perturb as checked
 from fastadv.native.flags import flag_on
+from fastadv.native.launch import fitted
 
 TILE, TALLEST = 2048, 32  # elements that a program writes, and rows at most: every row has addresses of its own
 
@@ -121,8 +122,8 @@ def gather_perturb_backward_kernel(
 
 
 def gather_perturb(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None) -> Tensor:
-    """`fastadv.ops.gather_perturb`; tensors as `fastadv.native.gather_perturb` takes them, and ids of any stride."""
-    ids, slot = checked.check(weight, ids, delta, slot)
+    """`fastadv.ops.gather_perturb`; `fastadv.arguments.signatures` lists the tensors."""
+    weight, ids, delta, slot = (*fitted(*signatures.gather(weight, ids, delta, slot)), None, None)[:4]
     out = weight.new_empty((*ids.shape, weight.shape[1]))
     write(weight, ids, delta, slot, out)
     return out
@@ -161,8 +162,9 @@ def write(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None
 def gather_perturb_backward(
     table_grad: Tensor, grads: Sequence[Tensor], ids: Tensor, order: Tensor, starts: Tensor, padding_idx: int
 ) -> None:
-    """`fastadv.ops.gather_perturb_backward`; tensors as `fastadv.native.gather_perturb` takes them."""
-    ids = checked.check_backward(table_grad, grads, ids, order, starts)
+    """`fastadv.ops.gather_perturb_backward`; `fastadv.arguments.signatures` lists the tensors."""
+    tensors = (table_grad, ids, order, starts, *grads)
+    table_grad, ids, order, starts, *grads = fitted(signatures.GATHER_BACKWARD, tensors)
     rows, dim = starts.shape[0] - 1, table_grad.shape[1]
     if not grads or rows < 1 or dim == 0:
         return

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastadv.arguments import signatures
+from fastadv.arguments.tensors import compute_dtype
 from fastadv.kernels.common import columns, complain, launch, wide
-from fastadv.native import segment_sum as checked
 from fastadv.native.flags import flag_on
+from fastadv.native.launch import fitted
 
 FEW, MANY = 4, 32  # rows of a tile
 
@@ -103,8 +105,9 @@ def segment_sum_kernel(
 
 
 def segment_sum(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor) -> Tensor:
-    """`fastadv.ops.segment_sum`; tensors as `fastadv.native.segment_sum` takes them."""
-    out = checked.check(values, order, starts, stops)
+    """`fastadv.ops.segment_sum`; `fastadv.arguments.signatures` lists the tensors."""
+    values, order, stops, starts = fitted(signatures.SEGMENT_SUM, (values, order, stops, starts))
+    out = values.new_empty((stops.shape[0], values.shape[1]), dtype=compute_dtype(values.dtype))
     write(values, order, starts, stops, out)
     return out
 

@@ -5,37 +5,25 @@ from __future__ import annotations
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fastadv.arguments import signatures
+from fastadv.arguments.lookup import Lookup
+from fastadv.arguments.rule import Rule
+from fastadv.arguments.segments import Segments
 from fastadv.kernels import ascend, gather_perturb, segment_sum
-from fastadv.native import checks
-from fastadv.native import table_step as checked
+from fastadv.native.launch import fitted
 
 
 def table_step(
-    delta: Tensor,
-    grad: Tensor,
-    skipped: Tensor,
-    step_size: float,
-    epsilon: float | None,
-    direction: str,
-    ball: str,
-    group: int,
-    slot: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    stops: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    embedded: Tensor,
-    room: Tensor,
+    delta: Tensor, grad: Tensor, skipped: Tensor, rule: Rule, groups: Segments, lookup: Lookup, room: Tensor
 ) -> None:
-    """`fastadv.ops.table_step`; tensors as `fastadv.native.table_step` takes them.
+    """`fastadv.ops.table_step`; `fastadv.arguments.signatures` lists the tensors.
 
     A segment that mixes several ids is not told here: looking would wait for the device.
     """
-    rule = (step_size, epsilon, direction, ball, group)
-    checked.check(delta, grad, skipped, rule, (slot, order, starts, stops), weight, ids, embedded, room)
-    ids = checks.indices(checked.OP, "ids", ids)
+    rule.check("table_step", delta.dim())
+    tensors = (delta, room, skipped, lookup.weight, lookup.ids, lookup.embedded, grad, *groups)
+    _, _, _, weight, ids, embedded, grad, slot, order, starts, stops = fitted(signatures.TABLE_STEP, tensors)
     segment_sum.write(grad, order, starts, stops, room)
-    ascend.run(ascend.Step(delta, room, room.shape[1], None, skipped, rule))
-    gather_perturb.write(weight, ids, delta, slot.contiguous(), embedded)
+    ascend.run(ascend.Step(rule, delta, room, None, skipped))
+    gather_perturb.write(weight, ids, delta, slot, embedded)
     increment_version((delta, skipped, embedded, room))

@@ -1,6 +1,6 @@
 """The C++ and CUDA floor: loads `fastadv._C`, and keeps the reason when it is not there.
 
-One launcher per op lives beside this file. A launcher makes every check before an address leaves Python.
+One launcher per op lives beside this file; `launch` says how they call.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from types import ModuleType
 from typing import Any
 
 import torch  # also brings libgomp, which the extension then shares
+
+from fastadv.arguments.tensors import DTYPES
 
 __all__ = ["available", "build_info", "cuda_reason", "reason"]
 
@@ -31,12 +33,14 @@ def build_info() -> dict[str, Any]:
 @functools.cache
 def _load() -> tuple[ModuleType | None, str | None]:
     try:
-        return importlib.import_module("fastadv._C"), None
+        module = importlib.import_module("fastadv._C")
     except ModuleNotFoundError:
         why = build_info().get("native_reason")
         return None, why or "the C++ extension is not built; `pip install .` builds it"
     except ImportError as error:  # built, but for another platform or without a library it needs
         return None, f"the C++ extension does not load: {error}"
+    module.connect(torch.Tensor, list(DTYPES), True)
+    return module, None
 
 
 def extension() -> Any:

@@ -1,4 +1,4 @@
-"""The launchers of csrc/grads: every check, then addresses."""
+"""The launchers of csrc/grads.h."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from fastadv import native
-from fastadv.native import checks
+from fastadv.arguments.signatures import GRADS_PAIR
+from fastadv.arguments.tensors import CODES
 from fastadv.native.flags import destination
+from fastadv.native.launch import require_device
 
 # csrc/grads.h has the same codes.
 COPY, ACCUMULATE, AVERAGE = 0, 1, 2
@@ -20,7 +22,7 @@ COPY, ACCUMULATE, AVERAGE = 0, 1, 2
 def grads_copy(into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """into_i <- sources_i, bit for bit. Mutated: `into`; see `grads_accumulate`.
 
-    Example:
+    Examples:
         >>> into = [torch.zeros(2)]
         >>> grads_copy(into, [torch.tensor([1.0, 2.0])])
         >>> into
@@ -46,7 +48,7 @@ def grads_accumulate(into: Sequence[Tensor], sources: Sequence[Tensor], weight: 
         ValueError: lists of different lengths, shapes that differ, gaps, or a device that does not fit.
         RuntimeError: the extension is not there for this device.
 
-    Example:
+    Examples:
         >>> into = [torch.ones(2), torch.zeros(1, dtype=torch.float64)]
         >>> grads_accumulate(into, [torch.tensor([1.0, 2.0]), torch.ones(1, dtype=torch.float64)], 0.5)
         >>> into
@@ -58,7 +60,7 @@ def grads_accumulate(into: Sequence[Tensor], sources: Sequence[Tensor], weight: 
 def grads_average(into: Sequence[Tensor], sources: Sequence[Tensor], decay: float) -> None:
     """into_i <- decay * into_i + (1 - decay) * sources_i. Mutated: `into`; see `grads_accumulate`.
 
-    Example:
+    Examples:
         >>> into = [torch.tensor([1.0, 2.0])]
         >>> grads_average(into, [torch.tensor([3.0, 2.0])], 0.75)
         >>> into
@@ -86,7 +88,7 @@ def served(tensor: Tensor, known: Any) -> bool:
     if not is_plain(tensor) or tensor.is_neg() or not (tensor.is_cpu or _on_served_cuda(tensor)):
         return False
     address, count, dtype, contiguous = known
-    return contiguous and dtype in checks.DTYPES and (address != 0 or count == 0)
+    return contiguous and dtype in CODES and (address != 0 or count == 0)
 
 
 def _on_served_cuda(tensor: Tensor) -> bool:
@@ -103,7 +105,7 @@ def plan(device: torch.device, pairs: Iterable[tuple[Any, Any]]) -> Any:
 
     It keeps no tensor alive.
     """
-    entries = [(checks.DTYPES[into[2]], into[0], source[0], into[1]) for into, source in pairs]
+    entries = [(CODES[into[2]], into[0], source[0], into[1]) for into, source in pairs]
     if device.type == "cuda":
         return CudaPlan(device, entries)
     made = native.extension().GradsPlan()
@@ -143,15 +145,7 @@ def _run(op: str, kind: int, into: Sequence[Tensor], sources: Sequence[Tensor], 
 
 
 def _check(op: str, into: Tensor, source: Tensor, device: torch.device) -> None:
-    checks.extension_for(op, into)
-    for name, tensor in (("into", into), ("sources", source)):
-        checks.dtype_code(op, name, tensor)
-        if tensor.device != device:
-            raise ValueError(f"{op}: a tensor of {name} is on {tensor.device}, the first on {device}")
-        checks.address(op, name, tensor)
-        checks.contiguous(op, name, tensor)
-    if into.dtype != source.dtype:
-        raise TypeError(f"{op}: a pair of tensors must have one dtype, not {into.dtype} and {source.dtype}")
-    if into.shape != source.shape:
-        shapes = f"{tuple(into.shape)} and {tuple(source.shape)}"
-        raise ValueError(f"{op}: a pair of tensors must have one shape, not {shapes}")
+    require_device(op, into.device)
+    if into.device != device:
+        raise ValueError(f"{op}: a tensor of into is on {into.device}, the first on {device}")
+    GRADS_PAIR.fitted((into, source))

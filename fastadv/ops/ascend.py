@@ -24,53 +24,36 @@ W[ids] + delta[slot] with nothing added where slot is -1.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastadv import native
+from fastadv.arguments import signatures
+from fastadv.arguments.lookup import Lookup, lookup_of
+from fastadv.arguments.rule import Rule
 from fastadv.native.ascend import ascend as native_ascend
 from fastadv.ops.dispatch import Backend, Op, in_place, triton
 from fastadv.ops.gather_perturb import eager as gather
 
-DIRECTIONS = ("l2", "sign", "max")
-BALLS = ("l2", "linf", "unit", "none")
-
 
 @torch.no_grad()
 def eager(
-    delta: Tensor,
-    grad: Tensor,
-    mask: Tensor | None,
-    skipped: Tensor,
-    step_size: float,
-    epsilon: float | None,
-    direction: str,
-    ball: str,
-    group: int,
-    weight: Tensor | None = None,
-    ids: Tensor | None = None,
-    slot: Tensor | None = None,
-    embedded: Tensor | None = None,
+    delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor, rule: Rule, lookup: Lookup | None = None
 ) -> None:
     """The op in plain PyTorch."""
+    rule.check("ascend", delta.dim())
+    form, tensors = signatures.ascend(delta, grad, mask, skipped, lookup)
+    form.check_shapes(tensors)
     if delta.numel() > 0:
-        _move(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group)
-    if weight is not None and ids is not None and embedded is not None:
-        embedded.copy_(gather(weight, ids, delta, slot))
+        _move(delta, grad, mask, skipped, rule)
+    if lookup is not None:
+        lookup.embedded.copy_(gather(lookup.weight, lookup.ids, delta, lookup.slot))
 
 
-def _move(
-    delta: Tensor,
-    grad: Tensor,
-    mask: Tensor | None,
-    skipped: Tensor,
-    step_size: float,
-    epsilon: float | None,
-    direction: str,
-    ball: str,
-    group: int,
-) -> None:
+def _move(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor, rule: Rule) -> None:
+    step_size, epsilon, direction, ball, group = rule
     wide = torch.promote_types(delta.dtype, torch.float32)
     g = grad.to(wide)
     if mask is not None:
@@ -124,6 +107,11 @@ def _largest(x: Tensor) -> Tensor:
     return x.abs().amax(dim=1, keepdim=True)
 
 
+def unpacked(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor, *flat: Any) -> tuple[Any, ...]:
+    """The schema's flat list as backends take it."""
+    return delta, grad, mask, skipped, Rule._make(flat[:5]), lookup_of(*flat[5:])
+
+
 OP = Op(
     "ascend",
     "(Tensor(a!) delta, Tensor grad, Tensor? mask, Tensor(b!) skipped, float step_size, float? epsilon, "
@@ -132,6 +120,7 @@ OP = Op(
     eager=eager,
     fake=in_place,
     backends=[Backend("C++", "cpu", native_ascend, native.reason), triton("ascend")],
+    unpack=unpacked,
 )
 
 
@@ -154,59 +143,20 @@ def ascend(
 ) -> None:
     """Move `delta` one step up `grad`, in place, and write `embedded`; see the module's formula.
 
-    The eager version takes any strides and any floating dtype; `fastadv.native.ascend` says what the others take.
+    The eager version takes any strides and any floating dtype; `fastadv.arguments.signatures` says what the others
+    take.
 
     Raises:
         ValueError: an unknown direction or ball, shapes or strides that do not fit, or a mask that is not bool.
         TypeError: a dtype that does not fit or that the chosen backend does not serve.
         IndexError: an id or slot out of range (on the CPU).
 
-    Example:
+    Examples:
         >>> delta, skipped = torch.zeros(1, 2), torch.zeros((), dtype=torch.int64)
         >>> grad = torch.tensor([[3.0, 4.0]])
         >>> ascend(delta, grad, skipped=skipped, step_size=0.5, epsilon=1.0, direction="l2", ball="l2", group=1)
         >>> delta
         tensor([[0.3000, 0.4000]])
     """
-    run = OP.choose(delta.device.type, fused)
-    if run is OP.eager:  # a launcher checks for itself
-        check(delta, grad, mask, direction, ball, group)
-        check_embedding(delta, weight, ids, slot, embedded)
-    run(delta, grad, mask, skipped, step_size, epsilon, direction, ball, group, weight, ids, slot, embedded)
-
-
-def check(delta: Tensor, grad: Tensor, mask: Tensor | None, direction: str, ball: str, group: int) -> None:
-    """Raises ValueError unless delta may move along grad."""
-    if direction not in DIRECTIONS:
-        raise ValueError(f"direction must be one of {', '.join(DIRECTIONS)}, not {direction!r}")
-    if ball not in BALLS:
-        raise ValueError(f"ball must be one of {', '.join(BALLS)}, not {ball!r}")
-    if grad.shape != delta.shape:
-        raise ValueError(f"grad has shape {tuple(grad.shape)}, delta {tuple(delta.shape)}: they must be equal")
-    if not 0 <= group < delta.ndim:
-        raise ValueError(f"group must be from 0 to {delta.ndim - 1}, not {group}")
-    if mask is not None and (mask.shape != delta.shape[:-1] or mask.dtype != torch.bool):
-        wanted, got = tuple(delta.shape[:-1]), tuple(mask.shape)
-        raise ValueError(f"mask must be bool with shape {wanted}, not {mask.dtype} with shape {got}")
-
-
-def check_embedding(
-    delta: Tensor, weight: Tensor | None, ids: Tensor | None, slot: Tensor | None, embedded: Tensor | None
-) -> None:
-    """Raises ValueError or TypeError unless the ids' rows, moved by delta, go into `embedded`."""
-    if weight is None and ids is None and slot is None and embedded is None:
-        return
-    if weight is None or ids is None or embedded is None:
-        raise ValueError("weight, ids and embedded belong together: give all three, or none of them and no slot")
-    if embedded.dtype != weight.dtype:
-        raise TypeError(f"embedded must be {weight.dtype}, as weight is, but is {embedded.dtype}")
-    if embedded.shape != (*ids.shape, delta.shape[-1]):
-        wanted = (*ids.shape, delta.shape[-1])
-        raise ValueError(f"embedded must have shape {wanted}, but has {tuple(embedded.shape)}")
-    if slot is None and delta.shape != embedded.shape:
-        raise ValueError(f"without slot, delta must have shape {tuple(embedded.shape)}, not {tuple(delta.shape)}")
-    if slot is not None and (delta.ndim != 2 or slot.shape != ids.shape):
-        raise ValueError(
-            f"with slot, delta must be [R, D] and slot of the shape of ids {tuple(ids.shape)}, "
-            f"but they are {tuple(delta.shape)} and {tuple(slot.shape)}"
-        )
+    rule, lookup = Rule(step_size, epsilon, direction, ball, group), lookup_of(weight, ids, slot, embedded)
+    OP.on(delta, fused)(delta, grad, mask, skipped, rule, lookup)

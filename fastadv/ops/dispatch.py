@@ -7,10 +7,11 @@ insists on one, `fused=False` is the eager version.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from fastadv.kernels import launcher
 from fastadv.kernels import reason as no_triton
@@ -20,6 +21,11 @@ LIBRARY = torch.library.Library("fastadv", "DEF")  # type: ignore[no-untyped-cal
 
 def there() -> None:
     """The reason of a backend that cannot be missing."""
+
+
+def flat(*arguments: Any) -> tuple[Any, ...]:
+    """The arguments of an op whose backends take its schema as it is."""
+    return arguments
 
 
 class Backend(NamedTuple):
@@ -53,6 +59,8 @@ class Status(NamedTuple):
 class Op:
     """An op's contract, and the backends that keep it."""
 
+    _chosen: dict[tuple[str, bool | None], Callable[..., Any]]
+
     def __init__(
         self,
         name: str,
@@ -62,17 +70,32 @@ class Op:
         fake: Callable[..., Any],
         backends: Sequence[Backend] = (),
         device_types: Sequence[str] = ("cpu", "cuda"),
+        unpack: Callable[..., tuple[Any, ...]] = flat,
     ) -> None:
         self.name = name
         self.eager = eager
         self.device_types = tuple(device_types)
-        self.backends = {backend.device: backend for backend in backends}
+        self.backends: Mapping[str, Backend] = {backend.device: backend for backend in backends}
+        self._unpack = unpack
         LIBRARY.define(f"{name}{schema}")  # type: ignore[no-untyped-call]
-        LIBRARY.impl(name, eager, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+        LIBRARY.impl(name, self._impl(None), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
         for device in self.backends:
-            LIBRARY.impl(name, self._chosen(device), device.upper())  # type: ignore[no-untyped-call]
+            LIBRARY.impl(name, self._impl(device), device.upper())  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"fastadv::{name}", fake, lib=LIBRARY)
         OPS.append(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whatever is replaced, a function that was chosen before is chosen anew."""
+        super().__setattr__(name, value)
+        super().__setattr__("_chosen", {})
+
+    def on(self, tensor: Tensor, fused: bool | None) -> Callable[..., Any]:
+        """The function that runs the op on the tensor's device: found once for each device and `fused`."""
+        key = ("cpu" if tensor.is_cpu else tensor.device.type, fused)  # naming a device takes longer than all the rest
+        function = self._chosen.get(key)
+        if function is None:
+            function = self._chosen[key] = self.choose(*key)
+        return function
 
     def choose(self, device: str, fused: bool | None) -> Callable[..., Any]:
         """The function that runs the op on `device` ("cpu", "cuda"), by the rules above."""
@@ -90,11 +113,12 @@ class Op:
         backend = self.backends.get(device)
         return f"no backend for {device}" if backend is None else backend.reason()
 
-    def _chosen(self, device: str) -> Callable[..., Any]:
-        """What torch's dispatcher calls: the choice waits until then."""
+    def _impl(self, device: str | None) -> Callable[..., Any]:
+        """A kernel for torch's dispatcher. It chooses when it is called; without a device, the eager version."""
 
         def run(*arguments: Any, **named: Any) -> Any:
-            return self.choose(device, None)(*arguments, **named)
+            function = self.eager if device is None else self.choose(device, None)
+            return function(*self._unpack(*arguments, **named))
 
         return run
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from fastadv import native
-from fastadv.native.divergence import KINDS, Result
+from fastadv.arguments.kinds import kind_code
+from fastadv.native.divergence import Result
 from fastadv.native.divergence import divergence as native_divergence
 from fastadv.ops.dispatch import Backend, Op, triton
 
@@ -103,7 +104,7 @@ class _Divergence(torch.autograd.Function):
         ctx.save_for_backward(logits, target, weights)
         ctx.kind, ctx.fused = kind, fused
         wants = [training and needed for needed in ctx.needs_input_grad[:2]]
-        values, *ctx.found = OP.choose(logits.device.type, fused)(logits, target, weights, kind, *wants)
+        values, *ctx.found = OP.on(logits, fused)(logits, target, weights, kind, *wants)
         total: Tensor = values.sum()
         return total
 
@@ -115,7 +116,7 @@ class _Divergence(torch.autograd.Function):
         found, ctx.found = ctx.found, None
         if found is None:
             logits, target, weights = ctx.saved_tensors
-            _, *found = OP.choose(logits.device.type, ctx.fused)(logits, target, weights, ctx.kind, *wants)
+            _, *found = OP.on(logits, ctx.fused)(logits, target, weights, ctx.kind, *wants)
         _scale([one for one, wants_it in zip(found, wants, strict=True) if wants_it], grad)
         return (*(one if wants_it else None for one, wants_it in zip(found, wants, strict=True)), *[None] * 4)
 
@@ -165,7 +166,7 @@ def divergence(
     Raises:
         ValueError: an unknown kind, or shapes that do not fit.
 
-    Example:
+    Examples:
         >>> logits, target = torch.zeros(1, 2, requires_grad=True), torch.tensor([[0.0, 1.0]])
         >>> value = divergence(logits, target, "kl")
         >>> value.backward()
@@ -194,8 +195,7 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _check(logits: Tensor, target: Tensor, kind: str, weights: Tensor | None) -> None:
-    if kind not in KINDS:
-        raise ValueError(f"divergence: kind must be one of {', '.join(map(repr, KINDS))}, not {kind!r}")
+    kind_code(kind)
     if logits.shape != target.shape or logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"divergence: logits and target must have one shape [..., C], not {tuple(logits.shape)} and "

@@ -19,12 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastadv import native
+from fastadv.arguments.segments import Segments
 from fastadv.native.gather_perturb import gather_perturb as native_gather_perturb
 from fastadv.native.gather_perturb import gather_perturb_backward as native_backward
 from fastadv.ops.dispatch import Backend, Op, in_place, triton
-from fastadv.ops.segment_sum import Segments, rows_of
+from fastadv.ops.segment_sum import rows_of
 
 
 def eager(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None) -> Tensor:
@@ -108,7 +110,7 @@ class _GatherPerturb(torch.autograd.Function):
         ctx.vocabulary, ctx.padding_idx, ctx.leaf_dtype = weight.shape[0], padding_idx, leaf.dtype
         if ready is not None:
             return ready.detach()  # an alias: the graph hangs on it, and not on the caller's buffer
-        out: Tensor = OP.choose(weight.device.type, fused)(weight, ids, added, slot)
+        out: Tensor = OP.on(weight, fused)(weight, ids, added, slot)
         return out
 
     @staticmethod
@@ -155,7 +157,7 @@ def gather_perturb(
         IndexError: an id outside the table, or a slot outside `added` (on the CPU).
         ValueError: shapes that do not fit, or `slot` without `added`.
 
-    Example:
+    Examples:
         >>> table, leaf = torch.arange(4.0).view(2, 2), torch.zeros(3, 2, requires_grad=True)
         >>> r, slot = torch.full((1, 2), 0.5), torch.tensor([0, -1, 0])
         >>> out = gather_perturb(table, torch.tensor([1, 1, 0]), leaf, added=r, slot=slot)
@@ -168,8 +170,17 @@ def gather_perturb(
     """
     _check(weight, ids, leaf, added, slot, ready)
     padding = -1 if padding_idx is None else padding_idx
+    if not _differentiates(weight, leaf):
+        return ready.detach() if ready is not None else OP.on(weight, fused)(weight, ids, added, slot)
     out: Tensor = _GatherPerturb.apply(weight, leaf, ids, added, slot, ready, padding, fused)  # type: ignore[no-untyped-call]
     return out
+
+
+def _differentiates(weight: Tensor, leaf: Tensor) -> bool:
+    """Whether the result needs a graph. In forward mode too, so that autograd can say that there is none."""
+    if forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and (leaf.requires_grad or weight.requires_grad)
 
 
 def _check(
@@ -212,14 +223,14 @@ def gather_perturb_backward(
         IndexError: an id outside the table (on the CPU); nothing has been written then.
         TypeError, ValueError: dtypes or shapes that do not fit.
 
-    Example:
+    Examples:
         >>> from fastadv.ops import segments
         >>> ids, table_grad = torch.tensor([2, 0, 2]), torch.ones(3, 1)
         >>> gather_perturb_backward(table_grad, [torch.tensor([[1.0], [2.0], [3.0]])], ids, segments(ids, 3))
         >>> table_grad.flatten()
         tensor([3., 1., 5.])
     """
-    run = BACKWARD_OP.choose(table_grad.device.type, fused)
+    run = BACKWARD_OP.on(table_grad, fused)
     flat = [rows_of(grad) for grad in grads]
     with torch.no_grad():
         run(table_grad, flat, ids.reshape(-1), groups.order, groups.starts, -1 if padding_idx is None else padding_idx)

@@ -90,7 +90,7 @@ class Plan:
         TypeError: dtypes that differ.
         RuntimeError: `fused=True` where the C++ ops cannot run.
 
-    Example:
+    Examples:
         >>> sums, grads = [torch.zeros(2)], [torch.ones(2)]
         >>> plan = Plan(sums, grads)
         >>> plan.accumulate(0.5)
@@ -175,7 +175,7 @@ class Backup:
 
     The copies' memory is used again from one `save` to the next.
 
-    Example:
+    Examples:
         >>> layer = torch.nn.Linear(2, 1)
         >>> backup = Backup(layer.parameters())
         >>> layer.weight.grad = torch.ones(1, 2)

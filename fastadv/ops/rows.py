@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from fastadv import native
+from fastadv.arguments import signatures
+from fastadv.arguments.rule import Rule
 from fastadv.native import rows as native_rows
-from fastadv.ops.ascend import BALLS, DIRECTIONS, _project, with_norm
+from fastadv.ops.ascend import _project, with_norm
 from fastadv.ops.dispatch import Backend, Op, in_place
 
 
@@ -40,6 +42,14 @@ def eager_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
 def eager_restore(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
     """`restore` in plain PyTorch."""
     if rows is None:
+        signatures.ROWS_RESTORE.check_shapes((table, saved))
+    else:
+        signatures.SOME_ROWS_RESTORE.check_shapes((table, rows, saved))
+    _put(table, saved, rows)
+
+
+def _put(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
+    if rows is None:
         table.copy_(saved)
     else:
         table.index_copy_(0, rows, saved)
@@ -52,13 +62,15 @@ def eager_step(
     saved: Tensor | None,
     rows: Tensor | None,
     skipped: Tensor,
-    step_size: float,
-    epsilon: float | None,
-    direction: str,
-    ball: str,
-    group: int,
+    rule: Rule,
 ) -> None:
     """`step` in plain PyTorch."""
+    native_rows.check_step(rule, saved)
+    if rows is None:
+        signatures.ROWS_STEP.check_shapes((table, grad, skipped, saved))
+    else:
+        signatures.SOME_ROWS_STEP.check_shapes((table, grad, skipped, rows, saved))
+    step_size, epsilon, direction, ball, group = rule
     before = table if rows is None else table.index_select(0, rows)
     if before.numel() == 0:
         return
@@ -70,14 +82,12 @@ def eager_step(
     g = torch.where(finite, g, 0)
     at = before.to(wide).reshape(groups)
     moved = at + (step_size * g.sign() if direction == "sign" else with_norm(g, step_size, direction))
-    if epsilon is not None and ball != "none":
-        if saved is None:
-            raise ValueError(f"ball={ball!r} is around the rows as they were: saved cannot be None")
+    if rule.bounded and saved is not None:
         centre = saved.to(wide).reshape(groups)
         moved = centre + _project(moved - centre, epsilon, ball, direction)
     after = moved.reshape(before.shape).to(table.dtype)
     stays = (g == 0).all(dim=1, keepdim=True)
-    eager_restore(table, torch.where(stays if group else stays.reshape(()), before, after), rows)
+    _put(table, torch.where(stays if group else stays.reshape(()), before, after), rows)
 
 
 def _fake_touched(table: Tensor) -> Tensor:
@@ -89,15 +99,20 @@ def _fake_back_up(table: Tensor, rows: Tensor | None) -> Tensor:
 
 
 def _op(
-    name: str, schema: str, eager: Callable[..., Any], fake: Callable[..., Any], on_cuda: Backend | None = None
+    name: str,
+    schema: str,
+    eager: Callable[..., Any],
+    fake: Callable[..., Any],
+    on_cuda: Backend | None = None,
+    **more: Any,
 ) -> Op:
     function = getattr(native_rows, name)
     on_cpu = Backend("C++", "cpu", function, native.reason)
     on_cuda = on_cuda or Backend("CUDA C++", "cuda", function, native.cuda_reason)
-    return Op(name, schema, eager=eager, fake=fake, backends=[on_cpu, on_cuda])
+    return Op(name, schema, eager=eager, fake=fake, backends=[on_cpu, on_cuda], **more)
 
 
-# How many rows were touched, only the device knows: whoever asks waits for it, and PyTorch does that as well.
+# The count lives on the device, so this synchronises; PyTorch does that as well as anybody.
 TOUCHED = _op(
     "rows_touched", "(Tensor table) -> Tensor", eager_touched, _fake_touched, Backend("PyTorch", "cuda", eager_touched)
 )
@@ -109,17 +124,18 @@ STEP = _op(
     "float? epsilon, str direction, str ball, int group) -> ()",
     eager_step,
     in_place,
+    unpack=lambda *flat: (*flat[:5], Rule._make(flat[5:])),
 )
 
 
 def touched(table: Tensor, *, fused: bool | None = None) -> Tensor:
     """The rows of `table` [V, D] that hold anything but zero (NaN is something, -0.0 is not): int64, ascending.
 
-    Example:
+    Examples:
         >>> touched(torch.tensor([[0.0, 0.0], [0.0, 2.0]]))
         tensor([1])
     """
-    found: Tensor = TOUCHED.choose(table.device.type, fused)(table)
+    found: Tensor = TOUCHED.on(table, fused)(table)
     return found
 
 
@@ -129,11 +145,11 @@ def back_up(table: Tensor, rows: Tensor | None = None, *, fused: bool | None = N
     Raises:
         IndexError: a row outside the table (on the CPU).
 
-    Example:
+    Examples:
         >>> back_up(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1]))
         tensor([[3., 4.]])
     """
-    saved: Tensor = BACK_UP.choose(table.device.type, fused)(table, rows)
+    saved: Tensor = BACK_UP.on(table, fused)(table, rows)
     return saved
 
 
@@ -144,7 +160,7 @@ def restore(table: Tensor, saved: Tensor, rows: Tensor | None = None, *, fused: 
         ValueError: shapes that do not fit.
         IndexError: a row outside the table (on the CPU).
 
-    Example:
+    Examples:
         >>> table, rows = torch.ones(3, 2), torch.tensor([0, 2])
         >>> saved = back_up(table, rows)
         >>> table[0] = float("nan")
@@ -152,10 +168,7 @@ def restore(table: Tensor, saved: Tensor, rows: Tensor | None = None, *, fused: 
         >>> table.sum()
         tensor(6.)
     """
-    run = RESTORE.choose(table.device.type, fused)
-    if run is RESTORE.eager:  # a launcher checks for itself
-        _check_saved(table, saved, rows)
-    run(table, saved, rows)
+    RESTORE.on(table, fused)(table, saved, rows)
 
 
 def step(
@@ -182,7 +195,7 @@ def step(
         ValueError: an unknown direction or ball, shapes that do not fit, or a ball without `saved`.
         IndexError: a row outside the table (on the CPU).
 
-    Example:
+    Examples:
         >>> table, skipped = torch.ones(2, 2), torch.zeros((), dtype=torch.int64)
         >>> saved, grad = back_up(table), torch.tensor([[0.0, 0.0], [3.0, 4.0]])
         >>> step(table, grad, skipped=skipped, step_size=1.0, epsilon=0.5, saved=saved)
@@ -190,28 +203,5 @@ def step(
         tensor([[1.0000, 1.0000],
                 [1.3000, 1.4000]])
     """
-    run = STEP.choose(table.device.type, fused)
-    if run is STEP.eager:  # a launcher checks for itself
-        _check(table, grad, saved, rows, direction, ball, group)
-    run(table, grad, saved, rows, skipped, step_size, epsilon, direction, ball, group)
-
-
-def _check(
-    table: Tensor, grad: Tensor, saved: Tensor | None, rows: Tensor | None, direction: str, ball: str, group: int
-) -> None:
-    if direction not in DIRECTIONS or ball not in BALLS or group not in (0, 1):
-        raise ValueError(
-            f"direction must be one of {', '.join(DIRECTIONS)}, ball one of {', '.join(BALLS)} and group 0 or 1, "
-            f"not {direction!r}, {ball!r} and {group!r}"
-        )
-    if grad.shape != table.shape or grad.dtype != table.dtype:
-        wanted, got = (f"{t.dtype} with shape {tuple(t.shape)}" for t in (table, grad))
-        raise (ValueError if grad.dtype == table.dtype else TypeError)(f"grad must be {wanted}, not {got}")
-    if saved is not None:
-        _check_saved(table, saved, rows)
-
-
-def _check_saved(table: Tensor, saved: Tensor, rows: Tensor | None) -> None:
-    wanted = (table.shape[0] if rows is None else rows.shape[0], table.shape[1])
-    if saved.shape != wanted:
-        raise ValueError(f"saved must have shape {wanted}, but has {tuple(saved.shape)}")
+    rule = Rule(step_size, epsilon, direction, ball, group)
+    STEP.on(table, fused)(table, grad, saved, rows, skipped, rule)

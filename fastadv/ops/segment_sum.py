@@ -9,35 +9,18 @@ for `min(N, V)` rows, and those beyond the number of distinct ids are zero.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv import native
+from fastadv.arguments.segments import Segments
 from fastadv.native.segment_sum import segment_sum as native_segment_sum
 from fastadv.native.segment_sum import segments as native_segments
 from fastadv.ops.dispatch import Backend, Op, triton
 
 PLAN = "segments"
 SUM = "segment_sum"
-
-
-class Segments(NamedTuple):
-    """Where equal ids lie: segment s, the s-th smallest distinct id, is `order[starts[s]:starts[s + 1]]`."""
-
-    slot: Tensor  # [N] the segment of a position, -1 where it is masked
-    order: Tensor  # [N] positions by (id, masked, position)
-    starts: Tensor  # [rows + 1], N for segments beyond the last id
-    stops: Tensor  # [rows] where the masked positions of a segment begin
-
-    def trimmed(self) -> Segments:
-        """Without the room that no id takes; only on the CPU, where looking costs nothing."""
-        if self.starts.device.type != "cpu":
-            return self
-        rows = int((self.starts[:-1] < len(self.order)).sum())
-        return self._replace(starts=self.starts[: rows + 1], stops=self.stops[:rows])
 
 
 def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,7 +104,7 @@ def segments(ids: Tensor, vocabulary: int, *, mask: Tensor | None = None, fused:
         ValueError: a mask of another shape than `ids`, or a vocabulary below zero.
         IndexError: an id outside the table (on the CPU).
 
-    Example:
+    Examples:
         >>> segments(torch.tensor([7, 3, 7, 7]), 10, mask=torch.tensor([False, True, True, True]))
         Segments(slot=tensor([-1,  0,  1,  1]), order=tensor([1, 2, 3, 0]), starts=tensor([0, 1, 4, 4, 4]), \
 stops=tensor([1, 3, 4, 4]))
@@ -135,7 +118,7 @@ stops=tensor([1, 3, 4, 4]))
     if vocabulary < 0:
         raise ValueError(f"{PLAN}: vocabulary is the number of rows of the table, and cannot be {vocabulary}")
     flat = None if mask is None else mask.reshape(-1)
-    return Segments(*PLAN_OP.choose(ids.device.type, fused)(ids.reshape(-1), flat, vocabulary))
+    return Segments._make(PLAN_OP.on(ids, fused)(ids.reshape(-1), flat, vocabulary))
 
 
 def segment_sum(values: Tensor, groups: Segments, *, fused: bool | None = None) -> Tensor:
@@ -148,19 +131,17 @@ def segment_sum(values: Tensor, groups: Segments, *, fused: bool | None = None) 
         TypeError: values that are not floating.
         ValueError: `groups` of another number of positions.
 
-    Example:
+    Examples:
         >>> groups = segments(torch.tensor([7, 3, 7]), 10)
         >>> segment_sum(torch.tensor([[1.0], [2.0], [4.0]]), groups)
         tensor([[2.],
                 [5.],
                 [0.]])
     """
-    run = OP.choose(values.device.type, fused)
-    out: Tensor = run(rows_of(values), groups.order, groups.starts, groups.stops)
+    out: Tensor = OP.on(values, fused)(rows_of(values), groups.order, groups.starts, groups.stops)
     return out
 
 
 def rows_of(values: Tensor) -> Tensor:
-    """`values` as [N, D], each row in one piece: copied only where there is no such view."""
-    flat = values if values.ndim == 2 else values.reshape(-1, values.shape[-1])
-    return flat if flat.shape[1] <= 1 or flat.stride(1) == 1 else flat.contiguous()
+    """`values` as [N, D]."""
+    return values if values.dim() == 2 else values.reshape(-1, values.shape[-1])

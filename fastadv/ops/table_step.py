@@ -11,41 +11,40 @@ word's row is computed once and copied to its positions, and what is long is rea
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from fastadv import native
+from fastadv.arguments import signatures
+from fastadv.arguments.lookup import Lookup
+from fastadv.arguments.rule import Rule
+from fastadv.arguments.segments import Segments
 from fastadv.native.table_step import table_step as native_table_step
-from fastadv.ops.ascend import check, check_embedding
 from fastadv.ops.ascend import eager as ascend
 from fastadv.ops.dispatch import Backend, Op, in_place, triton
-from fastadv.ops.segment_sum import Segments, rows_of
 from fastadv.ops.segment_sum import eager as segment_sum
+from fastadv.ops.segment_sum import rows_of
 
 
 @torch.no_grad()
 def eager(
-    delta: Tensor,
-    grad: Tensor,
-    skipped: Tensor,
-    step_size: float,
-    epsilon: float | None,
-    direction: str,
-    ball: str,
-    group: int,
-    slot: Tensor,
-    order: Tensor,
-    starts: Tensor,
-    stops: Tensor,
-    weight: Tensor,
-    ids: Tensor,
-    embedded: Tensor,
-    room: Tensor,
+    delta: Tensor, grad: Tensor, skipped: Tensor, rule: Rule, groups: Segments, lookup: Lookup, room: Tensor
 ) -> None:
     """The op in plain PyTorch."""
-    room.copy_(segment_sum(grad, order, starts, stops))
-    rule = (step_size, epsilon, direction, ball, group)
-    ascend(delta, room, None, skipped, *rule, weight, ids, slot.view(ids.shape), embedded)
+    rule.check("table_step", delta.dim())
+    weight, ids, _, embedded = lookup
+    signatures.TABLE_STEP.check_shapes((delta, room, skipped, weight, ids, embedded, grad, *groups))
+    room.copy_(segment_sum(grad, *groups[1:]))
+    ascend(delta, room, None, skipped, rule, lookup._replace(slot=groups.slot.view(ids.shape)))
+
+
+def unpacked(delta: Tensor, grad: Tensor, skipped: Tensor, *flat: Any) -> tuple[Any, ...]:
+    """The schema's flat list as backends take it."""
+    weight, ids, embedded, room = flat[9:]
+    groups = Segments(flat[5].reshape(-1), *flat[6:9])
+    return delta, grad, skipped, Rule._make(flat[:5]), groups, Lookup(weight, ids, None, embedded), room
 
 
 OP = Op(
@@ -56,6 +55,7 @@ OP = Op(
     eager=eager,
     fake=in_place,
     backends=[Backend("C++", "cpu", native_table_step, native.reason), triton("table_step")],
+    unpack=unpacked,
 )
 
 
@@ -98,7 +98,7 @@ def table_step(
         TypeError, ValueError: dtypes or shapes that do not fit.
         IndexError: an index that points outside, or groups of other ids (on the CPU).
 
-    Example:
+    Examples:
         >>> from fastadv.ops import segments
         >>> table, ids, skipped = torch.zeros(3, 2), torch.tensor([2, 0, 2]), torch.zeros((), dtype=torch.int64)
         >>> groups, grad, out = segments(ids, 3).trimmed(), torch.tensor([[3.0, 0], [0, 0], [0, 4]]), torch.empty(3, 2)
@@ -110,40 +110,5 @@ def table_step(
                 [0.0000, 0.0000],
                 [0.3000, 0.4000]])
     """
-    if groups.slot.numel() != ids.numel():
-        raise ValueError(f"groups are of {groups.slot.numel()} positions, but there are {ids.numel()} ids")
-    grad, run = rows_of(grad), OP.choose(delta.device.type, fused)
-    if run is OP.eager:  # a launcher checks for itself
-        check(delta, delta, None, direction, ball, group)
-        check_embedding(delta, weight, ids, groups.slot.view(ids.shape), embedded)
-        _check(delta, grad, groups, room)
-    run(
-        delta,
-        grad,
-        skipped,
-        step_size,
-        epsilon,
-        direction,
-        ball,
-        group,
-        groups.slot,
-        groups.order,
-        groups.starts,
-        groups.stops,
-        weight,
-        ids,
-        embedded,
-        room,
-    )
-
-
-def _check(delta: Tensor, grad: Tensor, groups: Segments, room: Tensor) -> None:
-    if room.dtype != delta.dtype:
-        raise TypeError(f"room must be {delta.dtype}, as delta is, but is {room.dtype}")
-    if room.shape != delta.shape:
-        raise ValueError(f"room must have delta's shape {tuple(delta.shape)}, but has {tuple(room.shape)}")
-    if len(groups.stops) != len(delta):
-        raise ValueError(f"groups has {len(groups.stops)} segments, but delta {len(delta)} rows")
-    wanted = (len(groups.order), delta.shape[1])
-    if grad.shape != wanted:
-        raise ValueError(f"grad must be {wanted}, but has shape {tuple(grad.shape)}")
+    rule = Rule(step_size, epsilon, direction, ball, group)
+    OP.on(delta, fused)(delta, rows_of(grad), skipped, rule, groups, Lookup(weight, ids, None, embedded), room)

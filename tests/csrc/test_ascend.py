@@ -15,11 +15,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastadv import native
-from fastadv.native.ascend import ascend
-from fastadv.ops.ascend import BALLS, DIRECTIONS, eager
+from fastadv.arguments.rule import BALLS, DIRECTIONS
+from fastadv.native.ascend import ascend as native_ascend
+from fastadv.ops.ascend import eager as eager_ascend
+from tests.flat import ascends
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no C++ ops: {native.reason()}")
 
+ascend, eager = ascends(native_ascend), ascends(eager_ascend)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (F64, F64), (F32, BF16), (F32, F16)]  # of delta and of the gradient
 TOLERANCE = {F32: 2e-6, F64: 1e-14}
@@ -316,11 +319,11 @@ REFUSED = {
     "weight alone": (FIT | {"weight": torch.zeros(5, 3)}, ValueError, "belong together"),
     "slot alone": (FIT | {"slot": SLOT}, ValueError, "belong together"),
     "weight dtype": (EMBEDS | {"weight": torch.zeros(5, 3).double()}, TypeError, "does not go with"),
-    "weight shape": (EMBEDS | {"weight": torch.zeros(5, 4)}, ValueError, r"table \[V, 3\]"),
+    "weight shape": (EMBEDS | {"weight": torch.zeros(5, 4)}, ValueError, r"weight must have shape \[V, 3\]"),
     "weight strides": (EMBEDS | {"weight": torch.zeros(3, 5).T}, ValueError, "inner stride 1"),
     "weight device": (EMBEDS | {"weight": torch.zeros(5, 3, device="meta")}, ValueError, "weight is on meta"),
     "ids dtype": (EMBEDS | {"ids": torch.zeros(2)}, TypeError, "int64 or int32"),
-    "ids shape": (EMBEDS | {"ids": torch.tensor([0])}, ValueError, "embedded must have shape"),
+    "ids shape": (EMBEDS | {"ids": torch.tensor([0])}, ValueError, "ids must have shape"),
     "ids device": (EMBEDS | {"ids": torch.tensor([0, 1], device="meta")}, ValueError, "ids is on meta"),
     "embedded dtype": (EMBEDS | {"embedded": torch.zeros(2, 3).half()}, TypeError, "as weight is"),
     "embedded shape": (EMBEDS | {"embedded": torch.zeros(3, 3)}, ValueError, "embedded must have shape"),
@@ -329,7 +332,7 @@ REFUSED = {
     "delta of other positions": (EMBEDS | {"ids": torch.tensor([0]), "embedded": torch.zeros(1, 3)},
                                  ValueError, "without slot"),
     "slot dtype": (EMBEDS | {"slot": SLOT.int()}, TypeError, "int64"),
-    "slot shape": (EMBEDS | {"slot": torch.tensor([0])}, ValueError, "slot has shape"),
+    "slot shape": (EMBEDS | {"slot": torch.tensor([0])}, ValueError, "slot must have shape"),
     "slot device": (EMBEDS | {"slot": SLOT.to("meta")}, ValueError, "slot is on meta"),
     "slot and delta": (EMBEDS | {"slot": SLOT, "delta": torch.zeros(2, 1, 3), "grad": torch.ones(2, 1, 3)},
                        ValueError, r"\[R, D\]"),

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from fastadv import native
+from fastadv.arguments.rule import BALLS, DIRECTIONS
 from fastadv.native.flags import check
 from fastadv.native.grads import grads_accumulate, grads_average, grads_copy
-from fastadv.native.rows import rows_back_up, rows_restore, rows_step
-from fastadv.ops.ascend import BALLS, DIRECTIONS
+from fastadv.native.rows import rows_back_up, rows_restore
+from fastadv.native.rows import rows_step as native_rows_step
 from fastadv.ops.grads import Backup, Plan
+from tests.flat import row_steps
 from tests.support import same_bits
 
 pytestmark = [
@@ -22,6 +24,7 @@ pytestmark = [
     pytest.mark.skipif(native.cuda_reason() is not None, reason=f"no CUDA ops: {native.cuda_reason()}"),
 ]
 
+rows_step = row_steps(native_rows_step)
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 DIMS = [1, 33, 768, 1025]

@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from fastadv import native
+from fastadv.native import toolchain
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = {"rows": 4 * 4 + 4, "grads": 1}  # a step's four kernels for four dtypes, and copies of four word lengths
 SLOW = [pytest.param(arch, marks=pytest.mark.slow) for arch in (80, 100)]
-
-
-def toolchain() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("toolchain", ROOT / "csrc" / "toolchain.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_cuda_file_is_here() -> None:
@@ -32,16 +22,15 @@ def test_every_cuda_file_is_here() -> None:
 @pytest.mark.parametrize("arch", [90, *SLOW])
 @pytest.mark.parametrize("op", KERNELS)
 def test_compiles_without_spills(op: str, arch: int, tmp_path: Path) -> None:
-    tools = toolchain()
     try:
-        nvcc = tools.find_nvcc()
-    except tools.ToolchainError as missing:
+        nvcc = toolchain.find_nvcc()
+    except toolchain.ToolchainError as missing:
         pytest.skip(str(missing))
     if str(arch) not in [known.removesuffix("+PTX") for known in nvcc.architectures]:
         pytest.skip(f"nvcc {nvcc.version} does not know sm_{arch}")
     command = [nvcc.command, "-std=c++17", "-O3", "-DFASTADV_WITH_CUDA", "-Xptxas", "-v", "-Werror", "all-warnings"]
     source = ROOT / "csrc" / f"{op}_cuda.cu"
-    output = tools.run([*command, "-cubin", f"-arch=sm_{arch}", str(source), "-o", str(tmp_path / "op.cubin")])
+    output = toolchain.run([*command, "-cubin", f"-arch=sm_{arch}", str(source), "-o", str(tmp_path / "op.cubin")])
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", output)
     kernels = re.findall(r"Compiling entry function '(\w*_kernel\w*)'", output)
     assert len(kernels) == KERNELS[op], output

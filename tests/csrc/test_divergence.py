@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from fastadv import native
-from fastadv.native.divergence import KINDS, divergence
+from fastadv.arguments.kinds import KINDS
+from fastadv.native.divergence import divergence
 
 pytestmark = [
     pytest.mark.native,
@@ -76,8 +77,8 @@ def test_wrong_calls() -> None:
     refused(ValueError, "kind must be one of", kind="mean")
     refused(TypeError, "logits is torch.int64, but must be one of", logits=logits.long())
     refused(TypeError, "target must be torch.float32", target=target.double())
-    refused(ValueError, r"target must be .* with shape \(3, 5\)", target=target[:, :4])
-    refused(ValueError, r"must be adjacent", logits=logits.t().contiguous().t())
-    refused(ValueError, r"weights must be torch.float32 with shape \(3,\)", weights=weights.double())
-    refused(ValueError, r"weights must be torch.float32 with shape \(3,\)", weights=weights[:2])
-    refused(ValueError, "logits must be", logits=logits[0])
+    refused(ValueError, r"target must have shape \(3, 5\)", target=target[:, :4])
+    refused(ValueError, "adjacent elements", logits=logits.t().contiguous().t())
+    refused(TypeError, "weights must be torch.float32 for logits of torch.float32", weights=weights.double())
+    refused(ValueError, r"weights must have shape \(3,\)", weights=weights[:2])
+    refused(ValueError, "logits must have shape", logits=logits[0])

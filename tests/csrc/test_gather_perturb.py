@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastadv import native
 from fastadv.native.gather_perturb import gather_perturb
+from tests.csrc.guards import guards_stand, untouched, watched
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no C++ ops: {native.reason()}")
 
@@ -187,20 +188,19 @@ def test_an_empty_table_has_no_rows() -> None:
 
 
 def test_nothing_is_written_when_an_id_is_out_of_range() -> None:
-    """Straight to the extension: the buffer that the launcher allocates is never seen again after an error."""
-    weight, out = torch.randn(5, 3), torch.full((4, 3), 7.0)
-    ids = torch.tensor([0, 1, 2, 99])
-    extension = native.extension()
-    call = extension.GatherPerturbCall(0, weight.data_ptr(), 3, 5, ids.data_ptr(), 0, 0, 0, out.data_ptr(), 4, 3)
+    weight = watched(torch.randn(5, 3))
     with pytest.raises(IndexError):
-        extension.gather_perturb_cpu(call, 1)
-    assert torch.equal(out, torch.full((4, 3), 7.0))
+        gather_perturb(weight, torch.tensor([0, 1, 2, 99]), None, None)
+    [room] = weight.rooms
+    assert untouched(room)
+    gather_perturb(weight, torch.tensor([0, 1, 2, 4]), None, None)
+    assert guards_stand(weight.rooms[1])
 
 
 W, IDS, DELTA = torch.zeros(5, 3), torch.tensor([0, 1]), torch.zeros(2, 3)
 REFUSED = {
     "weight inner stride": ((torch.zeros(3, 5).T, IDS, None, None), ValueError, "inner stride 1"),
-    "weight not a table": ((torch.zeros(5), IDS, None, None), ValueError, r"table \[V, D\]"),
+    "weight not a table": ((torch.zeros(5), IDS, None, None), ValueError, r"shape \[V, D\]"),
     "weight dtype": ((W.int(), IDS, None, None), TypeError, "float32, float64, bfloat16, float16"),
     "weight sparse": ((W.to_sparse(), IDS, None, None), TypeError, "no plain memory"),
     "weight device": ((W.to("meta"), IDS.to("meta"), None, None), RuntimeError, "meta"),
@@ -208,13 +208,13 @@ REFUSED = {
     "ids device": ((W, IDS.to("meta"), None, None), ValueError, "ids is on meta"),
     "delta dtype": ((W, IDS, DELTA.double(), None), TypeError, "must be torch.float32"),
     "delta double": ((W.double(), IDS, DELTA, None), TypeError, "must be torch.float64"),
-    "delta shape": ((W, IDS, torch.zeros(2, 4), None), ValueError, r"give \(2, 3\)"),
+    "delta shape": ((W, IDS, torch.zeros(2, 4), None), ValueError, r"shape \(2, 3\)"),
     "delta strides": ((W, IDS, torch.zeros(3, 2).T, None), ValueError, r"delta\.contiguous\(\)"),
     "delta expanded": ((W, IDS, torch.zeros(3).expand(2, 3), None), ValueError, "contiguous"),
     "delta device": ((W, IDS, DELTA.to("meta"), None), ValueError, "delta is on meta"),
     "slot without delta": ((W, IDS, None, IDS), ValueError, "delta is None"),
     "slot dtype": ((W, IDS, DELTA, IDS.int()), TypeError, "int64"),
-    "slot shape": ((W, IDS, DELTA, torch.tensor([0])), ValueError, r"shape \(1,\)"),
+    "slot shape": ((W, IDS, DELTA, torch.tensor([0])), ValueError, r"has \(1,\)"),
     "slot and delta": ((W, IDS, torch.zeros(2, 3, 1), IDS), ValueError, r"\[R, 3\]"),
 }
 

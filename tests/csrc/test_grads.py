@@ -119,7 +119,7 @@ def test_copies_every_bit_often(**case: Any) -> None:
 A, B = torch.zeros(3), torch.ones(3)
 REFUSED: dict[str, tuple[Any, type[Exception], str]] = {
     "lengths": (([A], [B, B]), ValueError, "taken in pairs"),
-    "dtypes": (([A], [B.double()]), TypeError, "one dtype"),
+    "dtypes": (([A], [B.double()]), TypeError, "as into is"),
     "shapes": (([A], [torch.ones(4)]), ValueError, "one shape"),
     "dtype": (([A.int()], [B.int()]), TypeError, "float32, float64, bfloat16, float16"),
     "strides": (([A], [torch.ones(6)[::2]]), ValueError, r"sources\.contiguous\(\)"),

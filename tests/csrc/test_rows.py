@@ -13,13 +13,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastadv import native
-from fastadv.native.rows import rows_back_up, rows_restore, rows_step, rows_touched
-from fastadv.ops.ascend import BALLS, DIRECTIONS
-from fastadv.ops.rows import eager_back_up, eager_restore, eager_step, eager_touched
+from fastadv.arguments.rule import BALLS, DIRECTIONS
+from fastadv.native.rows import rows_back_up, rows_restore, rows_touched
+from fastadv.native.rows import rows_step as native_rows_step
+from fastadv.ops.rows import eager_back_up, eager_restore, eager_touched
+from fastadv.ops.rows import eager_step as eager_rows_step
+from tests.flat import row_steps
 from tests.support import same_bits
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no C++ ops: {native.reason()}")
 
+rows_step, eager_step = row_steps(native_rows_step), row_steps(eager_rows_step)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [F32, F64, BF16, F16]
 EPSILON = {F32: 4e-7, F64: 1e-15, BF16: 2**-8, F16: 2**-10}  # a few roundings; one of storage for 16 bits
@@ -246,12 +250,12 @@ W, G, N = torch.zeros(5, 3), torch.ones(5, 3), skips()
 R, S = torch.tensor([1, 4]), torch.zeros(2, 3)
 L2 = (0.3, 0.5, "l2", "l2", 0)
 REFUSED: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
-    "touched: vector": (rows_touched, (torch.zeros(3),), ValueError, r"table \[V, D\]"),
+    "touched: vector": (rows_touched, (torch.zeros(3),), ValueError, r"shape \[V, D\]"),
     "touched: dtype": (rows_touched, (W.int(),), TypeError, "float32, float64, bfloat16, float16"),
     "touched: sparse": (rows_touched, (W.to_sparse(),), TypeError, "no plain memory"),
     "touched: device": (rows_touched, (W.to("meta"),), RuntimeError, "CPU alone.* on meta"),
     "back_up: rows dtype": (rows_back_up, (W, R.int()), TypeError, "int64"),
-    "back_up: rows shape": (rows_back_up, (W, R.view(1, 2)), ValueError, "one list"),
+    "back_up: rows shape": (rows_back_up, (W, R.view(1, 2)), ValueError, r"rows must have shape \[K\]"),
     "back_up: below": (rows_back_up, (W, torch.tensor([-1])), IndexError, "row -1 at position 0 .* 5 rows"),
     "back_up: above": (rows_back_up, (W, torch.tensor([2, 5])), IndexError, "row 5 at position 1 .* 5 rows"),
     "back_up: twice": (rows_back_up, (W, torch.tensor([2, 2])), ValueError, "row 2 at position 1 .* only once"),
@@ -263,7 +267,7 @@ REFUSED: dict[str, tuple[Any, tuple[Any, ...], type[Exception], str]] = {
     "restore: saved strides": (rows_restore, (W, torch.zeros(3, 2).T, R), ValueError, "contiguous"),
     "restore: saved device": (rows_restore, (W, S.to("meta"), R), ValueError, "saved is on meta"),
     "restore: above": (rows_restore, (W, S, torch.tensor([0, 2**40])), IndexError, "out of range"),
-    "step: grad shape": (rows_step, (W, S, None, None, N, *L2), ValueError, "as the table has"),
+    "step: grad shape": (rows_step, (W, S, W.clone(), None, N, *L2), ValueError, r"grad must have shape \(5, 3\)"),
     "step: grad dtype": (rows_step, (W, G.double(), W.clone(), None, N, *L2), TypeError, "must be torch.float32"),
     "step: no saved": (rows_step, (W, G, None, None, N, *L2), ValueError, "saved cannot be None"),
     "step: saved": (rows_step, (W, G, S, None, N, *L2), ValueError, r"shape \(5, 3\)"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastadv import native
 from fastadv.native.segment_sum import segment_sum, segments
 from fastadv.ops.segment_sum import eager, eager_segments
+from tests.csrc.guards import guards_stand, untouched, watched
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no C++ ops: {native.reason()}")
 
@@ -85,29 +86,18 @@ def test_an_id_out_of_range_is_named(bad: int) -> None:
 
 @pytest.mark.parametrize("name", CASES)
 def test_plan_stays_inside_its_buffers_and_an_error_writes_nothing(name: str) -> None:
-    """Straight to the extension, with guards on both sides of every buffer."""
     ids, mask, vocabulary = CASES[name]
-    count, rows, guard = len(ids), min(len(ids), vocabulary), -77
-    sizes = [count, count, rows + 1, rows]
-    rooms = [torch.full((size + 8,), guard) for size in sizes]
-    extension = native.extension()
-
-    def run(words: Tensor) -> None:
-        masked = 0 if mask is None else mask.data_ptr()
-        places = [room.data_ptr() + 4 * room.element_size() for room in rooms]
-        extension.segments_cpu(extension.SegmentsCall(words.data_ptr(), masked, vocabulary, count, *places, rows))
-
-    if count:
-        wrong = ids.clone()
+    if len(ids):
+        wrong = watched(ids)
         wrong[-1] = vocabulary
         with pytest.raises(IndexError):
-            run(wrong)
-        assert all((room == guard).all() for room in rooms)
-    run(ids)
-    for room, size, want in zip(rooms, sizes, eager_segments(ids, mask, vocabulary), strict=True):
-        assert torch.equal(room[4 : 4 + size], want)
-        assert (room[:4] == guard).all()
-        assert (room[4 + size :] == guard).all()
+            segments(wrong, mask, vocabulary)
+        assert len(wrong.rooms) == 4
+        assert all(map(untouched, wrong.rooms))
+    good = watched(ids)
+    for got, want in zip(segments(good, mask, vocabulary), eager_segments(ids, mask, vocabulary), strict=True):
+        assert torch.equal(got, want)
+    assert all(map(guards_stand, good.rooms))
 
 
 def check_sum(values: Tensor, case: Case) -> None:
@@ -168,37 +158,29 @@ def test_threads_change_nothing(dtype: torch.dtype, threads: Callable[[int], Non
 def test_sums_are_written_inside_their_buffer_and_not_at_all_on_error() -> None:
     ids, mask, vocabulary = CASES["repeats"]
     _, order, starts, stops = segments(ids, mask, vocabulary)
-    values, room = torch.randn(101, 33), torch.full((19, 33), 7.0)
-    extension = native.extension()
-
-    def run(positions: Tensor, ends: Tensor) -> None:
-        places = [t.data_ptr() for t in (positions, starts, ends, room[1:])]
-        extension.segment_sum_cpu(extension.SegmentSumCall(0, values.data_ptr(), 33, 101, *places, 17, 33), 1)
-
     for bad in (-1, 102, 2**40):
-        wrong = order.clone()
+        values, wrong = watched(torch.randn(101, 33)), order.clone()
         wrong[50] = bad
         with pytest.raises(IndexError, match=rf"order\[50\] is {bad}.* 101 positions"):
-            run(wrong, stops)
+            segment_sum(values, wrong, starts, stops)
         wrong = stops.clone()
         wrong[3] = bad
         with pytest.raises(IndexError, match="segment 3 "):
-            run(order, wrong)
-    assert (room == 7).all()
-    run(order, stops)
-    assert torch.equal(room[1:18], segment_sum(values, order, starts, stops))
-    assert (room[0] == 7).all()
-    assert (room[18] == 7).all()
+            segment_sum(values, order, starts, wrong)
+        assert len(values.rooms) == 2
+        assert all(map(untouched, values.rooms))
+    segment_sum(values, order, starts, stops)
+    assert guards_stand(values.rooms[2])
 
 
 IDS, MASK = torch.tensor([0, 1]), torch.tensor([True, False])
 REFUSED_PLANS = {
     "ids dtype": ((IDS.float(), None, 3), TypeError, "int64 or int32"),
-    "ids shape": ((IDS.view(1, 2), None, 3), ValueError, r"must be \[N\]"),
+    "ids shape": ((IDS.view(1, 2), None, 3), ValueError, r"must have shape \[N\]"),
     "ids device": ((IDS.to("meta"), None, 3), RuntimeError, "CPU alone.* on meta"),
     "ids sparse": ((IDS.to_sparse(), None, 3), (TypeError, RuntimeError), "."),
     "mask dtype": ((IDS, MASK.int(), 3), TypeError, "mask must be bool"),
-    "mask shape": ((IDS, MASK[:1], 3), ValueError, r"mask has shape \(1,\)"),
+    "mask shape": ((IDS, MASK[:1], 3), ValueError, r"mask must have shape \(2,\)"),
     "mask device": ((IDS, MASK.to("meta"), 3), ValueError, "mask is on meta"),
     "vocabulary": ((IDS, None, -1), ValueError, "cannot be -1"),
 }
@@ -214,18 +196,16 @@ def test_plan_refuses(name: str) -> None:
 V, I = torch.zeros(2, 3), torch.tensor([0, 1])
 REFUSED_SUMS = {
     "values dtype": ((V.int(), I, I, I), TypeError, "float32, float64, bfloat16, float16"),
-    "values shape": ((V[0], I, I, I), ValueError, r"must be \[N, D\]"),
-    "values inner stride": ((torch.zeros(3, 2).T, I, I, I), ValueError, "inner stride 1"),
-    "values expanded inside": ((torch.zeros(2, 1).expand(2, 3), I, I, I), ValueError, "inner stride 1"),
+    "values shape": ((V[0], I, I, I), ValueError, r"must have shape \[N, D\]"),
     "values sparse": ((V.to_sparse(), I, I, I), TypeError, "no plain memory"),
     "order dtype": ((V, I.int(), I, I), TypeError, "order must be int64"),
-    "order shape": ((V, I[:1], I, I), ValueError, r"order must be \[2\]"),
+    "order shape": ((V, I[:1], I, I), ValueError, r"order must have shape \(2,\)"),
     "order strides": ((V, torch.arange(4)[::2], I, I), ValueError, r"order\.contiguous\(\)"),
     "order device": ((V, I.to("meta"), I, I), ValueError, "order is on meta"),
     "starts dtype": ((V, I, I.int(), I), TypeError, "starts must be int64"),
-    "starts too short": ((V, I, I[:1], I), ValueError, "starts has 1 entries, but stops has 2"),
+    "starts too short": ((V, I, I[:1], I), ValueError, "at least one for each of stops"),
     "stops dtype": ((V, I, I, I.float()), TypeError, "stops must be int64"),
-    "stops shape": ((V, I, I, I.view(1, 2)), ValueError, r"stops must be \[N\]"),
+    "stops shape": ((V, I, I, I.view(1, 2)), ValueError, r"stops must have shape \[R\]"),
 }
 
 
@@ -234,6 +214,12 @@ def test_sum_refuses(name: str) -> None:
     arguments, error, message = REFUSED_SUMS[name]
     with pytest.raises(error, match=message):
         segment_sum(*arguments)
+
+
+@pytest.mark.parametrize("values", [torch.randn(3, 2).T, torch.randn(2, 1).expand(2, 3)], ids=["columns", "expanded"])
+def test_values_whose_elements_are_apart(values: Tensor) -> None:
+    plan = (torch.tensor([1, 0]), torch.tensor([0, 1]), torch.tensor([1, 2]))
+    assert torch.equal(segment_sum(values, *plan), segment_sum(values.contiguous(), *plan))
 
 
 def test_nothing_is_mutated() -> None:

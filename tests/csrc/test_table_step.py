@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fastadv import native
-from fastadv.native.ascend import ascend
+from fastadv.arguments.rule import BALLS, DIRECTIONS
+from fastadv.native.ascend import ascend as native_ascend
 from fastadv.native.segment_sum import segment_sum, segments
-from fastadv.native.table_step import table_step
-from fastadv.ops.ascend import BALLS, DIRECTIONS
-from fastadv.ops.table_step import eager
+from fastadv.native.table_step import table_step as native_table_step
+from fastadv.ops.table_step import eager as eager_table_step
 from tests.csrc.test_ascend import edges, guarded
+from tests.flat import ascends, table_steps
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no C++ ops: {native.reason()}")
 
+ascend, table_step, eager = ascends(native_ascend), table_steps(native_table_step), table_steps(eager_table_step)
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [(F32, F32), (F64, F64), (F32, BF16), (F32, F16), (BF16, F32), (BF16, BF16), (F16, F16)]  # weight and gradient
 RULES = list(itertools.product(DIRECTIONS, BALLS))
@@ -254,12 +256,19 @@ def test_indices_that_do_not_fit_change_nothing(name: str) -> None:
     assert not room.any()
 
 
+def test_a_gradient_of_columns() -> None:
+    columns = GOOD._replace(grad=GOOD.grad.t().contiguous().t())
+    skipped, out, room = torch.tensor(0), torch.zeros(2, 4, 5), torch.zeros_like(GOOD.delta)
+    delta = GOOD.delta.clone()
+    columns.run(table_step, delta, columns.grad, skipped, out, room)
+    assert torch.equal(delta, GOOD.together()[0])
+
+
 REFUSED = {
     "a delta of halves": ({"delta": GOOD.delta.half()}, TypeError),
     "a gradient in float64": ({"grad": GOOD.grad.double()}, TypeError),
     "integers for a gradient": ({"grad": GOOD.grad.long()}, TypeError),
     "a gradient for fewer positions": ({"grad": GOOD.grad[1:]}, ValueError),
-    "a gradient of columns": ({"grad": GOOD.grad.t().contiguous().t()}, ValueError),
     "room of another shape": ({"room": GOOD.delta[1:].clone()}, ValueError),
     "room of halves": ({"room": GOOD.delta.half()}, TypeError),
     "room with gaps": ({"room": torch.zeros(4, 10)[:, ::2]}, ValueError),

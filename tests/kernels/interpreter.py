@@ -20,7 +20,7 @@ def take_over() -> None:
     for op in dispatch.OPS:
         backend = op.backends.get("cuda")
         if backend is not None and backend.name == "Triton":
-            op.backends["cpu"] = dispatch.Backend("Triton", "cpu", told(backend.function))
+            op.backends = {**op.backends, "cpu": dispatch.Backend("Triton", "cpu", told(backend.function))}
 
 
 def rounding(convert: Callable[..., Any]) -> Callable[..., Any]:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fastadv import kernels
-from fastadv.native.divergence import KINDS
+from fastadv.arguments.kinds import KINDS
+from fastadv.arguments.lookup import Lookup, lookup_of
+from fastadv.arguments.rule import BALLS, DIRECTIONS, Rule
 from fastadv.ops import segments
-from fastadv.ops.ascend import BALLS, DIRECTIONS
 
 triton = pytest.importorskip("triton")
 if kernels.interpreted():
@@ -100,17 +101,16 @@ def step(dtype: torch.dtype, dim: int, group: int, direction: str, ball: str, ma
         ids = torch.arange(32).view(2, 16)
         lookup = {"weight": torch.zeros(50, dim, dtype=dtype), "ids": ids, "embedded": torch.zeros_like(grad)}
     mask = torch.ones(2, 16, dtype=torch.bool) if masked else None
-    ascend.ascend(delta, grad, mask, torch.tensor(0), 0.1, 1.0, direction, ball, group, **lookup)
+    rule = Rule(0.1, 1.0, direction, ball, group)
+    ascend.ascend(delta, grad, mask, torch.tensor(0), rule, lookup_of(**lookup))
 
 
 def whole_table_step(dtype: torch.dtype, dim: int, group: int) -> None:
     ids = torch.arange(32)
     groups, delta = segments(ids, 50), torch.zeros(32, dim, dtype=in_place_of(dtype))
     weight, grad = torch.zeros(50, dim, dtype=dtype), torch.zeros(32, dim, dtype=dtype)
-    rule = (0.1, 1.0, "l2", "l2", group)
-    table_step.table_step(
-        delta, grad, torch.tensor(0), *rule, *groups, weight, ids, torch.zeros_like(grad), torch.zeros_like(delta)
-    )
+    rule, lookup = Rule(0.1, 1.0, "l2", "l2", group), Lookup(weight, ids, None, torch.zeros_like(grad))
+    table_step.table_step(delta, grad, torch.tensor(0), rule, groups, lookup, torch.zeros_like(delta))
 
 
 def compare(dtype: torch.dtype, classes: int, kind: str, both: bool = True) -> None:

@@ -15,26 +15,29 @@ import torch
 from torch import Tensor
 
 from fastadv import kernels
-from fastadv.native.divergence import KINDS
+from fastadv.arguments.kinds import KINDS
+from fastadv.arguments.rule import BALLS, DIRECTIONS
 from fastadv.native.flags import check
 from fastadv.ops import segments
-from fastadv.ops.ascend import BALLS, DIRECTIONS
-from fastadv.ops.ascend import eager as plain_ascend
+from fastadv.ops.ascend import eager as eager_ascend
 from fastadv.ops.divergence import eager as plain_divergence
 from fastadv.ops.gather_perturb import eager as plain_gather
 from fastadv.ops.gather_perturb import eager_backward as plain_backward
 from fastadv.ops.segment_sum import eager as plain_sum
-from fastadv.ops.table_step import eager as plain_table_step
+from fastadv.ops.table_step import eager as eager_table_step
+from tests.flat import ascends, table_steps
 
 if not (kernels.interpreted() or torch.cuda.is_available()):
     pytest.skip("neither interpreted (--backend triton) nor on a GPU", allow_module_level=True)
 
-from fastadv.kernels.ascend import ascend
+from fastadv.kernels.ascend import ascend as kernel_ascend
 from fastadv.kernels.divergence import divergence
 from fastadv.kernels.gather_perturb import gather_perturb, gather_perturb_backward
 from fastadv.kernels.segment_sum import segment_sum
-from fastadv.kernels.table_step import table_step
+from fastadv.kernels.table_step import table_step as kernel_table_step
 
+ascend, plain_ascend = ascends(kernel_ascend), ascends(eager_ascend)
+table_step, plain_table_step = table_steps(kernel_table_step), table_steps(eager_table_step)
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

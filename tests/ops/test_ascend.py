@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastadv.ops.ascend import BALLS, DIRECTIONS, ascend
+from fastadv.arguments.rule import BALLS, DIRECTIONS
+from fastadv.ops.ascend import ascend
 
 SHAPES = [(3, 5, 7), (1, 1, 1), (2, 1, 4), (4, 6), (1, 33)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastadv.native.divergence import KINDS
+from fastadv.arguments.kinds import KINDS
 from fastadv.ops import divergence
 from fastadv.ops.divergence import OP
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastadv import reference
+from fastadv.arguments.rule import BALLS, DIRECTIONS
 from fastadv.ops import ascend, rows
-from fastadv.ops.ascend import BALLS, DIRECTIONS
 from tests.support import same_bits
 
 FUSED = [None, False]

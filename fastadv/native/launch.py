@@ -1,0 +1,82 @@
+"""How a launcher calls its C++ op.
+
+The op reads the tensors itself, asks `csrc/signature.h` whether they are what the op takes, and runs, or says that they
+are not. Only then Python looks: it raises the error that says why, or makes the copies that a layout asks for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastadv import native
+from fastadv.arguments.signature import Signature, Tensors
+
+
+class Launch:
+    """A function of the extension, for tensors of one signature; `check` raises what is wrong with all else."""
+
+    def __init__(self, function: str, signature: Signature, check: Callable[..., None] | None = None) -> None:
+        self.signature = signature
+        self._function, self._check = function, check
+        self._run: Callable[..., Any] | None = None
+
+    def __call__(self, tensors: Tensors, *numbers: Any) -> Any:
+        """What the op returns.
+
+        Raises:
+            TypeError, ValueError: the tensors are not what the signature says.
+            IndexError: an index points outside; nothing has been written then.
+            RuntimeError: the extension is not there, or it does not run on the tensors' device.
+        """
+        run = self._run
+        if run is None:
+            run = self._run = functools.partial(getattr(native.extension(), self._function), compiled(self.signature))
+        found = run(tensors, *numbers, torch.get_num_threads())
+        if found is None:
+            self._check_device(tensors)
+            if self._check is not None:
+                self._check(tensors, *numbers)
+            found = run(self.signature.fitted(tensors), *numbers, torch.get_num_threads())
+        if found is None:
+            raise RuntimeError(f"{self.signature.op}: the arguments were checked and are refused all the same")
+        return found
+
+    def _check_device(self, tensors: Tensors) -> None:
+        first = tensors[0]
+        if first is None or first.is_cpu:
+            return
+        if self._function.endswith("_cpu"):
+            op = self.signature.op
+            raise RuntimeError(f"{op}: the C++ op is for the CPU alone, and a tensor is on {first.device}")
+        require_device(self.signature.op, first.device)
+
+
+@functools.cache
+def compiled(signature: Signature) -> Any:
+    """The signature in C++."""
+    return native.extension().Signature(signature.encoded(), signature.repeats)
+
+
+def fitted(signature: Signature, tensors: Tensors) -> tuple[Any, ...]:
+    """`signature.fitted` for a launcher of kernels, which is quicker where the extension is there.
+
+    Raises:
+        TypeError, ValueError: the tensors are not what the signature says.
+    """
+    if native.available() and compiled(signature).takes(tensors):
+        return tensors
+    return signature.fitted(tensors)
+
+
+def require_device(op: str, device: torch.device) -> None:
+    """Raises RuntimeError if the extension has nothing for tensors on `device`."""
+    if device.type == "cpu":
+        native.extension()
+        return
+    why = native.cuda_reason() if device.type == "cuda" else "only cpu and cuda tensors are served"
+    if why is not None:
+        raise RuntimeError(f"{op}: no native backend for {device.type}: {why}")
