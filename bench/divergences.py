@@ -1,13 +1,7 @@
-"""Who compares two batches of logits: the symmetric KL divergence and its gradient by both, in float32.
-
-`python -m bench.divergences NAME --rows N --classes C` prints the peak memory of one in a process of its own.
-"""
+"""Who compares two batches of logits: the symmetric KL divergence and its gradient by both."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +11,7 @@ from torch import Tensor
 
 from fastadv import ops
 
-Found = tuple[Tensor, Tensor, Tensor]  # the mean over rows, and its gradients
+Found = tuple[Tensor, ...]  # the mean over rows, and its gradients
 Compare = Callable[[Tensor, Tensor], Found]
 
 
@@ -28,13 +22,13 @@ def inputs(rows: int, classes: int) -> tuple[Tensor, Tensor]:
     return logits, logits + 0.3 * torch.randn(rows, classes, generator=generator)
 
 
-def by_autograd(value: Callable[[Tensor, Tensor], Tensor]) -> Compare:
+def by_autograd(value: Callable[[Tensor, Tensor], Tensor], *, constant: bool = False) -> Compare:
     """A formula, and autograd for the rest."""
 
     def compare(logits: Tensor, target: Tensor) -> Found:
-        a, b = logits.detach().requires_grad_(), target.detach().requires_grad_()
+        a, b = logits.detach().requires_grad_(), target.detach().requires_grad_(not constant)
         found = value(a, b)
-        return found.detach(), *torch.autograd.grad(found, (a, b))
+        return found.detach(), *torch.autograd.grad(found, (a,) if constant else (a, b))
 
     return compare
 
@@ -103,38 +97,12 @@ CONTESTANTS: dict[str, Compare] = {
 }
 
 
-def moved(rows: int, classes: int) -> int:
-    """Bytes: both logits read, both gradients written."""
-    return 16 * rows * classes
+TO_A_CONSTANT: dict[str, Compare] = {
+    "torch, autograd": by_autograd(shorter, constant=True),
+    "fused": by_autograd(lambda a, b: ops.divergence(a, b, fused=True), constant=True),
+}
 
 
-def measure(contestant: str, rows: int, classes: int, rounds: int) -> dict[str, Any]:
-    """Each round's peak resident bytes above what is there before, and its seconds; a first round warms up."""
-    from bench.peaks import peak, release, reset_peak
-
-    logits, target = inputs(rows, classes)
-    compare = CONTESTANTS[contestant]
-    compare(logits, target)
-    peaks, seconds = [], []
-    for _ in range(rounds):
-        release()
-        reset_peak()
-        before, start = peak(), time.perf_counter()
-        compare(logits, target)
-        seconds.append(time.perf_counter() - start)
-        peaks.append(peak() - before)
-    return {"peaks": peaks, "seconds": seconds}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("contestant", choices=CONTESTANTS)
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--classes", type=int, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    print(json.dumps(measure(options.contestant, options.rows, options.classes, options.rounds)))
-
-
-if __name__ == "__main__":
-    main()
+def moved(logits: Tensor, *, constant: bool) -> int:
+    """Bytes: both logits read, both gradients written, or one."""
+    return (3 if constant else 4) * logits.nbytes

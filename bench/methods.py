@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,22 +18,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import fastadv
 from bench import by_hand, peers, training
 from bench.contest import Field
-from bench.workloads import Size, classifier, inputs, loss_closure
+from bench.race import Run
+from bench.workloads import PGD, Size, classifier, inputs, loss_closure
 from fastadv import reference
 
-Steps = dict[str, Callable[[], object]]
+Steps = dict[str, Run]
 EPSILON, STEP, ALPHA, GAMMA, DECAY = 0.002, 0.1, 5.0, 0.01, 0.99
+SIGNED = {"epsilon": EPSILON, "step_size": EPSILON}
 XI = 0.5  # of VAT: long enough that the divergence is not lost in float32
 PUBLIC = "SMART, the public codes' update"
-USUAL = ("plain", "reference", "torch", "fused")
 
 
 class Bench:
     """The model, its batch, and what closures of it return."""
 
     def __init__(self, size: Size, device: str) -> None:
-        vocabulary = size.vocabularies[0]
-        self.model: Any = classifier(size.network, vocabulary, device)
+        vocabulary = size.steps[0][-1]
+        self.model: Any = classifier(size.methods, vocabulary, device)
         self.batch = inputs(*size.small, vocabulary, device)
         self.ids, self.labels = self.batch["input_ids"], self.batch["labels"]
         self.loss = loss_closure(self.model, self.batch)
@@ -53,11 +55,15 @@ class Bench:
         return F.cross_entropy(self.model(input_ids=self.ids).logits, self.labels, reduction="none")
 
 
+def _given(start: Tensor) -> Callable[..., Tensor]:
+    return lambda *_: start
+
+
 def fgsm(b: Bench) -> Steps:
-    adv, size = fastadv.FGSM(b.model, epsilon=EPSILON), {"epsilon": EPSILON, "step_size": EPSILON}
+    adv = fastadv.FGSM(b.model, epsilon=EPSILON)
     return {
-        "reference": lambda: reference.fgsm(b.loss, b.embedding, b.zero, **size),
-        "torch": lambda: by_hand.fgsm(b.hand, b.loss, EPSILON),
+        "reference": lambda: reference.fgsm(b.loss, b.embedding, b.zero, **SIGNED),
+        "torch": b.hand.step(by_hand.fgsm, b.loss, EPSILON),
         "fused": lambda: adv.backward(b.loss),
     }
 
@@ -66,17 +72,26 @@ def table_scope(method: str) -> Callable[[Bench], Steps]:
     """FGM and PGD as the classic scripts have them."""
     return lambda b: {
         name: training.step(name, method, b.model, b.loss)
-        for name in ("reference", "torch", "bert4torch", "fused")
-        if training.takes_part(name)
+        for name in ("reference", "torch", peers.BERT4TORCH, "fused")
+        if name != peers.BERT4TORCH or peers.installed(name)
+    }
+
+
+def sample_scope(b: Bench) -> Steps:
+    """PGD with a ball for each sample, which no script has."""
+    ball, steps = training.schedule("PGD-3")
+    adv = fastadv.PGD(b.model, epsilon=ball.epsilon, step_size=ball.step_size, steps=steps, scope="sample")
+    return {
+        "torch": b.hand.step(by_hand.pgd, b.loss, steps, ball.step_size, ball.epsilon),
+        "fused": lambda: adv.backward(b.loss),
     }
 
 
 def freeat(b: Bench) -> Steps:
     buffer, adv = reference.FreeAT(b.embedding, *b.ids.shape), fastadv.FreeAT(b.model, epsilon=EPSILON)
-    hand, size = by_hand.FreeAT(b.hand, EPSILON), {"epsilon": EPSILON, "step_size": EPSILON}
     return {
-        "reference": lambda: buffer.replay(b.loss, *b.ids.shape, **size),
-        "torch": lambda: hand.replay(b.loss),
+        "reference": lambda: buffer.replay(b.loss, *b.ids.shape, **SIGNED),
+        "torch": b.hand.step(by_hand.freeat, b.loss, EPSILON),
         "fused": lambda: adv.backward(b.loss),
     }
 
@@ -85,7 +100,7 @@ def yopo(b: Bench) -> Steps:
     layers, adv = by_hand.Layers(b.model, b.ids), fastadv.YOPO(b.model, step_size=STEP, random_start=False)
     return {
         "reference": lambda: reference.yopo(b.loss, b.embedding, b.first, b.zero),
-        "torch": lambda: by_hand.yopo(b.hand, b.loss, layers, 3, 3, STEP),
+        "torch": b.hand.step(by_hand.yopo, b.loss, layers, 3, 3, STEP),
         "fused": lambda: adv.backward(b.loss),
     }
 
@@ -94,17 +109,16 @@ def freelb(b: Bench) -> Steps:
     adv = fastadv.FreeLB(b.model, step_size=STEP, random_start=False)
     return {
         "reference": lambda: reference.freelb(b.loss, b.embedding, b.zero),
-        "torch": lambda: by_hand.freelb(b.hand, b.loss, 3, STEP),
+        "torch": b.hand.step(by_hand.freelb, b.loss, 3, STEP),
         "fused": lambda: adv.backward(b.loss),
     }
 
 
 def smart(b: Bench) -> Steps:
-    adv = fastadv.SMART(b.model, epsilon=EPSILON, random_start=lambda shape, mask: b.noise)  # noqa: ARG005
-    size = {"epsilon": EPSILON, "step_size": EPSILON}
+    adv = fastadv.SMART(b.model, epsilon=EPSILON, random_start=_given(b.noise))
     return {
-        "reference": lambda: reference.smart(b.answer, b.embedding, b.noise, **size),
-        "torch": lambda: by_hand.smart(b.hand, b.answer, b.noise, EPSILON),
+        "reference": lambda: reference.smart(b.answer, b.embedding, b.noise, **SIGNED),
+        "torch": b.hand.step(by_hand.smart, b.answer, b.noise, EPSILON),
         "fused": lambda: adv.backward(b.answer),
     }
 
@@ -112,38 +126,30 @@ def smart(b: Bench) -> Steps:
 def public_smart(b: Bench) -> Steps:
     """The public codes' step, which leaves the noise random: smart-pytorch's, and fastadv's for those who want it."""
     noise = peers.smart_noise(b.ids.shape, b.zero.shape[-1]).to(b.zero.device)
-    adv = fastadv.SMART(b.model, update="mt-dnn", search="symmetric_kl", random_start=lambda shape, mask: noise)  # noqa: ARG005
+    adv = fastadv.SMART(b.model, update="mt-dnn", search="symmetric_kl", random_start=_given(noise))
     steps: Steps = {"fused": lambda: adv.backward(b.answer)}
-    if training.takes_part(peers.SMART_PYTORCH):
+    if peers.installed(peers.SMART_PYTORCH):
         steps[peers.SMART_PYTORCH] = peers.smart_step(b.model, b.batch, by_hand.symmetric_kl)
     return steps
 
 
 def vat(b: Bench) -> Steps:
-    adv = fastadv.VAT(b.model, epsilon=STEP, xi=XI, random_start=lambda shape, mask: b.direction)  # noqa: ARG005
+    adv = fastadv.VAT(b.model, epsilon=STEP, xi=XI, random_start=_given(b.direction))
     return {
         "reference": lambda: reference.vat(b.answer, b.embedding, b.direction, epsilon=STEP),
-        "torch": lambda: by_hand.vat(b.hand, b.answer, b.direction, STEP),
+        "torch": b.hand.step(by_hand.vat, b.answer, b.direction, STEP),
         "fused": lambda: adv.backward(b.answer),
     }
 
 
 def llr(b: Bench) -> Steps:
-    adv = fastadv.LLR(b.model, epsilon=EPSILON, random_start=lambda shape, mask: b.noise)  # noqa: ARG005
-    size = {"epsilon": EPSILON, "step_size": EPSILON / 4}
-
-    def twice(step: Callable[[], object]) -> Callable[[], object]:
-        """The other attention kernels have no second derivative; fastadv chooses this one by itself."""
-
-        def run() -> None:
-            with sdpa_kernel([SDPBackend.MATH]):
-                step()
-
-        return run
-
+    adv = fastadv.LLR(b.model, epsilon=EPSILON, random_start=_given(b.noise))
+    twice = sdpa_kernel([SDPBackend.MATH])  # the other kernels have no second derivative; fastadv chooses by itself
     return {
-        "reference": twice(lambda: reference.llr(b.losses, b.embedding, b.noise, **size)),
-        "torch": twice(lambda: by_hand.llr(b.hand, b.losses, b.noise, EPSILON, 3)),
+        "reference": twice(
+            lambda: reference.llr(b.losses, b.embedding, b.noise, epsilon=EPSILON, step_size=EPSILON / 4)
+        ),
+        "torch": twice(b.hand.step(by_hand.llr, b.losses, b.noise, EPSILON, 3)),
         "fused": lambda: adv.backward(b.losses),
     }
 
@@ -180,7 +186,7 @@ def neftune(b: Bench) -> Steps:
 
     return {
         "reference": classic,
-        "torch": lambda: by_hand.neftune(b.hand, b.loss, lambda: torch.empty_like(b.zero).uniform_(-size, size)),
+        "torch": b.hand.step(by_hand.neftune, b.loss, lambda: torch.empty_like(b.zero).uniform_(-size, size)),
         "transformers": peers.neftune_step(b.model, b.loss, ALPHA),
         "fused": lambda: adv.backward(b.loss),
     }
@@ -190,6 +196,7 @@ MAKERS: dict[str, Callable[[Bench], Steps]] = {
     "FGSM": fgsm,
     "FGM": table_scope("FGM"),
     "PGD-3": table_scope("PGD-3"),
+    "PGD-3, sample scope": sample_scope,
     "FreeAT, one replay": freeat,
     "YOPO-3-3": yopo,
     "FreeLB-3": freelb,
@@ -201,32 +208,37 @@ MAKERS: dict[str, Callable[[Bench], Steps]] = {
     "AWP": awp,
     "NEFTune": neftune,
 }
-MORE = {"FGM": [peers.BERT4TORCH], "PGD-3": [peers.BERT4TORCH], "NEFTune": [peers.TRANSFORMERS]}
-WORK = {name: [*USUAL, *MORE.get(name, [])] for name in MAKERS}
-WORK[PUBLIC] = ["plain", peers.SMART_PYTORCH, "fused"]
+CONTESTANTS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(MAKERS, PGD),
+    "FGM": (*PGD, peers.BERT4TORCH),
+    "PGD-3": (*PGD, peers.BERT4TORCH),
+    "PGD-3, sample scope": ("plain", "torch", "fused"),
+    "NEFTune": (*PGD, peers.TRANSFORMERS),
+    PUBLIC: ("plain", peers.SMART_PYTORCH, "fused"),
+}
 
 
-def field(work: str, size: Size, device: str) -> Field:
+def field(method: str, size: Size, device: str) -> Field:
     """All gradients are compared, but for NEFTune's, whose draws differ: there the noise is, in its size."""
     bench = Bench(size, device)
-    steps: Steps = {"plain": lambda: bench.loss().backward(), **MAKERS[work](bench)}  # type: ignore[no-untyped-call]
-    found = training.field(bench.model, steps, (*size.small, size.vocabularies[0], size.network[0]), tolerance=1e-3)
-    if work == "NEFTune":
-        return found._replace(entries=training.answering(found.entries, lambda run: _noise(bench, run)), tolerance=5e-2)
-    if work.startswith("FreeAT"):  # the first replay is not perturbed, the second is
-        return found._replace(entries=training.answering(found.entries, lambda run: _second(bench, run)))
-    return found
+    steps: Steps = {"plain": lambda: bench.loss().backward(), **MAKERS[method](bench)}  # type: ignore[no-untyped-call]
+    shape = (*size.small, size.steps[0][-1], size.methods[0])
+    if method == "NEFTune":
+        return training.field(bench.model, steps, shape, 5e-2, partial(_noise, bench))
+    if method.startswith("FreeAT"):  # the first replay is not perturbed, the second is
+        return training.field(bench.model, steps, shape, 1e-3, partial(_second, bench))
+    return training.field(bench.model, steps, shape, 1e-3)
 
 
-def _second(bench: Bench, run: Callable[[], object]) -> list[Tensor]:
+def _second(bench: Bench, run: Run) -> list[Tensor]:
     """The gradients of the second replay."""
     for _ in range(2):
         bench.model.zero_grad()
         run()
-    return [p.grad for p in bench.model.parameters() if p.grad is not None]
+    return training.gradients(bench.model)
 
 
-def _noise(bench: Bench, run: Callable[[], object]) -> Tensor:
+def _noise(bench: Bench, run: Run) -> Tensor:
     """How much a step has added to the words: its deviation, and its largest."""
     seen: list[Tensor] = []
     handle = bench.model.bert.embeddings.LayerNorm.register_forward_pre_hook(
