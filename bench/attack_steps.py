@@ -2,7 +2,7 @@
 
 An attack step goes from dE, the gradient at the embedding's output, to the E of the next forward: one step of PGD of
 length `step_size`, projected onto a ball of radius `epsilon`. What depends on the batch alone (its sort, the rows of
-the table that it touches) is `prepare`, and has a benchmark of its own.
+the table that it touches) is prepared once, and has a benchmark of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ClassicStep:
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
         self.embedding = nn.Embedding(*weight.shape, _weight=weight.clone())
-        self.ids, self.ball = ids.flatten(), ball
+        self.ids, self.ball = ids, ball
         self.attacker = reference.PGD(self.embedding, self.embedding)
         self.first = True
 
@@ -163,10 +163,9 @@ class FusedStep:
     """The engine's op, on buffers that serve every step."""
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
-        groups = ops.segments(ids.flatten(), len(weight), fused=True)
-        self.groups = groups.trimmed() if ids.device.type == "cpu" else groups  # how many, a GPU does not tell
+        self.groups = ops.segments(ids, len(weight), fused=True).trimmed()  # on a GPU nobody tells how many there are
         self.r = weight.new_zeros(len(self.groups.stops), weight.shape[1], dtype=torch.float32)
-        self.given = given(weight, ids.flatten(), ball, group=0, room=torch.empty_like(self.r))
+        self.given = given(weight, ids, ball, group=0, room=torch.empty_like(self.r))
 
     def reset(self) -> None:
         self.r.zero_()

@@ -73,7 +73,7 @@ def op_cases(size: Size, device: str) -> Cases:
         build = partial(ops.grads, what, *size.gradients, device)
         found[f"grads, {what}"] = Case(build, (*PLAIN, LIMIT), retained=15, quick=True)
     for rows, classes in size.logits:
-        build = partial(ops.divergence, rows, classes, device, size.dtype)
+        build = partial(divergences.field, rows, classes, device, size.dtype)
         name = f"symmetric KL and gradients, {rows} x {classes:,} logits"
         found[name] = Case(build, (*divergences.CONTESTANTS, LIMIT), retained=15, quick=True)
     build, who = partial(build, constant=True), (*divergences.TO_A_CONSTANT, LIMIT)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.contest import Field
+from bench.race import Entry, nothing
 from fastadv import ops
 
 Found = tuple[Tensor, ...]  # the mean over rows, and its gradients
-Compare = Callable[[Tensor, Tensor], Found]
 
 
 def inputs(rows: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -22,15 +23,11 @@ def inputs(rows: int, classes: int) -> tuple[Tensor, Tensor]:
     return logits, logits + 0.3 * torch.randn(rows, classes, generator=generator)
 
 
-def by_autograd(value: Callable[[Tensor, Tensor], Tensor], *, constant: bool = False) -> Compare:
-    """A formula, and autograd for the rest."""
-
-    def compare(logits: Tensor, target: Tensor) -> Found:
-        a, b = logits.detach().requires_grad_(), target.detach().requires_grad_(not constant)
-        found = value(a, b)
-        return found.detach(), *torch.autograd.grad(found, (a,) if constant else (a, b))
-
-    return compare
+def by_autograd(value: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, *, constant: bool) -> Found:
+    """A formula, and autograd for the gradients by both, or by the logits alone."""
+    a, b = logits.detach().requires_grad_(), target.detach().requires_grad_(not constant)
+    found = value(a, b)
+    return found.detach(), *torch.autograd.grad(found, (a,) if constant else (a, b))
 
 
 def textbook(a: Tensor, b: Tensor) -> Tensor:
@@ -50,7 +47,7 @@ class Given(torch.autograd.Function):
     """A function that finds the gradients with the value, as a training step would use it."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, compare: Compare) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, compare: Callable[[Tensor, Tensor], Found]) -> Tensor:
         value, *ctx.found = compare(a, b)
         return value
 
@@ -58,11 +55,6 @@ class Given(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.found if grads[0].item() == 1 else [grads[0] * one for one in ctx.found]
         return left, right, None
-
-
-def given(compare: Compare) -> Compare:
-    """The same through autograd."""
-    return by_autograd(lambda a, b: Given.apply(a, b, compare))
 
 
 def by_hand(a: Tensor, b: Tensor) -> Found:
@@ -88,21 +80,22 @@ def _compiled(a: Tensor, b: Tensor) -> Found:
     return (pr - qr).sum() / len(a), (p * (ratio - pr) + gap) / len(a), (q * (qr - ratio) - gap) / len(a)
 
 
-CONTESTANTS: dict[str, Compare] = {
-    "reference": by_autograd(textbook),
-    "torch, autograd": by_autograd(shorter),
-    "torch": given(by_hand),
-    "compiled": given(_compiled),
-    "fused": by_autograd(lambda a, b: ops.divergence(a, b, fused=True)),
+CONTESTANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reference": textbook,
+    "torch, autograd": shorter,
+    "torch": lambda a, b: Given.apply(a, b, by_hand),
+    "compiled": lambda a, b: Given.apply(a, b, _compiled),
+    "fused": lambda a, b: ops.divergence(a, b, fused=True),
 }
+TO_A_CONSTANT = ("torch, autograd", "fused")
 
 
-TO_A_CONSTANT: dict[str, Compare] = {
-    "torch, autograd": by_autograd(shorter, constant=True),
-    "fused": by_autograd(lambda a, b: ops.divergence(a, b, fused=True), constant=True),
-}
+def field(rows: int, classes: int, device: str, dtype: torch.dtype, *, constant: bool = False) -> Field:
+    """Symmetric KL and its gradient by both logits, or with a constant target by one."""
+    logits, target = (one.to(device, dtype) for one in inputs(rows, classes))
 
+    def entry(name: str) -> Entry:
+        return Entry(nothing, lambda: by_autograd(CONTESTANTS[name], logits, target, constant=constant))
 
-def moved(logits: Tensor, *, constant: bool) -> int:
-    """Bytes: both logits read, both gradients written, or one."""
-    return (3 if constant else 4) * logits.nbytes
+    moved = (3 if constant else 4) * logits.nbytes  # both logits read, both gradients written, or one
+    return Field({name: entry(name) for name in (TO_A_CONSTANT if constant else CONTESTANTS)}, moved, (rows, classes))

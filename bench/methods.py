@@ -54,18 +54,32 @@ class Bench:
         """Of each sample."""
         return F.cross_entropy(self.model(input_ids=self.ids).logits, self.labels, reduction="none")
 
+    def second(self, run: Run) -> list[Tensor]:
+        """The gradients of FreeAT's second replay: the first is not perturbed."""
+        for _ in range(2):
+            self.model.zero_grad()
+            run()
+        return training.gradients(self.model)
 
-def _given(start: Tensor) -> Callable[..., Tensor]:
+    def noise_of(self, run: Run) -> Tensor:
+        """How much a step has added to the words: its deviation, and its largest."""
+        seen: list[Tensor] = []
+        norm = self.model.bert.embeddings.LayerNorm
+        handle = norm.register_forward_pre_hook(lambda _, args: seen.append(args[0].detach()))
+        self.loss()
+        run()
+        handle.remove()
+        added = seen[1] - seen[0]
+        return torch.stack([added.std(), added.abs().max()])
+
+
+def given(start: Tensor) -> Callable[..., Tensor]:
+    """A random start that is always this one."""
     return lambda *_: start
 
 
-def fgsm(b: Bench) -> Steps:
-    adv = fastadv.FGSM(b.model, epsilon=EPSILON)
-    return {
-        "reference": lambda: reference.fgsm(b.loss, b.embedding, b.zero, **SIGNED),
-        "torch": b.hand.step(by_hand.fgsm, b.loss, EPSILON),
-        "fused": lambda: adv.backward(b.loss),
-    }
+def three(eager: Run, hand: Run, fused: Run) -> Steps:
+    return {"reference": eager, "torch": hand, "fused": fused}
 
 
 def table_scope(method: str) -> Callable[[Bench], Steps]:
@@ -81,137 +95,98 @@ def sample_scope(b: Bench) -> Steps:
     """PGD with a ball for each sample, which no script has."""
     ball, steps = training.schedule("PGD-3")
     adv = fastadv.PGD(b.model, epsilon=ball.epsilon, step_size=ball.step_size, steps=steps, scope="sample")
-    return {
-        "torch": b.hand.step(by_hand.pgd, b.loss, steps, ball.step_size, ball.epsilon),
-        "fused": lambda: adv.backward(b.loss),
-    }
-
-
-def freeat(b: Bench) -> Steps:
-    buffer, adv = reference.FreeAT(b.embedding, *b.ids.shape), fastadv.FreeAT(b.model, epsilon=EPSILON)
-    return {
-        "reference": lambda: buffer.replay(b.loss, *b.ids.shape, **SIGNED),
-        "torch": b.hand.step(by_hand.freeat, b.loss, EPSILON),
-        "fused": lambda: adv.backward(b.loss),
-    }
-
-
-def yopo(b: Bench) -> Steps:
-    layers, adv = by_hand.Layers(b.model, b.ids), fastadv.YOPO(b.model, step_size=STEP, random_start=False)
-    return {
-        "reference": lambda: reference.yopo(b.loss, b.embedding, b.first, b.zero),
-        "torch": b.hand.step(by_hand.yopo, b.loss, layers, 3, 3, STEP),
-        "fused": lambda: adv.backward(b.loss),
-    }
-
-
-def freelb(b: Bench) -> Steps:
-    adv = fastadv.FreeLB(b.model, step_size=STEP, random_start=False)
-    return {
-        "reference": lambda: reference.freelb(b.loss, b.embedding, b.zero),
-        "torch": b.hand.step(by_hand.freelb, b.loss, 3, STEP),
-        "fused": lambda: adv.backward(b.loss),
-    }
-
-
-def smart(b: Bench) -> Steps:
-    adv = fastadv.SMART(b.model, epsilon=EPSILON, random_start=_given(b.noise))
-    return {
-        "reference": lambda: reference.smart(b.answer, b.embedding, b.noise, **SIGNED),
-        "torch": b.hand.step(by_hand.smart, b.answer, b.noise, EPSILON),
-        "fused": lambda: adv.backward(b.answer),
-    }
+    hand = b.hand.step(by_hand.pgd, b.loss, steps, ball.step_size, ball.epsilon)
+    return {"torch": hand, "fused": partial(adv.backward, b.loss)}
 
 
 def public_smart(b: Bench) -> Steps:
     """The public codes' step, which leaves the noise random: smart-pytorch's, and fastadv's for those who want it."""
     noise = peers.smart_noise(b.ids.shape, b.zero.shape[-1]).to(b.zero.device)
-    adv = fastadv.SMART(b.model, update="mt-dnn", search="symmetric_kl", random_start=_given(noise))
-    steps: Steps = {"fused": lambda: adv.backward(b.answer)}
+    adv = fastadv.SMART(b.model, update="mt-dnn", search="symmetric_kl", random_start=given(noise))
+    steps: Steps = {"fused": partial(adv.backward, b.answer)}
     if peers.installed(peers.SMART_PYTORCH):
         steps[peers.SMART_PYTORCH] = peers.smart_step(b.model, b.batch, by_hand.symmetric_kl)
     return steps
 
 
-def vat(b: Bench) -> Steps:
-    adv = fastadv.VAT(b.model, epsilon=STEP, xi=XI, random_start=_given(b.direction))
-    return {
-        "reference": lambda: reference.vat(b.answer, b.embedding, b.direction, epsilon=STEP),
-        "torch": b.hand.step(by_hand.vat, b.answer, b.direction, STEP),
-        "fused": lambda: adv.backward(b.answer),
-    }
-
-
 def llr(b: Bench) -> Steps:
-    adv = fastadv.LLR(b.model, epsilon=EPSILON, random_start=_given(b.noise))
+    adv = fastadv.LLR(b.model, epsilon=EPSILON, random_start=given(b.noise))
+    eager = partial(reference.llr, b.losses, b.embedding, b.noise, epsilon=EPSILON, step_size=EPSILON / 4)
     twice = sdpa_kernel([SDPBackend.MATH])  # the other kernels have no second derivative; fastadv chooses by itself
-    return {
-        "reference": twice(
-            lambda: reference.llr(b.losses, b.embedding, b.noise, epsilon=EPSILON, step_size=EPSILON / 4)
-        ),
-        "torch": twice(b.hand.step(by_hand.llr, b.losses, b.noise, EPSILON, 3)),
-        "fused": lambda: adv.backward(b.losses),
-    }
-
-
-def awp(b: Bench) -> Steps:
-    adv, hand = fastadv.AWP(b.model, gamma=GAMMA), by_hand.AWP(b.model, GAMMA)
-    return {
-        "reference": lambda: reference.awp(b.model, b.loss, gamma=GAMMA),
-        "torch": lambda: hand.step(b.loss),
-        "fused": lambda: adv.backward(b.loss),
-    }
+    hand = b.hand.step(by_hand.llr, b.losses, b.noise, EPSILON, 3)
+    return three(twice(eager), twice(hand), partial(adv.backward, b.losses))
 
 
 def proximal(b: Bench) -> Steps:
     """The teacher's average with it, which fastadv leaves to the optimizer's step."""
     theirs, teacher = reference.BregmanProximal(b.model, 1.0, DECAY), copy.deepcopy(b.model)
     hand, adv = by_hand.Proximal(b.model, teacher, DECAY), fastadv.BregmanProximal(b.model, 1.0, DECAY)
-    return {
-        "reference": lambda: (theirs.step(b.answer), theirs.update()),
-        "torch": lambda: hand.step(b.answer, lambda: b.answer(teacher)),
-        "fused": lambda: (adv.backward(b.answer), adv.update()),
-    }
+    return three(
+        lambda: (theirs.step(b.answer), theirs.update()),
+        lambda: hand.step(b.answer, lambda: b.answer(teacher)),
+        lambda: (adv.backward(b.answer), adv.update()),
+    )
 
 
 def neftune(b: Bench) -> Steps:
     """Drawn anew in every step."""
-    mask, dimension = torch.ones_like(b.ids), b.embedding.embedding_dim
-    size = ALPHA / (b.ids.shape[1] * dimension) ** 0.5
-    adv = fastadv.NEFTune(b.model, alpha=ALPHA)
-
-    def classic() -> None:
-        uniform = 2 * torch.rand_like(b.zero) - 1
-        reference.neftune(b.loss, b.embedding, uniform * mask.unsqueeze(-1) * size)
-
-    return {
-        "reference": classic,
-        "torch": b.hand.step(by_hand.neftune, b.loss, lambda: torch.empty_like(b.zero).uniform_(-size, size)),
-        "transformers": peers.neftune_step(b.model, b.loss, ALPHA),
-        "fused": lambda: adv.backward(b.loss),
-    }
+    size = ALPHA / (b.ids.shape[1] * b.embedding.embedding_dim) ** 0.5
+    mask, adv = torch.ones_like(b.ids).unsqueeze(-1), fastadv.NEFTune(b.model, alpha=ALPHA)
+    steps = three(
+        lambda: reference.neftune(b.loss, b.embedding, (2 * torch.rand_like(b.zero) - 1) * mask * size),
+        b.hand.step(by_hand.neftune, b.loss, lambda: torch.empty_like(b.zero).uniform_(-size, size)),
+        partial(adv.backward, b.loss),
+    )
+    return {**steps, peers.TRANSFORMERS: peers.neftune_step(b.model, b.loss, ALPHA)}
 
 
 MAKERS: dict[str, Callable[[Bench], Steps]] = {
-    "FGSM": fgsm,
+    "FGSM": lambda b: three(
+        partial(reference.fgsm, b.loss, b.embedding, b.zero, **SIGNED),
+        b.hand.step(by_hand.fgsm, b.loss, EPSILON),
+        partial(fastadv.FGSM(b.model, epsilon=EPSILON).backward, b.loss),
+    ),
     "FGM": table_scope("FGM"),
     "PGD-3": table_scope("PGD-3"),
     "PGD-3, sample scope": sample_scope,
-    "FreeAT, one replay": freeat,
-    "YOPO-3-3": yopo,
-    "FreeLB-3": freelb,
-    "SMART": smart,
+    "FreeAT, one replay": lambda b: three(
+        partial(reference.FreeAT(b.embedding, *b.ids.shape).replay, b.loss, *b.ids.shape, **SIGNED),
+        b.hand.step(by_hand.freeat, b.loss, EPSILON),
+        partial(fastadv.FreeAT(b.model, epsilon=EPSILON).backward, b.loss),
+    ),
+    "YOPO-3-3": lambda b: three(
+        partial(reference.yopo, b.loss, b.embedding, b.first, b.zero),
+        b.hand.step(by_hand.yopo, b.loss, by_hand.Layers(b.model, b.ids), 3, 3, STEP),
+        partial(fastadv.YOPO(b.model, step_size=STEP, random_start=False).backward, b.loss),
+    ),
+    "FreeLB-3": lambda b: three(
+        partial(reference.freelb, b.loss, b.embedding, b.zero),
+        b.hand.step(by_hand.freelb, b.loss, 3, STEP),
+        partial(fastadv.FreeLB(b.model, step_size=STEP, random_start=False).backward, b.loss),
+    ),
+    "SMART": lambda b: three(
+        partial(reference.smart, b.answer, b.embedding, b.noise, **SIGNED),
+        b.hand.step(by_hand.smart, b.answer, b.noise, EPSILON),
+        partial(fastadv.SMART(b.model, epsilon=EPSILON, random_start=given(b.noise)).backward, b.answer),
+    ),
     PUBLIC: public_smart,
     "BregmanProximal": proximal,
-    "VAT": vat,
+    "VAT": lambda b: three(
+        partial(reference.vat, b.answer, b.embedding, b.direction, epsilon=STEP),
+        b.hand.step(by_hand.vat, b.answer, b.direction, STEP),
+        partial(fastadv.VAT(b.model, epsilon=STEP, xi=XI, random_start=given(b.direction)).backward, b.answer),
+    ),
     "LLR": llr,
-    "AWP": awp,
+    "AWP": lambda b: three(
+        partial(reference.awp, b.model, b.loss, gamma=GAMMA),
+        partial(by_hand.AWP(b.model, GAMMA).step, b.loss),
+        partial(fastadv.AWP(b.model, gamma=GAMMA).backward, b.loss),
+    ),
     "NEFTune": neftune,
 }
 CONTESTANTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(MAKERS, PGD),
-    "FGM": (*PGD, peers.BERT4TORCH),
-    "PGD-3": (*PGD, peers.BERT4TORCH),
+    **dict.fromkeys(("FGM", "PGD-3"), (*PGD, peers.BERT4TORCH)),
     "PGD-3, sample scope": ("plain", "torch", "fused"),
     "NEFTune": (*PGD, peers.TRANSFORMERS),
     PUBLIC: ("plain", peers.SMART_PYTORCH, "fused"),
@@ -221,31 +196,8 @@ CONTESTANTS: dict[str, tuple[str, ...]] = {
 def field(method: str, size: Size, device: str) -> Field:
     """All gradients are compared, but for NEFTune's, whose draws differ: there the noise is, in its size."""
     bench = Bench(size, device)
-    steps: Steps = {"plain": lambda: bench.loss().backward(), **MAKERS[method](bench)}  # type: ignore[no-untyped-call]
-    shape = (*size.small, size.steps[0][-1], size.methods[0])
-    if method == "NEFTune":
-        return training.field(bench.model, steps, shape, 5e-2, partial(_noise, bench))
-    if method.startswith("FreeAT"):  # the first replay is not perturbed, the second is
-        return training.field(bench.model, steps, shape, 1e-3, partial(_second, bench))
-    return training.field(bench.model, steps, shape, 1e-3)
-
-
-def _second(bench: Bench, run: Run) -> list[Tensor]:
-    """The gradients of the second replay."""
-    for _ in range(2):
-        bench.model.zero_grad()
-        run()
-    return training.gradients(bench.model)
-
-
-def _noise(bench: Bench, run: Run) -> Tensor:
-    """How much a step has added to the words: its deviation, and its largest."""
-    seen: list[Tensor] = []
-    handle = bench.model.bert.embeddings.LayerNorm.register_forward_pre_hook(
-        lambda _, args: seen.append(args[0].detach())
-    )
-    bench.loss()
-    run()
-    handle.remove()
-    added = seen[1] - seen[0]
-    return torch.stack([added.std(), added.abs().max()])
+    steps: Steps = {"plain": lambda: bench.loss().backward(), **MAKERS[method](bench)}
+    tolerance, answer = (5e-2, bench.noise_of) if method == "NEFTune" else (1e-3, None)
+    if method.startswith("FreeAT"):
+        answer = bench.second
+    return training.field(bench.model, steps, (*size.small, size.steps[0][-1], size.methods[0]), tolerance, answer)

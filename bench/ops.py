@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import mmap
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -12,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.linalg import vector_norm
 
-from bench import divergences
 from bench.attack_steps import prepare_rows
 from bench.contest import Field
 from bench.race import Entry, Run, nothing
@@ -204,35 +202,30 @@ def grads(what: str, count: int, elements: int, device: str) -> Field:
     """The gradients of a whole model at once. `reference`: tensor by tensor; `torch`: its multi-tensor functions."""
     start, came = (gradient(elements, device=device, seed=seed) for seed in (2, 3))
     into, sources = ([one.clone() for _ in range(count)] for one in (start, came))
-    plan, number = ops.grads.Plan(into, sources), 0.5
-    one: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-        "copy": Tensor.copy_,
-        "accumulate": lambda to, of: to.add_(of, alpha=number),
-        "average": lambda to, of: to.mul_(number).add_(of, alpha=1 - number),
-    }
-    every: dict[str, Run] = {
-        "copy": lambda: torch._foreach_copy_(into, sources),
-        "accumulate": lambda: torch._foreach_add_(into, sources, alpha=number),
-        "average": lambda: torch._foreach_lerp_(into, sources, 1 - number),
-    }
-    ours: dict[str, Run] = {
-        "copy": plan.copy,
-        "accumulate": lambda: plan.accumulate(number),
-        "average": lambda: plan.average(number),
-    }
+    plan, half = ops.grads.Plan(into, sources), {"alpha": 0.5}
+    one: Callable[[Tensor, Tensor], Tensor]
+    one, every, ours = {
+        "copy": (Tensor.copy_, lambda: torch._foreach_copy_(into, sources), plan.copy),
+        "accumulate": (
+            lambda to, of: to.add_(of, **half),
+            lambda: torch._foreach_add_(into, sources, **half),
+            lambda: plan.accumulate(0.5),
+        ),
+        "average": (
+            lambda to, of: to.mul_(0.5).add_(of, **half),
+            lambda: torch._foreach_lerp_(into, sources, 0.5),
+            lambda: plan.average(0.5),
+        ),
+    }[what]
 
     def entry(run: Run) -> Entry:
         return Entry(lambda: [to.copy_(start) for to in into], run, lambda: (run(), into)[1])
 
-    runs = {"reference": lambda: [one[what](*pair) for pair in zip(into, sources, strict=True)]}
-    entries = {name: entry(run) for name, run in {**runs, "torch": every[what], "fused": ours[what]}.items()}
+    runs = {
+        "reference": lambda: [one(*pair) for pair in zip(into, sources, strict=True)],
+        "torch": every,
+        "fused": ours,
+    }
+    entries = {name: entry(run) for name, run in runs.items()}
     moved = (2 if what == "copy" else 3) * 4 * count * elements  # read and written
     return Field(entries, moved, (count, elements), tolerance=1e-6)
-
-
-def divergence(rows: int, classes: int, device: str, dtype: torch.dtype, *, constant: bool = False) -> Field:
-    """Symmetric KL and its gradient by both logits, or with a constant target by one."""
-    logits, target = (one.to(device, dtype) for one in divergences.inputs(rows, classes))
-    contestants = divergences.TO_A_CONSTANT if constant else divergences.CONTESTANTS
-    entries = {name: Entry(nothing, functools.partial(run, logits, target)) for name, run in contestants.items()}
-    return Field(entries, divergences.moved(logits, constant=constant), (rows, classes))

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -54,55 +54,44 @@ class Case(NamedTuple):
 CASES = (Case(16, 128, 30_522), Case(16, 128, 250_002), Case(2, 16, 30_522))
 
 
-class Bench:
-    """One case: its model, and what takes turns."""
-
-    def __init__(self, case: Case, options: argparse.Namespace) -> None:
-        model: Any = classifier(NETWORKS[options.model], case.vocabulary)
-        closure = loss_closure(model, inputs(*case))
-        self.adv = fastadv.PGD(model, steps=options.steps, scope=options.scope)
-        self.entries = {
-            "step": Entry(model.zero_grad, lambda: self.adv.backward(closure)),
-            "passes_alone": Entry(model.zero_grad, step("passes alone", f"PGD-{options.steps}", model, closure)),
-        }
-
-    def look(self) -> Any:
-        """A step under torch's profiler."""
-        self.entries["step"].setup()
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
-            self.entries["step"].run()
-        return seen
+def look(entry: Entry) -> Any:
+    """A step under torch's profiler."""
+    entry.setup()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        entry.run()
+    return seen
 
 
-def parts(spans: Iterable[tuple[str, float, float]]) -> dict[str, float]:
-    """What each range of a step takes without those inside of it, of (name, start, end)."""
-    found, open_ = dict.fromkeys((*PASSES, *BESIDE), 0.0), list[tuple[str, float]]()
-    steps = 0
-    for name, start, end in sorted(spans, key=lambda span: (span[1], -span[2])):
-        while open_ and open_[-1][1] <= start:
-            open_.pop()
-        if name not in PARTS or not (open_ or name == STEP):
-            continue
-        steps += name == STEP
-        found[PARTS[name]] += end - start
-        if open_:
-            found[open_[-1][0]] -= end - start
-        open_.append((PARTS[name], end))
-    if not steps:
+def parts(seen: Any) -> dict[str, float]:
+    """Seconds of each range of a step without those inside of it."""
+    found, inside = dict.fromkeys((*PASSES, *BESIDE), 0.0), list[tuple[str, float]]()
+    ranges = [(one.name, one.time_range.start, one.time_range.end) for one in seen.events() if one.name in PARTS]
+    if STEP not in (name for name, *_ in ranges):
         raise SystemExit(f"the profile shows no range {STEP!r}: this revision of fastadv carries none")
+    for name, start, end in sorted(ranges, key=lambda one: (one[1], -one[2])):
+        while inside and inside[-1][1] <= start:
+            inside.pop()
+        if inside or name == STEP:
+            found[PARTS[name]] += 1e-6 * (end - start)
+            if inside:
+                found[inside[-1][0]] -= 1e-6 * (end - start)
+            inside.append((PARTS[name], end))
     return found
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """One case: medians over rounds, and their interquartile ranges."""
-    bench, hot = Bench(case, options), Copy(0)
-    bench.look()  # warms up, and so does the next
-    short = once(bench.entries["step"], hot)()[1] < SHORT
-    seconds = race(bench.entries, options.rounds * (MORE if short else 1), hot).seconds
-    seen = [bench.look() for _ in range(options.rounds)]
-    every = [parts((one.name, one.time_range.start, one.time_range.end) for one in look.events()) for look in seen]
-    every = [{name: 1e-6 * microseconds for name, microseconds in one.items()} for one in every]
-    bench.adv.close()
+    model: Any = classifier(NETWORKS[options.model], case.vocabulary)
+    closure, hot = loss_closure(model, inputs(*case)), Copy(0)
+    adv = fastadv.PGD(model, steps=options.steps, scope=options.scope)
+    ours = Entry(model.zero_grad, lambda: adv.backward(closure))
+    by_hand = Entry(model.zero_grad, step("passes alone", f"PGD-{options.steps}", model, closure))
+    parts(look(ours))  # says now if there are no ranges, and warms up, as the next does
+    rounds = options.rounds * (MORE if once(ours, hot)()[1] < SHORT else 1)
+    seconds = race({"step": ours, "passes_alone": by_hand}, rounds, hot).seconds
+    seen = [look(ours) for _ in range(options.rounds)]
+    every = [parts(one) for one in seen]
+    adv.close()
     if options.trace:
         seen[-1].export_chrome_trace(str(options.trace))
     operators = [one for one in seen[-1].key_averages() if one.key.startswith("aten::")] if options.top else []
@@ -117,10 +106,7 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "rounds": len(beside),
         **{name: spread(values, seconds["step"]) for name, values in seconds.items()},
-        "difference": {
-            **spread(beside, seconds["step"]),
-            "interval_ms": [round(1e3 * bound, 4) for bound in interval(beside)],
-        },
+        "difference": {**spread(beside, seconds["step"]), "interval_ms": [1e3 * bound for bound in interval(beside)]},
         "profiled": spread(walls, walls),
         "parts": {name: spread([one[name] for one in every], walls) for name in (*PASSES, *BESIDE)},
         "exclusive": spread([sum(one[name] for name in BESIDE) for one in every], walls),

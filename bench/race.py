@@ -12,7 +12,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from statistics import median, quantiles
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,8 +27,6 @@ def nothing() -> None:
 
 
 class Entry(NamedTuple):
-    """A contestant."""
-
     setup: Run  # not timed
     run: Run
     answer: Run | None = None  # runs it and returns what it found, if that is not what `run` returns
@@ -61,7 +59,6 @@ class Result(NamedTuple):
 
     @property
     def microseconds(self) -> dict[str, float]:
-        """Medians."""
         return {name: round(1e6 * median(rounds), 2) for name, rounds in self.seconds.items()}
 
     def with_limit(self, moved: int) -> Result:
@@ -75,39 +72,34 @@ class Result(NamedTuple):
         return {"bytes": moved, "gbps": round(speed / 1e9, 2), "of_copy": round(speed / self.bandwidth, 3)}
 
 
-# One run
-
-
 def once(entry: Entry, copy: Copy) -> Reading:
-    """Set up, copy, and run by the clock: the host's, or events on the device."""
+    """Set up, copy, and run by the clock: the host's, or events on the device.
+
+    While a device copies, the host is ahead; a run that waits for the device pays for that as well.
+    """
     entry.setup()
     gc.collect()
-    return (_events if copy.source.is_cuda else _wall)(copy, entry.run)
-
-
-def _wall(copy: Run, run: Run) -> Reading:
-    start = time.perf_counter()
+    cuda = copy.source.is_cuda
+    mark: Callable[[], Any] = _event if cuda else time.perf_counter
+    start = mark()
     copy()
-    begun = time.perf_counter()
-    run()
-    end = time.perf_counter()
-    return lambda: (begun - start, end - begun)
-
-
-def _events(copy: Run, run: Run) -> Reading:
-    """While the device copies, the host is ahead; a run that waits for the device pays for that as well."""
-    start, begun, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    start.record()
-    copy()
-    begun.record()
-    run()
-    end.record()
+    begun = mark()
+    entry.run()  # and what it returns is freed
+    end = mark()
+    if not cuda:
+        return lambda: (begun - start, end - begun)
 
     def reading() -> tuple[float, float]:
         end.synchronize()
         return start.elapsed_time(begun) / 1e3, begun.elapsed_time(end) / 1e3
 
     return reading
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def captured(entry: Entry) -> Entry:
@@ -124,9 +116,6 @@ def captured(entry: Entry) -> Entry:
     with torch.cuda.graph(graph):
         entry.run()
     return entry._replace(run=graph.replay)
-
-
-# Rounds
 
 
 def turns(names: Sequence[str], rounds: int, warmup: int, *, back: bool = False) -> Iterator[tuple[int, list[str]]]:
@@ -179,9 +168,6 @@ def race(
     both = {name: [reading() for reading in mine] for name, mine in readings.items()}
     copied = [copy_seconds for mine in both.values() for copy_seconds, _ in mine]
     return Result({name: [run for _, run in mine] for name, mine in both.items()}, copied, copy.bytes)
-
-
-# Statistics
 
 
 def iqr(values: Sequence[float]) -> float:

@@ -176,21 +176,18 @@ class Workload:
         self.shape, self.device = shape, device
         self.ids = zipf(shape.batch, shape.length, shape.vocabulary).to(device)
         self.weight = table(shape.vocabulary, shape.dimension, device).to(dtype)
-        self.grads = [self._gradient(seed).to(dtype) for seed in (2, 3)]  # they rotate: no run sees the last one's
-        self.start = self._gradient(4)
+        *grads, self.start = (
+            gradient(*self.ids.shape, shape.dimension, device=device, seed=seed) for seed in (2, 3, 4)
+        )
+        self.grads = [grad.to(dtype) for grad in grads]  # they rotate: no run sees the last one's
         self.start *= 0.9 * RADIUS / self.start.norm()
         self.turn = 0
-        self.groups = ops.segments(self.ids.flatten(), shape.vocabulary)
-        if device == "cpu":
-            self.groups = self.groups.trimmed()
+        self.groups = ops.segments(self.ids.flatten(), shape.vocabulary).trimmed()
         self.distinct = len(self.ids.unique())
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.word = self.weight.element_size()
         self.positions, self.words = self.ids.numel() * shape.dimension, self.distinct * shape.dimension  # elements
         self.passes = 1 + (self.grads[0].nbytes > CACHES)  # a norm over many rows comes before anything is written
-
-    def _gradient(self, seed: int) -> Tensor:
-        return gradient(*self.ids.shape, self.shape.dimension, device=self.device, seed=seed)
 
     def rotate(self) -> None:
         """The next gradient."""
@@ -211,12 +208,7 @@ class Workload:
         return self.grad.flatten(0, 1)
 
     def field(
-        self,
-        moved: int,
-        runs: Mapping[str, Run],
-        reset: Run = nothing,
-        result: Run = nothing,
-        tolerance: float = 1e-4,
+        self, moved: int, runs: Mapping[str, Run], reset: Run = nothing, result: Run = nothing, tolerance: float = 1e-4
     ) -> Field:
         """Each from the same start, on the next gradient; `result` is what a run that returns nothing has written."""
 

@@ -22,7 +22,7 @@ import torch
 from bench.compare.build import ROOT, Build, BuildError
 from bench.contest import Field, answer
 from bench.machine import environment
-from bench.race import Copy, Entry, once, quiet
+from bench.race import Copy, once, quiet
 from bench.workloads import SIZES, workload
 
 CONTROL = "plain training (control)"  # nothing of fastadv: a mark here says that the machine was not quiet
@@ -33,25 +33,20 @@ class Worker:
     """The parent's end."""
 
     def __init__(self, side: str, build: Build, folder: Path, threads: int) -> None:
-        self.side, self.build, self.folder, self.threads = side, build, folder, threads
+        self.build, self.log = build, folder / f"{side}.log"
+        self.variables = environment(threads, os.environ)
+        paths = (build.site, ROOT, os.environ.get("PYTHONPATH"))  # the revision's fastadv comes before the one in ROOT
+        self.variables["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
+        self.arguments = [str(build.site), str(folder / f"{side}.pt"), str(threads)]
         self.start()
 
     def start(self) -> None:
-        """Start the process, and wait until it says what it has imported.
-
-        Raises:
-            BuildError: it does not get so far.
-        """
-        self.log = self.folder / f"{self.side}.log"
-        variables = environment(self.threads, os.environ)
-        paths = [str(self.build.site), str(ROOT)]  # the revision's fastadv comes before the one in ROOT
-        variables["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
-        arguments = [str(self.build.site), str(self.folder / f"{self.side}.pt"), str(self.threads)]
+        """Start the process, and wait until it says what it has imported."""
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bench.compare.worker", *arguments],
+                [sys.executable, "-m", "bench.compare.worker", *self.arguments],
                 cwd=self.build.site.parent,  # comes first of all, and has no fastadv
-                env=variables,
+                env=self.variables,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -64,10 +59,10 @@ class Worker:
 
     def ask(self, do: str, **what: object) -> dict[str, Any]:
         """The process's answer. One that died is replaced, and its death is the answer."""
-        assert self.process.stdin is not None
+        pipe: Any = self.process.stdin
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps({"do": do, **what}) + "\n")
-            self.process.stdin.flush()
+            pipe.write(json.dumps({"do": do, **what}) + "\n")
+            pipe.flush()
         found = self._answer()
         if found is not None:
             return found
@@ -84,9 +79,8 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()  # type: ignore[union-attr]
 
-    def _answer(self) -> dict[str, Any] | None:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
         return json.loads(line) if line else None
 
     def _last_words(self) -> str:
@@ -108,7 +102,7 @@ class Bench:
 
     def __init__(self, file: str) -> None:
         self.file, self.copy, self.cases = file, Copy(SIZES["compare"].copy), compared()
-        self.entry: Entry | None = None
+        self.entry: Any = None
 
     def prepare(self, case: str, compare: bool) -> dict[str, Any]:
         """Make a case and run it once; leave its answer in a file, if that is asked for."""
@@ -125,8 +119,6 @@ class Bench:
 
     def run(self) -> dict[str, Any]:
         """Run the case once, behind a copy that leaves the caches cold."""
-        if self.entry is None:
-            raise RuntimeError("nothing is prepared")
         return {"seconds": once(self.entry, self.copy)()[1]}
 
 
