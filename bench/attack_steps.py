@@ -7,8 +7,8 @@ the table that it touches) is prepared once, and has a benchmark of its own.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +23,6 @@ from fastadv import ops, reference
 
 
 class Ball(NamedTuple):
-    """How an attack steps."""
-
     step_size: float
     epsilon: float
 
@@ -162,25 +160,27 @@ class WholeCompiledStep(BestStep):
 class FusedStep:
     """The engine's op, on buffers that serve every step."""
 
+    run: Callable[[Tensor], object]
+
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
-        self.groups = ops.segments(ids, len(weight), fused=True).trimmed()  # on a GPU nobody tells how many there are
-        self.r = weight.new_zeros(len(self.groups.stops), weight.shape[1], dtype=torch.float32)
-        self.given = given(weight, ids, ball, group=0, room=torch.empty_like(self.r))
+        groups = ops.segments(ids, len(weight), fused=True).trimmed()  # on a GPU nobody tells how many there are
+        self.r = weight.new_zeros(len(groups.stops), weight.shape[1], dtype=torch.float32)
+        given = self.given(weight, ids, ball, group=0, room=torch.empty_like(self.r))
+        self.run = lambda grad: ops.table_step(self.r, grad, groups, **given)
+
+    def given(self, weight: Tensor, ids: Tensor, ball: Ball, **more: Any) -> dict[str, Any]:
+        """What both ops take beside the perturbation and the gradient."""
+        self.out = weight.new_empty(*ids.shape, weight.shape[1])
+        rule = {**ball._asdict(), "direction": "l2", "ball": "l2"}
+        rule["skipped"] = torch.zeros((), dtype=torch.int64, device=ids.device)
+        return {**rule, "weight": weight, "ids": ids, "embedded": self.out, "fused": True, **more}
 
     def reset(self) -> None:
         self.r.zero_()
 
     def step(self, grad: Tensor) -> Tensor:
-        ops.table_step(self.r, grad, self.groups, **self.given)
-        out: Tensor = self.given["embedded"]
-        return out
-
-
-def given(weight: Tensor, ids: Tensor, ball: Ball, **more: Any) -> dict[str, Any]:
-    """What both ops take beside the perturbation and the gradient."""
-    skipped, out = torch.zeros((), dtype=torch.int64, device=ids.device), weight.new_empty(*ids.shape, weight.shape[1])
-    rule = {"step_size": ball.step_size, "epsilon": ball.epsilon, "direction": "l2", "ball": "l2", "skipped": skipped}
-    return {**rule, "weight": weight, "ids": ids, "embedded": out, "fused": True, **more}
+        self.run(grad)
+        return self.out
 
 
 # Sample scope: step(dE [B, T, D]) -> E [B, T, D]
@@ -199,9 +199,10 @@ class BestSampleStep:
         self.scale = None
 
     def step(self, grad: Tensor) -> Tensor:
-        length = self.ball.step_size / _norms(grad)
+        norm = partial(vector_norm, dim=(1, 2), keepdim=True)
+        length = self.ball.step_size / norm(grad)
         self.delta.addcmul_(grad, length if self.scale is None else length / self.scale)
-        scale = self.ball.epsilon / _norms(self.delta)
+        scale = self.ball.epsilon / norm(self.delta)
         self.scale = scale.clamp_(max=1) if self.scale is None else torch.minimum(scale, self.scale)
         return torch.addcmul(self.words, self.delta, self.scale, out=self.out)
 
@@ -214,24 +215,12 @@ class CompiledSampleStep(BestSampleStep):
         return embedded
 
 
-def _norms(x: Tensor) -> Tensor:
-    return vector_norm(x, dim=(1, 2), keepdim=True)
-
-
-class FusedSampleStep:
-    """The engine's op: one call from dE to E."""
+class FusedSampleStep(FusedStep):
+    """One call from dE to E."""
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
-        self.delta = weight.new_zeros(*ids.shape, weight.shape[1], dtype=torch.float32)
-        self.given = given(weight, ids, ball, group=1)
-
-    def reset(self) -> None:
-        self.delta.zero_()
-
-    def step(self, grad: Tensor) -> Tensor:
-        ops.ascend(self.delta, grad, **self.given)
-        out: Tensor = self.given["embedded"]
-        return out
+        self.r = weight.new_zeros(*ids.shape, weight.shape[1], dtype=torch.float32)
+        self.run = partial(ops.ascend, self.r, **self.given(weight, ids, ball, group=1))
 
 
 # Contests: the second of two steps
@@ -269,7 +258,7 @@ def _field(
     """The second step of each, made when it is asked for; its answer is how far both have moved the embeddings."""
 
     def entry(make: Any) -> Entry:
-        made = functools.cache(lambda: make(work.weight, ids, ball))
+        made = cache(lambda: make(work.weight, ids, ball))
         return Entry(
             lambda: (made().reset(), made().step(grads[0])),
             lambda: made().step(grads[1]),

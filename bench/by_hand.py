@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -123,10 +124,7 @@ class Layers:
             handle.remove()
 
     def _see(self, *call: Any) -> None:
-        _tensor(call[-1]).register_hook(self._keep)
-
-    def _keep(self, gradient: Tensor) -> None:
-        self.p = gradient
+        _tensor(call[-1]).register_hook(partial(setattr, self, "p"))
 
     def gradient(self, hand: ByHand) -> Tensor:
         """Of <p, first layer's output> with respect to delta."""

@@ -40,7 +40,6 @@ OPS: dict[str, Op] = {
         for what, who in {"back_up": COPIES, "restore": COPIES, "step": ALL}.items()
         for some in (False, True)
     },
-    "attack step, table scope": Op(attack_steps.table_scope, (*TABLE, LIMIT), None, 21),
     "attack step, sample scope": Op(attack_steps.sample_scope, (*SAMPLE, LIMIT), None, 21),
 }
 
@@ -58,10 +57,9 @@ def cases(size: Size, device: str = "cpu") -> Cases:
 
 def op_cases(size: Size, device: str) -> Cases:
     """With attack steps: from dE, the gradient at the embedding's output, to the next forward's E, the second step."""
-    on_gpu = {"table": TABLE_ON_GPU} if device == "cuda" else {}
     every = {name: op for name, op in OPS.items() if device == "cpu" or "fresh pages" not in name}
-    table = every["attack step, table scope"]
-    table = table._replace(make=partial(table.make, **on_gpu), who=(*on_gpu.get("table", TABLE), LIMIT))
+    steps = TABLE if device == "cpu" else TABLE_ON_GPU
+    table = Op(partial(attack_steps.table_scope, table=steps), (*steps, LIMIT), None, 21)
     every["attack step, table scope"] = table
     first, found = next(iter(size.shapes)), {}
     for name, op in every.items():
@@ -105,13 +103,10 @@ def pgd_cases(size: Size, device: str) -> Cases:
 def method_cases(size: Size, device: str) -> Cases:
     """Every method, with plain training beside it for scale; and a model under torch.compile."""
     build, who = partial(training.compiled, size, device), ("plain", "compiled", "fused")
-    return {
-        **{
-            f"step of a method, {name}": Case(partial(methods.field, name, size, device), who, rounds=5, warmup=0)
-            for name, who in methods.CONTESTANTS.items()
-        },
-        "training step, PGD-3, a compiled model": Case(build, who, rounds=5, warmup=1),
-    }
+    found = {"training step, PGD-3, a compiled model": Case(build, who, rounds=5, warmup=1)}
+    for name, who in methods.CONTESTANTS.items():
+        found[f"step of a method, {name}"] = Case(partial(methods.field, name, size, device), who, rounds=5, warmup=0)
+    return found
 
 
 def growth(size: Size, device: str) -> Cases:
@@ -127,23 +122,17 @@ def growth(size: Size, device: str) -> Cases:
         "dimension": lambda value: (f"D {value:,}", base._replace(dimension=value)),
     }
     for axis, value in ((axis, value) for axis, values in size.growth.items() for value in values):
-        build: Callable[[], Field]
         if axis in attacks:
             name, shape = attacks[axis](value)
             build = partial(_on, _attack, shape, device, size.dtype)
-            found[f"attack step, {name}"] = Case(partial(_along, axis, value, build), PLAIN, budget=2)
+            found[f"attack step, {name}"] = Case(build, PLAIN, budget=2, extra={"axis": axis, "value": value})
             continue
         vocabulary, steps = (size.steps[0][-1], value) if axis == "steps" else (value, 3)
         small = (PGD, (*size.small, vocabulary), (hidden, 2, heads, inner), device, steps)
-        build = partial(_along, axis, value, partial(training.pgd, *small, tolerance=1e-3))
+        build = partial(training.pgd, *small, tolerance=1e-3)
         name = f"PGD-{value}" if axis == "steps" else f"PGD-3, small network, V {value:,}"
-        found[f"training step, {name}"] = Case(build, PGD, rounds=5, warmup=0)
+        found[f"training step, {name}"] = Case(build, PGD, 5, warmup=0, extra={"axis": axis, "value": value})
     return found
-
-
-def _along(axis: str, value: int, make: Callable[[], Field]) -> Field:
-    """With what the report needs for its lines."""
-    return make()._replace(extra={"axis": axis, "value": value})
 
 
 def _attack(work: Workload) -> Field:

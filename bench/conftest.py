@@ -91,7 +91,7 @@ class Contests:
         if contestant not in self.result.seconds:
             pytest.skip(f"{contestant} takes no part here: it is not installed (the extra `bench`), or memory is short")
         found = {**self.info, "heap": heap, "contestant": contestant, "copy_bandwidth": self.result.bandwidth}
-        found |= {"shape": list(self.field.shape), **self.field.extra}
+        found |= {"shape": list(self.field.shape), **case.extra}
         if self.field.moved is not None and contestant != LIMIT:
             found |= self.result.speed(contestant, self.field.moved)
         if contestant in self.peaks:
@@ -114,30 +114,26 @@ def contests(request: pytest.FixtureRequest) -> Contests:
     return Contests(request.config)
 
 
-class Replay:
-    """Hands a race's rounds to pytest-benchmark, whose timer reads this clock."""
-
-    now = 0.0
-
-    def move(self, seconds: float) -> None:
-        self.now += seconds
-
-    def show(self, benchmark: Any, group: str, seconds: list[float], info: dict[str, Any]) -> None:
-        rounds = iter(seconds)
-        benchmark.group = group
-        benchmark.extra_info.update(info)
-        benchmark.pedantic(self.move, setup=lambda: ((next(rounds),), {}), rounds=len(seconds))
+replayed = [0.0]  # what pytest-benchmark's timer reads: the time that a race's rounds have let pass
 
 
-CLOCK = Replay()
+def _pass(seconds: float) -> None:
+    replayed[0] += seconds
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=lambda: CLOCK.now))
+        item.add_marker(pytest.mark.benchmark(timer=lambda: replayed[0]))
 
 
 @pytest.fixture
 def show(benchmark: Any) -> Any:
-    """`show(group, seconds, info)` enters rounds as the benchmark's own."""
-    return lambda *rounds: CLOCK.show(benchmark, *rounds)
+    """`show(group, seconds, info)` enters rounds that a race has timed as the benchmark's own."""
+
+    def enter(group: str, seconds: list[float], info: dict[str, Any]) -> None:
+        rounds = iter(seconds)
+        benchmark.group = group
+        benchmark.extra_info.update(info)
+        benchmark.pedantic(_pass, setup=lambda: ((next(rounds),), {}), rounds=len(seconds))
+
+    return enter

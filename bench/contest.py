@@ -18,7 +18,6 @@ class Field(NamedTuple):
     moved: int | None = None  # bytes that the work has to move
     shape: tuple[int, ...] = ()
     tolerance: float = 1e-4  # how far answers may be from the first one's, relative
-    extra: Mapping[str, Any] = {}
     rewind: Callable[[], object] = lambda: None  # inputs rotate with each `setup`; this puts the first one in place
     weighed: bool = True  # whether one more run of each shows its peak memory
 
@@ -33,6 +32,7 @@ class Case(NamedTuple):
     warmup: int = 2
     budget: float = 4.0  # seconds that a contestant may take before it sits out
     quick: bool = False  # belongs to `-m quick`
+    extra: Mapping[str, Any] = {}  # what else the report needs
 
 
 def contest(field: Field, rounds: int, copy: Copy, **limits: Any) -> Result:

@@ -121,6 +121,9 @@ def proximal(b: Bench) -> Steps:
     """The teacher's average with it, which fastadv leaves to the optimizer's step."""
     theirs, teacher = reference.BregmanProximal(b.model, 1.0, DECAY), copy.deepcopy(b.model)
     hand, adv = by_hand.Proximal(b.model, teacher, DECAY), fastadv.BregmanProximal(b.model, 1.0, DECAY)
+    adv.update()
+    with torch.no_grad():
+        torch._foreach_mul_(list(b.model.parameters()), 1.1)  # away from the teachers, or there is nothing to find
     return three(
         lambda: (theirs.step(b.answer), theirs.update()),
         lambda: hand.step(b.answer, lambda: b.answer(teacher)),

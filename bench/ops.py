@@ -82,17 +82,14 @@ def backward(work: Workload, *, fresh: bool = False) -> Field:
         ops.gather_perturb_backward(into[0], [work.flat], ids, work.groups)
 
     def reset() -> None:
-        into[0] = _mapped(work.weight) if fresh else into[0].zero_()
+        if not fresh:
+            into[0].zero_()
+            return
+        pages = mmap.mmap(-1, work.weight.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        into[0] = torch.frombuffer(pages, dtype=work.weight.dtype).view_as(work.weight)
 
     runs = {"reference": dense, "torch": touched, "fused": fused}
     return work.field(work.word * (work.positions + 2 * work.words), runs, reset, lambda: into[0])
-
-
-def _mapped(like: Tensor) -> Tensor:
-    if like.device.type != "cpu":
-        return torch.zeros_like(like)
-    pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
 
 def ascend(work: Workload, scope: str, *, words: bool = False) -> Field:

@@ -55,7 +55,6 @@ CASES = (Case(16, 128, 30_522), Case(16, 128, 250_002), Case(2, 16, 30_522))
 
 
 def look(entry: Entry) -> Any:
-    """A step under torch's profiler."""
     entry.setup()
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         entry.run()

@@ -22,8 +22,7 @@ Run = Callable[[], object]
 Reading = Callable[[], tuple[float, float]]  # seconds of the copy and of the run, asked for when the race is over
 
 
-def nothing() -> None:
-    """No set-up."""
+def nothing() -> None: ...
 
 
 class Entry(NamedTuple):
@@ -171,7 +170,6 @@ def race(
 
 
 def iqr(values: Sequence[float]) -> float:
-    """The interquartile range."""
     low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
     return high - low
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -42,8 +42,6 @@ PGD = ("plain", "reference", "torch", "fused")
 
 
 class Size(NamedTuple):
-    """How large everything is."""
-
     shapes: dict[str, Shape]  # by model
     steps: tuple[tuple[int, int, int], ...]  # PGD-3: batch, length, vocabulary
     network: tuple[int, int, int, int]  # PARTS
@@ -110,12 +108,7 @@ SIZES = {
         copy=128 << 20,
         **ON_GPU,
     ),
-    "rehearsal": TINY._replace(
-        shapes={"4 x 16": Shape(4, 16, 500, 32)},
-        steps=((4, 16, 500), (2, 8, 500), (4, 16, 4_000)),
-        copy=1 << 16,
-        **ON_GPU,
-    ),
+    "rehearsal": TINY._replace(steps=((4, 16, 500), (2, 8, 500), (4, 16, 4_000)), copy=1 << 16, **ON_GPU),
 }
 
 
@@ -181,7 +174,7 @@ class Workload:
         )
         self.grads = [grad.to(dtype) for grad in grads]  # they rotate: no run sees the last one's
         self.start *= 0.9 * RADIUS / self.start.norm()
-        self.turn = 0
+        self.turn = 0  # each set-up moves it on
         self.groups = ops.segments(self.ids.flatten(), shape.vocabulary).trimmed()
         self.distinct = len(self.ids.unique())
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -189,22 +182,13 @@ class Workload:
         self.positions, self.words = self.ids.numel() * shape.dimension, self.distinct * shape.dimension  # elements
         self.passes = 1 + (self.grads[0].nbytes > CACHES)  # a norm over many rows comes before anything is written
 
-    def rotate(self) -> None:
-        """The next gradient."""
-        self.turn += 1
-
-    def rewind(self) -> None:
-        """The first gradient again."""
-        self.turn = 0
-
     @property
     def grad(self) -> Tensor:
         """[B, T, D], of this turn."""
         return self.grads[self.turn % len(self.grads)]
 
     @property
-    def flat(self) -> Tensor:
-        """[B * T, D], of this turn."""
+    def flat(self) -> Tensor:  # [B * T, D]
         return self.grad.flatten(0, 1)
 
     def field(
@@ -214,13 +198,13 @@ class Workload:
 
         def setup() -> None:
             reset()
-            self.rotate()
+            self.turn += 1
 
         def entry(run: Run) -> Entry:
             return Entry(setup, run, lambda: result() if (found := run()) is None else found)
 
         entries = {name: entry(run) for name, run in runs.items()}
-        return Field(entries, moved, self.shape, tolerance, rewind=self.rewind)
+        return Field(entries, moved, self.shape, tolerance, rewind=partial(setattr, self, "turn", 0))
 
 
-workload = functools.lru_cache(maxsize=1)(Workload)
+workload = lru_cache(maxsize=1)(Workload)

@@ -47,7 +47,6 @@ class Row:
     note: str = ""
 
     def figures(self) -> dict[str, Any]:
-        """What the table and the JSON show."""
         found: dict[str, Any] = {"case": self.case, "note": self.note, "base": self.base, "head": self.head}
         if self.base and not self.note:
             each = ratios(self.base, self.head)
@@ -72,7 +71,6 @@ def ratios(base: Sequence[float], head: Sequence[float]) -> list[float]:
 
 
 def mark(low: float, high: float, rounds: int) -> str:
-    """What the interval says."""
     if rounds < FEWEST:
         return "too few rounds"
     return "slower" if low > 1 else "faster" if high < 1 else "same"
@@ -140,7 +138,6 @@ def race(rows: list[Row], sides: dict[str, dict[str, Any]], names: Sequence[str]
 
 
 def report(rows: Sequence[Row], sides: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table, and what is in it."""
     lines = [HEADER, *(row.cells() for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     text = []

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,7 @@ def main() -> int:
     """0 if everything passed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: bench/results)")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="no tests; tiny figures, on the CPU, to see that all runs"
-    )
+    parser.add_argument("--rehearse", action="store_true", help="no tests; tiny figures, on the CPU: does it run?")
     options = parser.parse_args()
     if not (torch.cuda.is_available() or options.rehearse):
         print("torch sees no CUDA device: there is nothing to check. (--rehearse runs the figures' code on the CPU)")
@@ -91,11 +90,8 @@ def training_step(field: Field, rounds: int, copy: Copy) -> dict[str, Any]:
     found = race(field.entries, rounds, copy).microseconds
     beside = round((found["fused"] - found["passes alone"]) / found["fused"], 4)
     peaks = memory.peaks(field.entries, copy.source.device.type)
-    return {
-        **found,
-        "beside_the_passes": beside,
-        "peak_mib": {name: round(peak / memory.MIB, 1) for name, peak in peaks.items()},
-    }
+    in_mib = {name: round(peak / memory.MIB, 1) for name, peak in peaks.items()}
+    return {**found, "beside_the_passes": beside, "peak_mib": in_mib}
 
 
 def keep(found: Mapping[str, Any], folder: Path) -> Path:
@@ -110,25 +106,17 @@ def keep(found: Mapping[str, Any], folder: Path) -> Path:
 
 def versions() -> dict[str, Any]:
     """What stands beside every figure."""
-    triton: Any = importlib.import_module("triton") if importlib.util.find_spec("triton") else None
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    found = {
-        "gpu": gpu,
-        "torch": torch.__version__,
-        "triton": getattr(triton, "__version__", None),
-        "fastadv": fastadv.__version__,
-    }
+    triton = getattr(importlib.import_module("triton"), "__version__", None) if find_spec("triton") else None
+    found = {"gpu": gpu, "torch": torch.__version__, "triton": triton, "fastadv": fastadv.__version__}
     return {**found, "commit": git.stdout.strip() or None}
 
 
 def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """One line for each row."""
     print(f"\n{title}")
     for name, row in rows.items():
-        cells = (
-            f"{key} {value:,}" if isinstance(value, (int, float)) else f"{key} {value}" for key, value in row.items()
-        )
+        cells = (f"{key} {value:,}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
         print(f"  {name:44} {'  '.join(cells)}", flush=True)
 
 

@@ -45,9 +45,7 @@ def commands() -> dict[str, tuple[list[str], dict[str, str]]]:
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     found = {"marked gpu": ([*pytest, "-m", "gpu", *marked()], {}), "kernels": ([*pytest, *KERNELS], {})}
     sanitizer = [SANITIZER, "--error-exitcode", "9", "--report-api-errors", "no", "--tool"]
-    for tool, environment in TOOLS.items():
-        found[tool] = ([*sanitizer, tool, *pytest, *CHECKED], environment)
-    return found
+    return found | {tool: ([*sanitizer, tool, *pytest, *CHECKED], variables) for tool, variables in TOOLS.items()}
 
 
 def run_all(limit: float) -> dict[str, Count]:
@@ -61,16 +59,14 @@ def run_all(limit: float) -> dict[str, Count]:
 def _start(name: str, command: list[str], extra: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes] | None:
     if shutil.which(command[0]) is None:
         return None
-    report = folder / f"{name}.xml"
-    log = (folder / f"{name}.txt").open("wb")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
-    return subprocess.Popen([*command, f"--junitxml={report}"], stdout=log, stderr=log, env=environment)
+    log, environment = (folder / f"{name}.txt").open("wb"), {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+    report = f"--junitxml={folder / f'{name}.xml'}"
+    return subprocess.Popen([*command, report], stdout=log, stderr=log, env=environment)
 
 
 def _finish(name: str, process: subprocess.Popen[bytes] | None, folder: Path, end: float) -> Count:
     if process is None:
         return Count(note=f"{SANITIZER} is not installed")
-    note = ""
     try:
         code = process.wait(max(1.0, end - time.monotonic()))
         note = "" if code == 0 else f"exit status {code}"
@@ -88,9 +84,6 @@ def counted(report: Path) -> Count:
     """From pytest's own report; nothing where there is none."""
     if not report.exists():
         return Count()
-    suites = list(ET.parse(report).getroot().iter("testsuite"))
-    tests, bad, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites for name in names)
-        for names in (("tests",), ("failures", "errors"), ("skipped",))
-    )
-    return Count(tests - bad - skipped, bad, skipped)
+    kinds, suites = ("tests", "failures", "errors", "skipped"), list(ET.parse(report).getroot().iter("testsuite"))
+    tests, failures, errors, skipped = (sum(int(suite.get(kind, 0)) for suite in suites) for kind in kinds)
+    return Count(tests - failures - errors - skipped, failures + errors, skipped)
