@@ -2,12 +2,13 @@
 
 An attack step goes from dE, the gradient at the embedding's output, to the E of the next forward: one step of PGD of
 length `step_size`, projected onto a ball of radius `epsilon`. What depends on the batch alone (its sort, the rows of
-the table that it touches) is `prepare`, and has a benchmark of its own.
+the table that it touches) is prepared once, and has a benchmark of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,28 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.linalg import vector_norm
 
+from bench.contest import Field
 from bench.race import Entry
+from bench.workloads import LENGTH, RADIUS, Workload
 from fastadv import ops, reference
 
 
 class Ball(NamedTuple):
-    """How an attack steps."""
-
     step_size: float
     epsilon: float
-
-
-def entries(steps: Mapping[str, Any], start: Tensor, first: Tensor, second: Tensor) -> dict[str, Entry]:
-    """The second step of each, along `second`; its answer is how far both have moved the embeddings from `start`."""
-
-    def entry(step: Any) -> Entry:
-        return Entry(
-            lambda: (step.reset(), step.step(first)),
-            lambda: step.step(second),
-            lambda: step.step(second).reshape(start.shape) - start,
-        )
-
-    return {name: entry(step) for name, step in steps.items()}
 
 
 # Table scope: step(dE [N, D]) -> E [N, D]
@@ -47,7 +35,7 @@ class ClassicStep:
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
         self.embedding = nn.Embedding(*weight.shape, _weight=weight.clone())
-        self.ids, self.ball = ids.flatten(), ball
+        self.ids, self.ball = ids, ball
         self.attacker = reference.PGD(self.embedding, self.embedding)
         self.first = True
 
@@ -86,15 +74,10 @@ class BestStep:
     """Plain PyTorch on touched rows: an embedding bag sums dE faster than `index_add_`, the ball is one factor."""
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
-        self.weight, self.ids, self.ball = weight, ids, ball
-        self.prepare()
-        self.moved = torch.empty_like(self.base)
-        self.out = weight.new_empty(ids.numel(), weight.shape[1])
-
-    def prepare(self) -> None:
-        self.rows = prepare_rows(self.ids)
-        self.base = self.weight.index_select(0, self.rows.unique)
+        self.weight, self.ball, self.rows = weight, ball, prepare_rows(ids)
+        self.base = weight.index_select(0, self.rows.unique)
         self.r, self.scale = torch.zeros_like(self.base), 1.0  # the perturbation is scale * r, for a few steps
+        self.moved, self.out = torch.empty_like(self.base), weight.new_empty(ids.numel(), weight.shape[1])
 
     def reset(self) -> None:
         self.r.zero_()
@@ -124,49 +107,80 @@ class CompiledStep(BestStep):
 
     def step(self, grad: Tensor) -> Tensor:
         g = F.embedding_bag(self.rows.order, grad, self.rows.starts, mode="sum")
-        self.r, moved = _compiled(g, self.base, self.r, self.ball.step_size, self.ball.epsilon)
+        self.read = _kept(self)
+        self.r, moved = _compiled(g, self.base, self.r, *self.ball)
         return torch.index_select(moved, 0, self.rows.inverse, out=self.out)
 
 
 @torch.compile(dynamic=False)
 def _compiled(
-    g: Tensor, base: Tensor, r: Tensor, step_size: float, epsilon: float, dims: tuple[int, ...] = (0, 1)
+    g: Tensor,
+    base: Tensor,
+    r: Tensor,
+    step_size: float,
+    epsilon: float,
+    dims: tuple[int, ...] = (0, 1),
+    inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The moved r and base + r, in two passes: |r + a g|^2 follows from the three products of r and g."""
+    g = g if inverse is None else torch.zeros_like(r).index_add(0, inverse, g)
     gg, gr, rr = (product.sum(dims, keepdim=True) for product in (g * g, g * r, r * r))
     a = step_size / gg.sqrt()
     scale = (epsilon / (rr + 2 * a * gr + a * a * gg).clamp(min=0).sqrt()).clamp(max=1)
     r = scale * r + (scale * a) * g
-    return r, base + r
+    return r, base + r if inverse is None else (base + r)[inverse]
+
+
+class DeviceStep(BestStep):
+    """The best plain PyTorch with no number read on the host."""
+
+    def step(self, grad: Tensor) -> Tensor:
+        g = F.embedding_bag(self.rows.order, grad, self.rows.starts, mode="sum")
+        self.r.addcdiv_(g, vector_norm(g).expand_as(g), value=self.ball.step_size)
+        self.r.mul_((self.ball.epsilon / vector_norm(self.r)).clamp_(max=1))
+        torch.add(self.base, self.r, out=self.moved)
+        return torch.index_select(self.moved, 0, self.rows.inverse, out=self.out)
+
+
+def _kept(step: Any) -> Tensor | None:
+    """The r that a graph under capture reads at every replay: it must outlive the next step's."""
+    capturing = step.r.is_cuda and torch.cuda.is_current_stream_capturing()
+    return step.r if capturing else getattr(step, "read", None)
+
+
+class WholeCompiledStep(BestStep):
+    """Everything under torch.compile, gather and scatter too."""
+
+    def step(self, grad: Tensor) -> Tensor:
+        self.read = _kept(self)
+        self.r, out = _compiled(grad, self.base, self.r, *self.ball, inverse=self.rows.inverse)
+        return out
 
 
 class FusedStep:
-    """The engine's ops, on buffers that serve every step."""
+    """The engine's op, on buffers that serve every step."""
+
+    run: Callable[[Tensor], object]
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
-        self.weight, self.ids, self.ball = weight, ids.flatten(), ball
-        self.prepare()
-        self.r = weight.new_zeros(len(self.groups.stops), weight.shape[1])
-        self.g = torch.empty_like(self.r)
-        self.out = weight.new_empty(ids.numel(), weight.shape[1])
-        self.skipped = torch.zeros((), dtype=torch.int64, device=ids.device)
+        groups = ops.segments(ids, len(weight), fused=True).trimmed()  # on a GPU nobody tells how many there are
+        self.r = weight.new_zeros(len(groups.stops), weight.shape[1], dtype=torch.float32)
+        given = self.given(weight, ids, ball, group=0, room=torch.empty_like(self.r))
+        self.run = lambda grad: ops.table_step(self.r, grad, groups, **given)
 
-    def prepare(self) -> None:
-        groups = ops.segments(self.ids, len(self.weight), fused=True)
-        self.groups = groups.trimmed() if self.ids.device.type == "cpu" else groups  # how many, a GPU does not tell
+    def given(self, weight: Tensor, ids: Tensor, ball: Ball, **more: Any) -> dict[str, Any]:
+        """What both ops take beside the perturbation and the gradient."""
+        self.out = weight.new_empty(*ids.shape, weight.shape[1])
+        rule = {**ball._asdict(), "direction": "l2", "ball": "l2"}
+        rule["skipped"] = torch.zeros((), dtype=torch.int64, device=ids.device)
+        return {**rule, "weight": weight, "ids": ids, "embedded": self.out, "fused": True, **more}
 
     def reset(self) -> None:
         self.r.zero_()
 
     def step(self, grad: Tensor) -> Tensor:
-        room = {"weight": self.weight, "ids": self.ids, "embedded": self.out, "room": self.g}
-        ops.table_step(self.r, grad, self.groups, group=0, fused=True, **_rule(self), **room)
+        self.run(grad)
         return self.out
-
-
-def _rule(step: Any) -> dict[str, Any]:
-    length, radius = step.ball
-    return {"skipped": step.skipped, "step_size": length, "epsilon": radius, "direction": "l2", "ball": "l2"}
 
 
 # Sample scope: step(dE [B, T, D]) -> E [B, T, D]
@@ -176,22 +190,19 @@ class BestSampleStep:
     """Plain PyTorch: each sample's step and ball as factors of `addcmul`, out= into buffers."""
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
-        self.weight, self.ids, self.ball = weight, ids, ball
-        self.prepare()
+        self.ball, self.words = ball, F.embedding(ids, weight)
         self.delta, self.out = torch.zeros_like(self.words), torch.empty_like(self.words)
         self.scale: Tensor | None = None  # of each sample: the perturbation is scale * delta
-
-    def prepare(self) -> None:
-        self.words = F.embedding(self.ids, self.weight)
 
     def reset(self) -> None:
         self.delta.zero_()
         self.scale = None
 
     def step(self, grad: Tensor) -> Tensor:
-        length = self.ball.step_size / _norms(grad)
+        norm = partial(vector_norm, dim=(1, 2), keepdim=True)
+        length = self.ball.step_size / norm(grad)
         self.delta.addcmul_(grad, length if self.scale is None else length / self.scale)
-        scale = self.ball.epsilon / _norms(self.delta)
+        scale = self.ball.epsilon / norm(self.delta)
         self.scale = scale.clamp_(max=1) if self.scale is None else torch.minimum(scale, self.scale)
         return torch.addcmul(self.words, self.delta, self.scale, out=self.out)
 
@@ -200,28 +211,59 @@ class CompiledSampleStep(BestSampleStep):
     """The same under torch.compile."""
 
     def step(self, grad: Tensor) -> Tensor:
-        ball = self.ball
-        self.delta, embedded = _compiled(grad, self.words, self.delta, ball.step_size, ball.epsilon, (1, 2))
+        self.delta, embedded = _compiled(grad, self.words, self.delta, *self.ball, (1, 2))
         return embedded
 
 
-def _norms(x: Tensor) -> Tensor:
-    return vector_norm(x, dim=(1, 2), keepdim=True)
-
-
-class FusedSampleStep:
-    """The engine's op: one call from dE to E."""
+class FusedSampleStep(FusedStep):
+    """One call from dE to E."""
 
     def __init__(self, weight: Tensor, ids: Tensor, ball: Ball) -> None:
-        self.weight, self.ids, self.ball = weight, ids, ball
-        self.delta = weight.new_zeros(*ids.shape, weight.shape[1])
-        self.out = torch.empty_like(self.delta)
-        self.skipped = torch.zeros((), dtype=torch.int64, device=ids.device)
+        self.r = weight.new_zeros(*ids.shape, weight.shape[1], dtype=torch.float32)
+        self.run = partial(ops.ascend, self.r, **self.given(weight, ids, ball, group=1))
 
-    def reset(self) -> None:
-        self.delta.zero_()
 
-    def step(self, grad: Tensor) -> Tensor:
-        room = {"weight": self.weight, "ids": self.ids, "embedded": self.out}
-        ops.ascend(self.delta, grad, group=1, fused=True, **_rule(self), **room)
-        return self.out
+# Contests: the second of two steps
+
+TABLE: dict[str, Any] = {
+    "reference": ClassicStep,
+    "torch, index_add": IndexAddStep,
+    "torch": BestStep,
+    "compiled": CompiledStep,
+    "fused": FusedStep,
+}
+TABLE_ON_GPU = {**TABLE, "torch": DeviceStep, "compiled, all of it": WholeCompiledStep}
+SAMPLE: dict[str, Any] = {"torch": BestSampleStep, "compiled": CompiledSampleStep, "fused": FusedSampleStep}
+PROJECTED, INSIDE = Ball(LENGTH, RADIUS), Ball(LENGTH, 1e6)
+LARGEST = 1 << 30  # bytes of a table that the script still moves here: beyond, it takes 8 s a step, and six tables more
+
+
+def table_scope(work: Workload, *, ball: Ball = PROJECTED, table: Mapping[str, Any] = TABLE) -> Field:
+    """Without the script on the largest table."""
+    fits = work.device != "cpu" or 4 * work.weight.numel() < LARGEST
+    moved = 2 * work.word * work.positions + (8 + work.word) * work.words  # dE, E; r twice, W's rows
+    moved += 16 * (work.passes - 1) * work.words  # the sums go through memory, where caches are too small
+    ids, grads = work.ids.flatten(), [grad.flatten(0, 1) for grad in work.grads]
+    return _field({name: table[name] for name in table if fits or name != "reference"}, work, ball, ids, grads, moved)
+
+
+def sample_scope(work: Workload) -> Field:
+    moved = (work.passes * (work.word + 4) + 4 + work.word) * work.positions  # dE, delta; delta, E
+    return _field(SAMPLE, work, PROJECTED, work.ids, work.grads, moved + work.word * work.words)
+
+
+def _field(
+    steps: Mapping[str, Any], work: Workload, ball: Ball, ids: Tensor, grads: Sequence[Tensor], moved: int
+) -> Field:
+    """The second step of each, made when it is asked for; its answer is how far both have moved the embeddings."""
+
+    def entry(make: Any) -> Entry:
+        made = cache(lambda: make(work.weight, ids, ball))
+        return Entry(
+            lambda: (made().reset(), made().step(grads[0])),
+            lambda: made().step(grads[1]),
+            lambda: made().step(grads[1]) - work.weight[ids],
+            waits=make in (ClassicStep, BestStep),
+        )
+
+    return Field({name: entry(make) for name, make in steps.items()}, moved, work.shape)

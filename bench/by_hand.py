@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import kl_div
 
 from bench.divergences import shorter as symmetric_kl
 
@@ -22,75 +24,95 @@ Answer = Callable[[], tuple[Tensor, Tensor]]  # the loss and the logits
 class ByHand:
     """A model whose embedding adds `delta` while there is one."""
 
-    def __init__(self, model: Any) -> None:
-        self.delta: Tensor | None = None
-        model.get_input_embeddings().register_forward_hook(self._add)
+    delta: Any = None
+    left: Any = None  # FreeAT's, from step to step
 
-    def _add(self, *call: Any) -> Tensor | None:
-        output: Tensor = call[-1]
+    def __init__(self, model: Any) -> None:
+        self.embedding = model.get_input_embeddings()
+        self.embedding.register_forward_hook(self._add)
+
+    def _add(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self.delta is None:
             return None
+        self.ids, self.words = args[0], output.detach()
         if self.delta.shape != output.shape:
             self.delta = torch.zeros_like(output, requires_grad=True)
         return output + self.delta
 
-    def begin(self) -> None:
-        """At zero, of a shape that the first pass finds out."""
-        self.delta = torch.zeros((), requires_grad=True)
+    def step(self, method: Callable[..., None], *given: Any) -> Callable[[], None]:
+        """A training step: of zero, of a shape that the first pass finds out, and afterwards the model is plain."""
 
-    def full(self, closure: Closure, passes: int = 1) -> Tensor:
+        def run() -> None:
+            self.delta = torch.zeros((), requires_grad=True)
+            method(self, *given)
+            self.delta = None
+
+        return run
+
+    def full(self, closure: Closure, passes: int = 1) -> Any:
         """A pass that trains; the gradient of delta."""
-        (closure() / passes).backward()  # type: ignore[no-untyped-call]
-        assert self.delta is not None and self.delta.grad is not None
+        (closure() / passes).backward()
         return self.delta.grad
 
     def probe(self, value: Tensor) -> Tensor:
         """The gradient of delta, and nothing else."""
-        assert self.delta is not None
         return torch.autograd.grad(value, self.delta)[0]
 
     def move(self, delta: Tensor) -> None:
         self.delta = delta.detach().requires_grad_()
 
+    def climb(self, gradient: Tensor, step_size: float) -> Tensor:
+        """Up each sample's gradient."""
+        return self.delta.detach().addcdiv(gradient, _norms(gradient), value=step_size)
+
+
+def _norms(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1).view(-1, 1, 1)
+
 
 def fgsm(hand: ByHand, closure: Closure, epsilon: float) -> None:
     """Clean pass, and one at epsilon * sign(g)."""
-    hand.begin()
-    gradient = hand.full(closure)
-    hand.move(gradient.sign_().mul_(epsilon))
+    hand.move(hand.full(closure).sign_().mul_(epsilon))
     hand.full(closure)
-    hand.delta = None
+
+
+def pgd(hand: ByHand, closure: Closure, steps: int, step_size: float, epsilon: float) -> None:
+    """Clean pass, probes, and a pass at the edge of each sample's ball."""
+    gradient = hand.full(closure)
+    for left in reversed(range(steps)):
+        moved = hand.climb(gradient, step_size)
+        hand.move(moved.mul_((epsilon / _norms(moved)).clamp_(max=1)))
+        if left:
+            gradient = hand.probe(closure())
+    hand.full(closure)
 
 
 def freelb(hand: ByHand, closure: Closure, steps: int, step_size: float) -> None:
     """K passes, K - 1 steps per sample."""
-    hand.begin()
     for left in reversed(range(steps)):
         gradient = hand.full(closure, steps)
         if left:
-            hand.move(_stepped(hand.delta, gradient, step_size))
-    hand.delta = None
+            hand.move(hand.climb(gradient, step_size))
 
 
 def yopo(hand: ByHand, closure: Closure, layers: Layers, steps: int, inner_steps: int, step_size: float) -> None:
     """As FreeLB, with n - 1 steps more through the first layer, which is called by itself."""
-    hand.begin()
     for left in reversed(range(steps)):
         with layers.watched():
             gradient = hand.full(closure, steps)
         for inner in range(inner_steps if left else 0):
             if inner:
                 gradient = layers.gradient(hand)
-            hand.move(_stepped(hand.delta, gradient, step_size))
-    hand.delta = None
+            hand.move(hand.climb(gradient, step_size))
 
 
 class Layers:
     """The embeddings and the first layer of a BERT."""
 
+    p: Tensor | None = None
+
     def __init__(self, model: Any, ids: Tensor) -> None:
         self.embeddings, self.first, self.ids = model.bert.embeddings, model.bert.encoder.layer[0], ids
-        self.p: Tensor | None = None
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
@@ -102,71 +124,59 @@ class Layers:
             handle.remove()
 
     def _see(self, *call: Any) -> None:
-        _tensor(call[-1]).register_hook(self._keep)  # type: ignore[no-untyped-call]
-
-    def _keep(self, gradient: Tensor) -> None:
-        self.p = gradient
+        _tensor(call[-1]).register_hook(partial(setattr, self, "p"))
 
     def gradient(self, hand: ByHand) -> Tensor:
         """Of <p, first layer's output> with respect to delta."""
         hidden = _tensor(self.first(self.embeddings(input_ids=self.ids)))
-        assert hand.delta is not None
         return torch.autograd.grad(hidden, hand.delta, self.p)[0]
 
 
-class FreeAT:
+def _tensor(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def freeat(hand: ByHand, closure: Closure, epsilon: float) -> None:
     """One replay: the gradient that trains also moves the buffer."""
-
-    def __init__(self, hand: ByHand, epsilon: float) -> None:
-        self.hand, self.epsilon = hand, epsilon
-        self.left: Tensor | None = None
-
-    def replay(self, closure: Closure) -> None:
-        if self.left is None:
-            self.hand.begin()
-        else:
-            self.hand.move(self.left)
-        gradient = self.hand.full(closure)
-        assert self.hand.delta is not None
-        self.left = (self.hand.delta.detach() + self.epsilon * gradient.sign_()).clamp_(-self.epsilon, self.epsilon)
-        self.hand.delta = None
+    if hand.left is not None:
+        hand.move(hand.left)
+    gradient = hand.full(closure)
+    hand.left = (hand.delta.detach() + epsilon * gradient.sign_()).clamp_(-epsilon, epsilon)
 
 
 def smart(hand: ByHand, answer: Answer, noise: Tensor, epsilon: float) -> None:
     """One step per token away from the model's own answer, and the divergence there; both sides are trained."""
+    hand.delta = None
     loss, logits = answer()
     fixed = logits.detach()
     hand.move(noise)
     gradient = hand.probe(symmetric_kl(answer()[1], fixed))
     largest = gradient.abs().amax(-1, keepdim=True)
     hand.delta = noise.addcdiv(gradient, largest, value=epsilon).clamp_(-epsilon, epsilon)
-    (loss + symmetric_kl(answer()[1], logits)).backward()  # type: ignore[no-untyped-call]
-    hand.delta = None
+    (loss + symmetric_kl(answer()[1], logits)).backward()
 
 
 def vat(hand: ByHand, answer: Answer, noise: Tensor, epsilon: float) -> None:
     """One power iteration; the clean answer is a constant, so that its graph need not stay."""
+    hand.delta = None
     loss, logits = answer()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     fixed = logits.detach()
     hand.move(noise)
     gradient = hand.probe(kl(fixed, answer()[1]))
-    hand.delta = gradient * (epsilon / gradient.flatten(1).norm(dim=1).view(-1, 1, 1))
-    kl(fixed, answer()[1]).backward()  # type: ignore[no-untyped-call]
-    hand.delta = None
+    hand.delta = gradient * (epsilon / _norms(gradient))
+    kl(fixed, answer()[1]).backward()
 
 
 def kl(target: Tensor, logits: Tensor) -> Tensor:
     """KL(target || logits), the mean over the batch."""
-    log_p, log_q = target.log_softmax(-1), logits.log_softmax(-1)
-    return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+    return kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
 
 
 def llr(hand: ByHand, losses: Closure, start: Tensor, epsilon: float, steps: int) -> None:
     """The paper's search for the largest gap, and its two penalties (4 and 3), each sample by itself."""
     hand.move(torch.zeros_like(start))
     clean = losses()
-    assert hand.delta is not None
     [slope] = torch.autograd.grad(clean.sum(), hand.delta, create_graph=True)
     fixed, g, delta = clean.detach(), slope.detach(), start
     for _ in range(steps):
@@ -176,8 +186,13 @@ def llr(hand: ByHand, losses: Closure, start: Tensor, epsilon: float, steps: int
     hand.delta = delta
     moved, linear = losses(), (delta * slope).flatten(1).sum(1)
     penalty = 4 * (moved - clean - linear).abs().mean() + 3 * linear.abs().mean()
-    (clean.mean() + penalty).backward()  # type: ignore[no-untyped-call]
-    hand.delta = None
+    (clean.mean() + penalty).backward()
+
+
+def neftune(hand: ByHand, closure: Closure, noise: Callable[[], Tensor]) -> None:
+    """One pass at the noise."""
+    hand.delta = noise()
+    closure().backward()
 
 
 class AWP:
@@ -188,23 +203,16 @@ class AWP:
         self.saved = [weight.detach().clone() for weight in self.weights]
 
     def step(self, closure: Closure) -> None:
-        closure().backward()  # type: ignore[no-untyped-call]
+        closure().backward()
         gradients = [weight.grad for weight in self.weights if weight.grad is not None]
         with torch.no_grad():
             torch._foreach_copy_(self.saved, self.weights)
             size = torch._foreach_div(torch._foreach_norm(self.weights), torch._foreach_norm(gradients))
             torch._foreach_mul_(size, self.gamma)
             torch._foreach_add_(self.weights, torch._foreach_mul(gradients, size))
-        closure().backward()  # type: ignore[no-untyped-call]
+        closure().backward()
         with torch.no_grad():
             torch._foreach_copy_(self.weights, self.saved)
-
-
-def neftune(hand: ByHand, closure: Closure, noise: Callable[[], Tensor]) -> None:
-    """One pass at the noise."""
-    hand.delta = noise()
-    closure().backward()  # type: ignore[no-untyped-call]
-    hand.delta = None
 
 
 class Proximal:
@@ -217,18 +225,6 @@ class Proximal:
         with torch.no_grad():
             _, fixed = teacher()
         loss, logits = answer()
-        (loss + symmetric_kl(logits, fixed)).backward()  # type: ignore[no-untyped-call]
+        (loss + symmetric_kl(logits, fixed)).backward()
         with torch.no_grad():
             torch._foreach_lerp_(self.mine, self.theirs, 1 - self.decay)
-
-
-def _stepped(delta: Tensor | None, gradient: Tensor, step_size: float) -> Tensor:
-    """Up each sample's gradient."""
-    assert delta is not None
-    norms = gradient.flatten(1).norm(dim=1).view(-1, 1, 1)
-    return delta.detach().addcdiv(gradient, norms, value=step_size)
-
-
-def _tensor(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found

@@ -1,13 +1,7 @@
-"""Who compares two batches of logits: the symmetric KL divergence and its gradient by both, in float32.
-
-`python -m bench.divergences NAME --rows N --classes C` prints the peak memory of one in a process of its own.
-"""
+"""Who compares two batches of logits: the symmetric KL divergence and its gradient by both."""
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.contest import Field
+from bench.race import Entry, nothing
 from fastadv import ops
 
-Found = tuple[Tensor, Tensor, Tensor]  # the mean over rows, and its gradients
-Compare = Callable[[Tensor, Tensor], Found]
+Found = tuple[Tensor, ...]  # the mean over rows, and its gradients
 
 
 def inputs(rows: int, classes: int) -> tuple[Tensor, Tensor]:
@@ -28,15 +23,11 @@ def inputs(rows: int, classes: int) -> tuple[Tensor, Tensor]:
     return logits, logits + 0.3 * torch.randn(rows, classes, generator=generator)
 
 
-def by_autograd(value: Callable[[Tensor, Tensor], Tensor]) -> Compare:
-    """A formula, and autograd for the rest."""
-
-    def compare(logits: Tensor, target: Tensor) -> Found:
-        a, b = logits.detach().requires_grad_(), target.detach().requires_grad_()
-        found = value(a, b)
-        return found.detach(), *torch.autograd.grad(found, (a, b))
-
-    return compare
+def by_autograd(value: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor, *, constant: bool) -> Found:
+    """A formula, and autograd for the gradients by both, or by the logits alone."""
+    a, b = logits.detach().requires_grad_(), target.detach().requires_grad_(not constant)
+    found = value(a, b)
+    return found.detach(), *torch.autograd.grad(found, (a,) if constant else (a, b))
 
 
 def textbook(a: Tensor, b: Tensor) -> Tensor:
@@ -56,7 +47,7 @@ class Given(torch.autograd.Function):
     """A function that finds the gradients with the value, as a training step would use it."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor, compare: Compare) -> Tensor:
+    def forward(ctx: Any, a: Tensor, b: Tensor, compare: Callable[[Tensor, Tensor], Found]) -> Tensor:
         value, *ctx.found = compare(a, b)
         return value
 
@@ -64,11 +55,6 @@ class Given(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.found if grads[0].item() == 1 else [grads[0] * one for one in ctx.found]
         return left, right, None
-
-
-def given(compare: Compare) -> Compare:
-    """The same through autograd."""
-    return by_autograd(lambda a, b: Given.apply(a, b, compare))
 
 
 def by_hand(a: Tensor, b: Tensor) -> Found:
@@ -94,47 +80,22 @@ def _compiled(a: Tensor, b: Tensor) -> Found:
     return (pr - qr).sum() / len(a), (p * (ratio - pr) + gap) / len(a), (q * (qr - ratio) - gap) / len(a)
 
 
-CONTESTANTS: dict[str, Compare] = {
-    "reference": by_autograd(textbook),
-    "torch, autograd": by_autograd(shorter),
-    "torch": given(by_hand),
-    "compiled": given(_compiled),
-    "fused": by_autograd(lambda a, b: ops.divergence(a, b, fused=True)),
+CONTESTANTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "reference": textbook,
+    "torch, autograd": shorter,
+    "torch": lambda a, b: Given.apply(a, b, by_hand),
+    "compiled": lambda a, b: Given.apply(a, b, _compiled),
+    "fused": lambda a, b: ops.divergence(a, b, fused=True),
 }
+TO_A_CONSTANT = ("torch, autograd", "fused")
 
 
-def moved(rows: int, classes: int) -> int:
-    """Bytes: both logits read, both gradients written."""
-    return 16 * rows * classes
+def field(rows: int, classes: int, device: str, dtype: torch.dtype, *, constant: bool = False) -> Field:
+    """Symmetric KL and its gradient by both logits, or with a constant target by one."""
+    logits, target = (one.to(device, dtype) for one in inputs(rows, classes))
 
+    def entry(name: str) -> Entry:
+        return Entry(nothing, lambda: by_autograd(CONTESTANTS[name], logits, target, constant=constant))
 
-def measure(contestant: str, rows: int, classes: int, rounds: int) -> dict[str, Any]:
-    """Each round's peak resident bytes above what is there before, and its seconds; a first round warms up."""
-    from bench.peaks import peak, release, reset_peak
-
-    logits, target = inputs(rows, classes)
-    compare = CONTESTANTS[contestant]
-    compare(logits, target)
-    peaks, seconds = [], []
-    for _ in range(rounds):
-        release()
-        reset_peak()
-        before, start = peak(), time.perf_counter()
-        compare(logits, target)
-        seconds.append(time.perf_counter() - start)
-        peaks.append(peak() - before)
-    return {"peaks": peaks, "seconds": seconds}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("contestant", choices=CONTESTANTS)
-    parser.add_argument("--rows", type=int, required=True)
-    parser.add_argument("--classes", type=int, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    print(json.dumps(measure(options.contestant, options.rows, options.classes, options.rounds)))
-
-
-if __name__ == "__main__":
-    main()
+    moved = (3 if constant else 4) * logits.nbytes  # both logits read, both gradients written, or one
+    return Field({name: entry(name) for name in (TO_A_CONSTANT if constant else CONTESTANTS)}, moved, (rows, classes))

@@ -17,7 +17,6 @@ Step = Callable[[], object]
 
 
 def installed(name: str) -> bool:
-    """Whether its package is there."""
     return importlib.util.find_spec(MODULES[name]) is not None
 
 

@@ -1,28 +1,36 @@
-"""Contestants timed in turns, so that what the machine does meanwhile meets all of them alike."""
+"""The timing engine: contestants run in turns, cold, by the clock of their device.
+
+The machine drifts by more than the differences that matter: in turns, the drift meets all alike.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import gc
-import itertools
 import math
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median, quantiles
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 LIMIT = "physical limit"
 WARMUP, FEWEST = 2, 3
+Run = Callable[[], object]
+Reading = Callable[[], tuple[float, float]]  # seconds of the copy and of the run, asked for when the race is over
+
+
+def nothing() -> None: ...
 
 
 class Entry(NamedTuple):
-    """A contestant: `setup` is not timed, `run` is."""
-
-    setup: Callable[[], object]
-    run: Callable[[], object]
-    answer: Callable[[], object] | None = None  # runs it and says what it found, if that is not what `run` returns
+    setup: Run  # not timed
+    run: Run
+    answer: Run | None = None  # runs it and returns what it found, if that is not what `run` returns
     compared: bool = True  # with the others; what stands there for scale alone does other work
+    waits: bool = False  # reads numbers on the host, so that it cannot be captured
 
 
 class Copy:
@@ -46,94 +54,128 @@ class Result(NamedTuple):
     @property
     def bandwidth(self) -> float:
         """Bytes per second, read and written: the median."""
-        return self.copy_bytes / sorted(self.copy)[len(self.copy) // 2]
+        return self.copy_bytes / median(self.copy)
+
+    @property
+    def microseconds(self) -> dict[str, float]:
+        return {name: round(1e6 * median(rounds), 2) for name, rounds in self.seconds.items()}
 
     def with_limit(self, moved: int) -> Result:
         """Another contestant: the time in which that copy would have moved `moved` bytes."""
         limit = [seconds * moved / self.copy_bytes for seconds in self.copy]
         return self._replace(seconds={**self.seconds, LIMIT: limit})
 
+    def speed(self, name: str, moved: int) -> dict[str, float]:
+        """GB/s of a contestant that moves so many bytes, and its share of the copy's."""
+        speed = moved / median(self.seconds[name])
+        return {"bytes": moved, "gbps": round(speed / 1e9, 2), "of_copy": round(speed / self.bandwidth, 3)}
 
-Run = Callable[[], object]
-Reading = Callable[[], tuple[float, float]]  # seconds of the copy and of the run, asked for when the race is over
+
+def once(entry: Entry, copy: Copy) -> Reading:
+    """Set up, copy, and run by the clock: the host's, or events on the device.
+
+    While a device copies, the host is ahead; a run that waits for the device pays for that as well.
+    """
+    entry.setup()
+    gc.collect()
+    cuda = copy.source.is_cuda
+    mark: Callable[[], Any] = _event if cuda else time.perf_counter
+    start = mark()
+    copy()
+    begun = mark()
+    entry.run()  # and what it returns is freed
+    end = mark()
+    if not cuda:
+        return lambda: (begun - start, end - begun)
+
+    def reading() -> tuple[float, float]:
+        end.synchronize()
+        return start.elapsed_time(begun) / 1e3, begun.elapsed_time(end) / 1e3
+
+    return reading
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def captured(entry: Entry) -> Entry:
+    """Its run as a CUDA graph, which takes the host out of the way. Without a GPU, and if it waits: as it is."""
+    if entry.waits or not torch.cuda.is_available():
+        return entry
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            entry.run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        entry.run()
+    return entry._replace(run=graph.replay)
+
+
+def turns(names: Sequence[str], rounds: int, warmup: int, *, back: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Rounds, numbered from -`warmup`, and who runs: each begins with the next name, and goes `back` to it."""
+    for index in range(-warmup, rounds):
+        first = index % len(names)
+        order = [*names[first:], *names[:first]]
+        yield index, order + order[::-1] * back
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, garbage is collected when `once` says so, and what is there already is not looked at."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def race(
-    entries: dict[str, Entry],
+    entries: Mapping[str, Entry],
     rounds: int,
     copy: Copy,
-    clock: Callable[[Run, Run], Reading] | None = None,
     *,
     warmup: int = WARMUP,
     budget: float = math.inf,
     taken: Mapping[str, float] | None = None,
 ) -> Result:
-    """Time `rounds` of each; every round begins with the next contestant, and each run with the copy.
+    """Time `rounds` of each, every run behind the copy.
 
-    `clock(copy, run)` runs both; the default is the host's. A contestant that has taken `budget` seconds sits out the
-    rest, once it has `FEWEST` rounds; `taken` says what it has taken before.
+    A contestant that has taken `budget` seconds sits out the rest, once it has `FEWEST` rounds; `taken` is what it has
+    taken before.
     """
-    clock = clock or _host_clock
     readings: dict[str, list[Reading]] = {name: [] for name in entries}
     spent = {**dict.fromkeys(entries, 0.0), **(taken or {})}
-    gc.collect()
-    gc.disable()
-    try:
-        for index in range(-warmup, rounds):
-            for name in _rotated(list(entries), index):
+    with quiet():
+        for index, order in turns(list(entries), rounds, warmup):
+            for name in order:
                 if spent[name] > budget and (index < 0 or len(readings[name]) >= FEWEST):
                     continue
                 start = time.perf_counter()
-                entries[name].setup()
-                reading = clock(copy, entries[name].run)
+                reading = once(entries[name], copy)
                 spent[name] += time.perf_counter() - start
                 if index >= 0:
                     readings[name].append(reading)
-    finally:
-        gc.enable()
     both = {name: [reading() for reading in mine] for name, mine in readings.items()}
     copied = [copy_seconds for mine in both.values() for copy_seconds, _ in mine]
     return Result({name: [run for _, run in mine] for name, mine in both.items()}, copied, copy.bytes)
 
 
-def _host_clock(copy: Run, run: Run) -> Reading:
-    found = _timed(copy), _timed(run)
-    return lambda: found
+def iqr(values: Sequence[float]) -> float:
+    low, _, high = quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return high - low
 
 
-def _rotated(names: list[str], by: int) -> Iterator[str]:
-    start = by % len(names)
-    return itertools.chain(names[start:], names[:start])
-
-
-def _timed(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-# What hands a race's rounds to pytest-benchmark: its timer reads this clock, and its target moves it on.
-_now = 0.0
-
-
-def replay_clock() -> float:
-    """The timer of the benchmarks: seconds that `report` has let pass."""
-    return _now
-
-
-def _pass(seconds: float) -> None:
-    global _now  # noqa: PLW0603
-    _now += seconds
-
-
-def report(benchmark: Any, group: str, seconds: list[float], info: dict[str, Any]) -> None:
-    """Enter rounds that were timed in a race as the benchmark's own."""
-    rounds = iter(seconds)
-    benchmark.group = group
-    benchmark.extra_info.update(info)
-    benchmark.pedantic(_pass, setup=lambda: ((next(rounds),), {}), rounds=len(seconds))
-
-
-def relative_error(got: Tensor, want: Tensor) -> float:
-    """|got - want| / |want|, in float64."""
-    return float((got.double() - want.double()).norm() / want.double().norm())
+def interval(values: Sequence[float], resampled: int = 2_000) -> tuple[float, float]:
+    """The 95 % interval of the median, by bootstrap; the same for the same values."""
+    drawing = random.Random(0)
+    medians = sorted(median(drawing.choices(values, k=len(values))) for _ in range(resampled))
+    return medians[round(0.025 * (resampled - 1))], medians[round(0.975 * (resampled - 1))]

@@ -5,7 +5,8 @@ The gradients of one step, accumulated in `.grad`; there is no optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -13,143 +14,61 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastadv
-from bench import peers
-from bench.attack_steps import Ball, BestStep, IndexAddStep, Rows
+from bench import by_hand, peers
+from bench.attack_steps import Ball, BestStep, IndexAddStep
 from bench.contest import Field
-from bench.race import Entry
+from bench.race import Entry, Run
+from bench.workloads import Size, classifier, inputs, loss_closure
 from fastadv import reference
 
 Closure = Callable[[], Tensor]
 
 
-class BestTraining:
-    """The engine's schedule in plain PyTorch: a full pass, probes, a full pass; the embedding's output is a leaf.
+class Leaf(by_hand.ByHand):
+    """The embedding's output is the leaf: autograd brings nothing for the table."""
+
+    def _add(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Any:
+        if self.delta is not None and self.delta.shape != output.shape:
+            self.ids, self.delta = args[0], output.detach().requires_grad_()
+        return self.delta
+
+
+def best(hand: Leaf, closure: Closure, ball: Ball, steps: int) -> None:
+    """The engine's schedule in plain PyTorch: a full pass, probes, a full pass.
 
     What autograd does not compute for the table (its dense gradient, in every full pass) is made once, at the end.
     """
-
-    def __init__(self, model: nn.Module, ball: Ball, steps: int) -> None:
-        self.embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
-        self.ball, self.steps = ball, steps
-        self.embedding.register_forward_hook(self._replace)
-        self.leaf: Tensor | None = None
-        self.live = False
-
-    def _replace(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not self.live:
-            return None
-        if self.leaf is None:
-            self.ids, self.leaf = args[0], output.detach().requires_grad_()
-        return self.leaf
-
-    def backward(self, closure: Closure) -> None:
-        self.live = True
-        try:
-            first = self._full(closure)
-            attack = BestStep(self.embedding.weight.detach(), self.ids, self.ball)
-            grad = first
-            for left in range(self.steps - 1, -1, -1):
-                moved = attack.step(grad.reshape(-1, grad.shape[-1]))
-                self.leaf = moved.reshape(first.shape).detach().requires_grad_()
-                grad = self._probe(closure) if left else self._full(closure)
-            self._accumulate(first.add_(grad).reshape(-1, grad.shape[-1]), attack.rows)
-        finally:
-            self.live, self.leaf = False, None
-
-    def _full(self, closure: Closure) -> Tensor:
-        closure().backward()  # type: ignore[no-untyped-call]
-        assert self.leaf is not None and self.leaf.grad is not None
-        return self.leaf.grad
-
-    def _probe(self, closure: Closure) -> Tensor:
-        loss = closure()
-        assert self.leaf is not None
-        return torch.autograd.grad(loss, self.leaf)[0]
-
-    def _accumulate(self, grad: Tensor, rows: Rows) -> None:
-        weight = self.embedding.weight
-        if weight.grad is None:
-            weight.grad = torch.zeros_like(weight)
-        summed = F.embedding_bag(rows.order, grad, rows.starts, mode="sum")
-        weight.grad.index_add_(0, rows.unique, summed)
+    grad = first = hand.full(closure)
+    weight = hand.embedding.weight
+    attack = BestStep(weight.detach(), hand.ids, ball)
+    for left in range(steps - 1, -1, -1):
+        hand.move(attack.step(grad.flatten(0, 1)).view_as(first))
+        grad = hand.probe(closure()) if left else hand.full(closure)
+    if weight.grad is None:
+        weight.grad = torch.zeros_like(weight)
+    rows = attack.rows
+    summed = F.embedding_bag(rows.order, first.add_(grad).flatten(0, 1), rows.starts, mode="sum")
+    weight.grad.index_add_(0, rows.unique, summed)
 
 
-class HookTraining:
-    """The same schedule as most would write it: delta is added in a hook, and autograd brings the table's gradient."""
-
-    def __init__(self, model: nn.Module, ball: Ball, steps: int) -> None:
-        self.embedding: nn.Embedding = model.get_input_embeddings()  # type: ignore[operator]
-        self.ball, self.steps = ball, steps
-        self.embedding.register_forward_hook(self._add)
-        self.delta: Tensor | None = None
-        self.live = False
-
-    def _add(self, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if not self.live:
-            return None
-        if self.delta is None:
-            self.ids, self.words = args[0], output.detach()
-            self.delta = torch.zeros_like(output).requires_grad_()
-        return output + self.delta
-
-    def backward(self, closure: Closure) -> None:
-        self.live = True
-        try:
-            grad = self._full(closure)
-            attack = IndexAddStep(self.embedding.weight.detach(), self.ids, self.ball)
-            for left in range(self.steps - 1, -1, -1):
-                moved = attack.step(grad.reshape(-1, grad.shape[-1]))
-                self.delta = (moved.view_as(self.words) - self.words).requires_grad_()
-                grad = torch.autograd.grad(closure(), self.delta)[0] if left else self._full(closure)
-        finally:
-            self.live, self.delta = False, None
-
-    def _full(self, closure: Closure) -> Tensor:
-        closure().backward()  # type: ignore[no-untyped-call]
-        assert self.delta is not None and self.delta.grad is not None
-        return self.delta.grad
+def passes_alone(hand: Leaf, closure: Closure, steps: int) -> None:
+    """Without any attack: what no engine can do without."""
+    hand.full(closure)
+    for left in range(steps - 1, -1, -1):
+        hand.move(hand.delta)
+        _ = hand.probe(closure()) if left else hand.full(closure)
 
 
-def entries(
-    model: nn.Module, steps: Mapping[str, Callable[[], object]], after: Callable[[], object] | None = None
-) -> dict[str, Entry]:
-    """Each step from gradients that are None, and `after` it what belongs to it; the gradients are its answer."""
-
-    def entry(run: Callable[[], object]) -> Entry:
-        def answer() -> list[Tensor]:
-            run()
-            return [p.grad for p in model.parameters() if p.grad is not None]
-
-        return Entry(model.zero_grad, run if after is None else lambda: (run(), after()), answer)
-
-    return {name: entry(run) for name, run in steps.items()}
+def as_most_would(hand: by_hand.ByHand, closure: Closure, ball: Ball, steps: int) -> None:
+    """The same schedule: delta is added in a hook, and autograd brings the table's gradient."""
+    grad = hand.full(closure)
+    attack, words = IndexAddStep(hand.embedding.weight.detach(), hand.ids, ball), hand.words
+    for left in range(steps - 1, -1, -1):
+        hand.move(attack.step(grad.flatten(0, 1)).view_as(words) - words)
+        grad = hand.probe(closure()) if left else hand.full(closure)
 
 
-def field(
-    model: nn.Module, steps: Mapping[str, Callable[[], object]], shape: tuple[int, ...], tolerance: float = 1e-4
-) -> Field:
-    """Steps of one model. Plain training, which is there for scale, finds other gradients."""
-    made = entries(model, steps)
-    return Field(
-        {**made, "plain": made["plain"]._replace(compared=False)}, shape=shape, tolerance=tolerance, weighed=False
-    )
-
-
-def answering(entries: Mapping[str, Entry], answer: Callable[[Callable[[], object]], object]) -> dict[str, Entry]:
-    """With `answer(run)` as what is compared."""
-
-    def changed(entry: Entry) -> Entry:
-        return entry._replace(answer=lambda: answer(entry.run)) if entry.compared else entry
-
-    return {name: changed(entry) for name, entry in entries.items()}
-
-
-def takes_part(contestant: str) -> bool:
-    """Whether it is installed, if it is a peer."""
-    return contestant not in peers.MODULES or peers.installed(contestant)
-
-
-SCHEDULED: dict[str, Any] = {"torch, index_add": HookTraining, "torch": BestTraining}
+FOR_SCALE = ("plain", "passes alone", "captured")  # they find other gradients, or leave them elsewhere
 
 
 def schedule(method: str) -> tuple[Ball, int]:
@@ -157,34 +76,86 @@ def schedule(method: str) -> tuple[Ball, int]:
     return (Ball(1.0, float("inf")), 1) if method == "FGM" else (Ball(0.3, 1.0), int(method.removeprefix("PGD-")))
 
 
-def step(contestant: str, method: str, model: nn.Module, closure: Closure) -> Callable[[], object]:
-    """A training step without its optimizer."""
+def step(  # noqa: PLR0911 - one for each
+    contestant: str, method: str, model: nn.Module, closure: Any, batch: Any = None, mask: Tensor | None = None
+) -> Run:
+    """A training step without its optimizer; `batch` is what a captured one replays."""
     ball, steps = schedule(method)
     if contestant == "plain":
-        return lambda: closure().backward()  # type: ignore[no-untyped-call]
-    if contestant in SCHEDULED:
-        scheduled = SCHEDULED[contestant](model, ball, steps)
-        return lambda: scheduled.backward(closure)
+        return lambda: closure().backward()
     if contestant == peers.BERT4TORCH:
         return peers.bert4torch_step(method, model, closure, *ball, steps)
-    if method == "FGM":
-        adv: Any = fastadv.FGM
-        script: Any = reference.fgm
-        numbers: dict[str, Any] = {"epsilon": ball.step_size}
-    else:
-        adv, script = fastadv.PGD, reference.pgd
+    if contestant == "torch, index_add":
+        return by_hand.ByHand(model).step(as_most_would, closure, ball, steps)
+    if contestant == "torch":
+        return Leaf(model).step(best, closure, ball, steps)
+    if contestant == "passes alone":
+        return Leaf(model).step(passes_alone, closure, steps)
+    numbers: dict[str, Any] = {"epsilon": ball.step_size}
+    if method != "FGM":
         numbers = {"epsilon": ball.epsilon, "step_size": ball.step_size, "steps": steps}
     if contestant == "reference":
+        script: Any = reference.fgm if method == "FGM" else reference.pgd
         embedding = model.get_input_embeddings()  # type: ignore[operator]
-        return lambda: script(model, closure, embedding, **numbers)
-    ours = adv(model, **numbers)
-    return lambda: ours.backward(closure)
+        return partial(script, model, closure, embedding, **numbers)
+    adv: Any = (fastadv.FGM if method == "FGM" else fastadv.PGD)(model, **numbers)
+    if contestant == "captured":
+        replay = adv.capture(lambda given: adv.backward(lambda: closure(given)).loss, batch)
+        return lambda: replay(batch)
+    return lambda: adv.backward(closure, mask=mask)
 
 
-def compiled_step(method: str, model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], object]:
-    """fastadv's, of the model under torch.compile; the method is made before the model runs for the first time."""
-    ball, steps = schedule(method)
-    compiled = torch.compile(model)
-    adv = fastadv.PGD(compiled, epsilon=ball.epsilon, step_size=ball.step_size, steps=steps)
-    mask = torch.ones_like(batch["input_ids"])
-    return lambda: adv.backward(lambda: compiled(**batch).loss, mask=mask)
+def field(
+    model: nn.Module,
+    steps: Mapping[str, Run],
+    shape: tuple[int, ...],
+    tolerance: float,
+    answer: Callable[[Run], object] | None = None,
+) -> Field:
+    """Each step from gradients that are None; the gradients are its answer, unless another is given."""
+    found = answer or (lambda run: (run(), gradients(model))[1])
+
+    def entry(name: str, run: Run) -> Entry:
+        return Entry(model.zero_grad, run, lambda: found(run), compared=name not in FOR_SCALE)
+
+    return Field({name: entry(name, run) for name, run in steps.items()}, None, shape, tolerance, weighed=False)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+def pgd(
+    names: Sequence[str],
+    work: tuple[int, int, int],
+    network: tuple[int, int, int, int],
+    device: str,
+    steps: int = 3,
+    dtype: torch.dtype = torch.float32,
+    tolerance: float = 1e-4,
+) -> Field:
+    """PGD-K on a batch of so many texts, of that length and vocabulary; each contestant is made when it first steps."""
+    model, batch = classifier(network, work[-1], device), inputs(*work, device)
+    closure = loss_closure(model, batch, dtype)
+
+    def late(name: str) -> Run:
+        made = cache(lambda: step(name, f"PGD-{steps}", model, closure, batch))
+        return lambda: made()()  # noqa: PLW0108 - `made()` would make it now
+
+    made = {name: late(name) for name in names if name != "captured" or device == "cuda"}
+    narrow = dtype != torch.float32  # there the order of sums shows
+    return field(model, made, (*work, network[0]), 5e-2 if narrow else tolerance)
+
+
+def compiled(size: Size, device: str) -> Field:
+    """Two layers of the network: compiling takes longer than running. The method is made before the model runs.
+
+    `compiled`: the schedule by hand; its probes compute all gradients.
+    """
+    work, (hidden, _, heads, inner) = (*size.small, size.steps[0][-1]), size.network
+    model, batch = classifier((hidden, 2, heads, inner), work[-1], device), inputs(*work, device)
+    mask, made = torch.ones_like(batch["input_ids"]), {}
+    for name, contestant in {"plain": "plain", "compiled": "torch, index_add", "fused": "fused"}.items():
+        run: Any = torch.compile(model)
+        made[name] = step(contestant, "PGD-3", run, loss_closure(run, batch), mask=mask)
+    return field(model, made, (*work, hidden), 1e-3)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cases, contest, machine, race, workloads
+from bench import contest, machine, memory, race, workloads
+from bench.cases import cases, group
 from bench.report import __main__ as report
 from bench.report import pictures, tables
 from bench.report.condense import condense, merged
@@ -228,20 +229,52 @@ def test_a_contest_refuses_a_wrong_answer() -> None:
     def entry(answer: torch.Tensor, *, compared: bool = True) -> race.Entry:
         return race.Entry(lambda: None, lambda: answer, compared=compared)
 
-    contest.check({"one": entry(right), "other": entry(right.clone())}, 1e-4)
-    contest.check({"one": entry(right), "scale": entry(wrong, compared=False)}, 1e-4)
+    def check(**entries: race.Entry) -> None:
+        contest.check(contest.Field(entries))
+
+    check(one=entry(right), other=entry(right.clone()))
+    check(one=entry(right), scale=entry(wrong, compared=False))
     with pytest.raises(AssertionError, match="other: answer 0 is not the first"):
-        contest.check({"one": entry(right), "other": entry(wrong)}, 1e-4)
+        check(one=entry(right), other=entry(wrong))
     with pytest.raises(AssertionError, match="gives 0 answers"):
-        contest.check({"one": entry(right), "other": race.Entry(lambda: None, list)}, 1e-4)
+        check(one=entry(right), other=race.Entry(race.nothing, list))
+
+
+def test_how_far_answers_are_apart() -> None:
+    one = torch.ones(4)
+    assert contest.difference(one, one.clone()) == 0
+    assert contest.difference(torch.tensor([1.0, 1, 1, 1.2]), one) == pytest.approx(0.1)
+    assert contest.difference(one, torch.ones(2, 2)) == contest.difference(one, torch.zeros(4)) == float("inf")
+    assert not contest.difference(torch.tensor([float("nan")]), torch.ones(1)) <= 1
+    assert contest.difference(torch.full((4,), 1e-8), torch.zeros(4)) == 0, "both are rounding"
+    assert contest.difference(torch.tensor([1, 3]), torch.tensor([1, 2])) > 0, "ids are exact"
+    assert list(contest.tensors((one, [one, None]))) == [one, one]
+
+
+def test_the_interval_holds_the_median_and_repeats() -> None:
+    values = [1.0, 1.01, 0.99, 1.02, 0.98, 1.0, 3.0]
+    low, high = race.interval(values)
+    assert 0.98 <= low <= 1.0 <= high <= 3.0 and high < 1.03
+    assert race.interval(values) == (low, high)
+    assert race.interval([1.5]) == (1.5, 1.5) and race.iqr([1.5]) == 0
+
+
+def test_a_committed_figure_has_a_case() -> None:
+    """Every group and contestant of the committed runs is in the registry, so that a new run replaces it."""
+    size = workloads.SIZES["full"]
+    shown = {(group(name), who) for name, case in cases(size).items() for who in case.contestants}
+    shown |= {(name, who) for (name, _), who in memory.contestants(size)}
+    for condensed in report.kept().values():
+        kept = {(name, who) for name, heaps in condensed["groups"].items() for rows in heaps.values() for who in rows}
+        assert kept <= shown
 
 
 def test_inputs_rotate_and_begin_again_for_the_check() -> None:
-    work = cases.Workload(workloads.SIZES["tiny"].shapes["MiniLM"])
-    first = work.grad.clone()
-    work.rotate()
+    work = workloads.Workload(workloads.SIZES["tiny"].shapes["MiniLM"], "cpu", torch.float32)
+    first, field = work.grad.clone(), work.field(0, {"one": race.nothing})
+    field.entries["one"].setup()
     assert not torch.equal(work.grad, first)
-    work.rewind()
+    field.rewind()
     assert torch.equal(work.grad, first)
 
 
@@ -258,7 +291,7 @@ def test_a_retained_heap_gives_nothing_back() -> None:
     code = """
 import torch
 from bench import machine
-from bench.peaks import peak, reset_peak
+from bench.memory import peak, reset_peak
 
 def kept():
     reset_peak()
@@ -284,19 +317,7 @@ def test_zipf_ids_repeat_and_avoid_padding() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not native.available(), reason="the contestant fused needs the C++ ops")
 def test_every_benchmark_runs() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "bench",
-        "-q",
-        "--size",
-        "tiny",
-        "--threads",
-        "1",
-        "-p",
-        "no:cacheprovider",
-    ]
+    command = [sys.executable, "-m", "pytest", "bench", "-q", "--size=tiny", "--threads=1", "-p", "no:cacheprovider"]
     done = subprocess.run(
         [*command, "--benchmark-disable"], cwd=ROOT, capture_output=True, text=True, timeout=1200, check=False
     )
@@ -307,5 +328,5 @@ def test_every_benchmark_runs() -> None:
 def test_quick_is_a_part_of_it() -> None:
     command = [sys.executable, "-m", "pytest", "bench", "-q", "--collect-only", "-m", "quick", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=True)
-    assert "test_table_step.py::test_projected[users-BERT-base-fused]" in done.stdout
-    assert "retained" not in done.stdout and "test_methods" not in done.stdout
+    assert "test_case[users-attack-step-table-scope-bert-base-fused]" in done.stdout
+    assert not any(name in done.stdout for name in ("retained", "step-of-a-method", "training-step", "xlm-r"))

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench.cases import GRADIENTS, OPS
+from bench.attack_steps import TABLE
+from bench.cases import op_cases
 from bench.gpu import stages
 from bench.gpu.__main__ import keep
-from bench.gpu.ops import SIZES, cases
+from bench.workloads import MAIN, SIZES
 from fastadv import native
 
 ROOT = Path(__file__).parent.parent
@@ -31,16 +32,17 @@ def test_a_rehearsal_fills_in_everything_that_needs_no_gpu(tmp_path: Path) -> No
     done = run("--rehearse", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "none.json").read_text())
-    assert {"gpu", "torch", "triton", "commit", "copy_gbps", "tests", "syncs"} <= found.keys()
-    assert found["ops"].keys() == {**OPS, **GRADIENTS}.keys()
-    assert all({"bytes", "us", "gbps", "share_of_copy"} == row.keys() for row in found["ops"].values())
-    assert found["attack_step"].keys() == {"500", "4000"}
+    assert {"gpu", "torch", "triton", "commit", "copy_gbps", "tests", "stages"} <= found.keys()
+    assert found["ops"].keys() == op_cases(SIZES["rehearsal"], "cpu").keys()
+    assert all({"bytes", "us", "gbps", "of_copy"} == row.keys() for row in found["ops"].values())
+    assert found["attack_step"].keys() == {f"attack step, table scope, {model}" for model in MAIN}
     for row in found["attack_step"].values():
-        assert row["classic_us"] > 0 < row["torch_us"] and row["compiled_us"] > 0 < row["fused_us"]
-    assert found["training_step"].keys() == {"4x16, V 500", "2x8, V 500", "4x16, V 4000"}
+        assert row.keys() == TABLE.keys() and min(row.values()) > 0
+    names = ("V 500", "V 500, 2 x 8", "V 4,000")
+    assert found["training_step"].keys() == {f"training step, PGD-3, {name}" for name in names}
     for row in found["training_step"].values():
-        assert row["plain_us"] < row["fastadv_us"]
-    assert "ascend, token, and the words" in done.stdout
+        assert row["plain"] < row["fused"] and {"passes alone", "beside_the_passes", "peak_mib"} <= row.keys()
+    assert "ascend, token scope, and the words" in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -83,15 +85,29 @@ def test_results_are_named_after_the_gpu(tmp_path: Path) -> None:
     path = keep({"gpu": "NVIDIA H100 80GB HBM3"}, tmp_path)
     assert path.name == "nvidia-h100-80gb-hbm3.json"
     path.write_text('{"gpu": "old", "groups": {"attack step": {}}}')
-    keep({"gpu": "NVIDIA H100 80GB HBM3", "syncs": 0}, tmp_path)
-    assert json.loads(path.read_text()) == {"gpu": "NVIDIA H100 80GB HBM3", "syncs": 0, "groups": {"attack step": {}}}
+    keep({"gpu": "NVIDIA H100 80GB HBM3", "copy_gbps": 1}, tmp_path)
+    assert json.loads(path.read_text()) == {
+        "gpu": "NVIDIA H100 80GB HBM3",
+        "copy_gbps": 1,
+        "groups": {"attack step": {}},
+    }
 
 
-def test_every_case_runs_and_moves_something() -> None:
-    names = []
-    for name, case in cases(SIZES["tiny"], "cpu"):
-        case.reset()
-        case.run()
-        assert case.moved > 0
-        names.append(name)
-    assert names == [*OPS, *GRADIENTS]
+def test_every_case_runs_in_bfloat16_and_moves_something() -> None:
+    for case in op_cases(SIZES["rehearsal"], "cpu").values():
+        field = case.make()
+        entry = field.entries["fused"]
+        entry.setup()
+        entry.run()
+        assert (field.moved or 0) > 0
+
+
+def test_the_gpus_tests_are_found_by_their_mark() -> None:
+    """Wherever they lie, and no file that needs more than such a machine has installed."""
+    found = stages.marked()
+    assert "tests/csrc/test_cuda.py" in found and len(found) > 1
+    assert all(f"pytest.mark.{'gpu'}" in (ROOT / name).read_text() for name in found)
+    commands = {name: command for name, (command, _) in stages.commands().items()}
+    assert commands["marked gpu"][-len(found) :] == found and {"memcheck", "racecheck", "kernels"} < commands.keys()
+    given = [ROOT / part for command in commands.values() for part in command if part.endswith(".py")]
+    assert all(file.is_file() for file in given)

@@ -9,17 +9,16 @@ ratio for another answer.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
-import random
 import re
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -28,13 +27,14 @@ from typing import Any
 import torch
 
 from bench.compare import build
-from bench.compare.cases import CASES, Spec
-from bench.compare.worker import Worker
+from bench.compare.worker import Worker, compared
+from bench.contest import difference
+from bench.race import interval, turns
 
-ROUND = ("base", "head", "head", "base")
-OTHER = ("head", "base", "base", "head")
+SIDES = ("base", "head")
 ROUNDS, FEWEST, BUDGET = 21, 6, 90.0  # a case ends after BUDGET seconds, once it has the FEWEST rounds for a mark
-RESAMPLED = 2_000
+HEADER = ("case", "base", "head", "head / base", "95 %", "")
+LEGEND = "base, head: medians. head / base: the rounds' median; 95 %: its interval, by bootstrap over the rounds."
 
 
 @dataclass
@@ -47,7 +47,6 @@ class Row:
     note: str = ""
 
     def figures(self) -> dict[str, Any]:
-        """What the table and the JSON show."""
         found: dict[str, Any] = {"case": self.case, "note": self.note, "base": self.base, "head": self.head}
         if self.base and not self.note:
             each = ratios(self.base, self.head)
@@ -56,8 +55,13 @@ class Row:
             found |= {"base_median": median(self.base), "head_median": median(self.head)}
         return found
 
-
-# The figures
+    def cells(self) -> tuple[str, ...]:
+        found = self.figures()
+        if "ratio" not in found:
+            return (self.case, "", "", "", "", self.note or "interrupted")
+        medians = (amount(found[f"{side}_median"]) for side in SIDES)
+        low, high = found["interval"]
+        return (self.case, *medians, f"{found['ratio']:.3f}", f"{low:.3f} to {high:.3f}", found["mark"])
 
 
 def ratios(base: Sequence[float], head: Sequence[float]) -> list[float]:
@@ -66,35 +70,21 @@ def ratios(base: Sequence[float], head: Sequence[float]) -> list[float]:
     return [math.exp((pairs[at] + pairs[at + 1]) / 2) for at in range(0, len(pairs), 2)]
 
 
-def interval(values: Sequence[float], resampled: int = RESAMPLED) -> tuple[float, float]:
-    """The 95 % interval of the median, by bootstrap; the same for the same values."""
-    drawing = random.Random(0)
-    medians = sorted(median(drawing.choices(values, k=len(values))) for _ in range(resampled))
-    return medians[round(0.025 * (resampled - 1))], medians[round(0.975 * (resampled - 1))]
-
-
 def mark(low: float, high: float, rounds: int) -> str:
-    """What the interval says."""
     if rounds < FEWEST:
         return "too few rounds"
     return "slower" if low > 1 else "faster" if high < 1 else "same"
 
 
-def difference(base: Sequence[torch.Tensor], head: Sequence[torch.Tensor]) -> float:
-    """How far the results are apart, relative; infinitely, if their shapes differ."""
-    if [one.shape for one in base] != [one.shape for one in head]:
-        return math.inf
-    apart = size = 0.0
-    for one, other in zip(base, head, strict=True):
-        apart += float((one.double() - other.double()).square().sum())
-        size += float(one.double().square().sum())
-    return math.sqrt(apart / size) if size else math.inf if apart else 0.0
+def amount(seconds: float) -> str:
+    """Three digits and a unit."""
+    for unit, scale in (("s", 1.0), ("ms", 1e3)):
+        if seconds * scale >= 1:
+            return f"{seconds * scale:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
 
 
-# The race
-
-
-def compare(row: Row, spec: Spec, workers: Mapping[str, Worker], rounds: int | None) -> None:
+def compare(row: Row, workers: Mapping[str, Worker], rounds: int | None) -> None:
     """Fill a row, round by round, so that an interrupt leaves what there is.
 
     Both make the case anew for every round: the pages that it happens to get decide about its time, sometimes by half,
@@ -102,11 +92,10 @@ def compare(row: Row, spec: Spec, workers: Mapping[str, Worker], rounds: int | N
     a few per cent to it: every other round has the other one there. The first round warms up.
     """
     start = time.perf_counter()
-    for number in range(-1, rounds or ROUNDS):
-        turns = (ROUND, OTHER)[number % 2]
-        row.note = prepare(row.case, spec, {side: workers[side] for side in turns[:2]}, compared=number < 0)
+    for number, order in turns(SIDES, rounds or ROUNDS, warmup=1, back=True):
+        row.note = prepare(row.case, {side: workers[side] for side in order[:2]}, compare=number < 0)
         seconds: dict[str, list[float]] = {"base": [], "head": []}
-        for side in () if row.note else turns:
+        for side in () if row.note else order:
             reply = workers[side].ask("run")
             row.note = row.note or (f"{side} fails: {reply['error']}" if "error" in reply else "")
             seconds[side].append(reply.get("seconds", math.nan))
@@ -119,100 +108,46 @@ def compare(row: Row, spec: Spec, workers: Mapping[str, Worker], rounds: int | N
             return
 
 
-def prepare(case: str, spec: Spec, workers: Mapping[str, Worker], *, compared: bool) -> str:
+def prepare(case: str, workers: Mapping[str, Worker], *, compare: bool) -> str:
     """Let both make a case; what stands in the way of timing it, if anything does."""
-    replies = {side: worker.ask("prepare", case=case, answer=compared) for side, worker in workers.items()}
+    replies = {side: worker.ask("prepare", case=case, compare=compare) for side, worker in workers.items()}
     lacking = {side: reply["error"] for side, reply in replies.items() if "error" in reply}
-    if lacking:
+    if lacking or not compare:
         return "; ".join(f"not there in {side}: {error}" for side, error in lacking.items())
-    if not compared:
-        return ""
-    apart = difference(*(torch.load(replies[side]["answer"]) for side in ("base", "head")))
-    return "" if apart <= spec.tolerance else f"differs by {apart:.1e} (may by {spec.tolerance:g})"
+    base, head = (torch.load(replies[side]["answer"]) for side in SIDES)
+    apart = max(map(difference, head, base), default=0.0) if len(base) == len(head) else math.inf
+    tolerance = replies["base"]["tolerance"]
+    return "" if apart <= tolerance else f"differs by {apart:.1e} (may by {tolerance:g})"
 
 
 def race(rows: list[Row], sides: dict[str, dict[str, Any]], names: Sequence[str], options: Any) -> None:
     """Compare case after case. What there is so far is in `rows`, and what the processes are in `sides`."""
     builds = {"base": build.revision(options.base), "head": build.working_tree()}
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-compare-")))
         workers: dict[str, Worker] = {}
         for side, built in builds.items():
             workers[side] = Worker(side, built, folder, options.threads)
             stack.callback(workers[side].close)
             sides[side] = {"name": built.name, "commit": built.commit, **(workers[side].found or {})}
-        say = stack.enter_context(progress(len(names)))
-        for name in names:
+        for number, name in enumerate(names, 1):
             rows.append(Row(name))
-            say(name, None)
-            compare(rows[-1], CASES[name], workers, options.rounds)
-            say(name, rows[-1])
-
-
-# What is shown
-
-
-@contextlib.contextmanager
-def progress(total: int) -> Iterator[Callable[[str, Row | None], None]]:
-    """A bar where rich is installed and somebody looks; else a line for every case. On stderr."""
-    with contextlib.ExitStack() as stack:
-        bar: Any = None
-        if sys.stderr.isatty():
-            with contextlib.suppress(ImportError):
-                from rich.console import Console
-                from rich.progress import Progress
-
-                bar = stack.enter_context(Progress(console=Console(stderr=True), transient=True))
-                task = bar.add_task("", total=total)
-
-        def say(name: str, row: Row | None) -> None:
-            if bar is not None:
-                bar.update(task, description=name, advance=row is not None)
-            if row is not None:
-                print(" | ".join(cell for cell in cells(row) if cell), file=sys.stderr, flush=True)
-
-        yield say
-
-
-HEADER = ("case", "base", "head", "head / base", "95 %", "")
-LEGEND = "base, head: medians. head / base: the rounds' median; 95 %: its interval, by bootstrap over the rounds."
+            compare(rows[-1], workers, options.rounds)
+            shown = " | ".join(filter(None, rows[-1].cells()))
+            print(f"{number} of {len(names)}: {shown}", file=sys.stderr, flush=True)
 
 
 def report(rows: Sequence[Row], sides: Mapping[str, Mapping[str, Any]]) -> str:
-    """The table, and what is in it."""
-    lines = [HEADER, *(cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    names = [f"{side}: {found['name']}" for side, found in sides.items()]
-    columns = ["  ".join(map(_aligned, line, widths, range(len(line)))).rstrip() for line in lines]
-    return "\n".join([*names, "", *columns, "", LEGEND])
+    lines = [HEADER, *(row.cells() for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = []
+    for first, *figures, last in lines:
+        cells = [first.ljust(widths[0]), *map(str.rjust, figures, widths[1:]), last]
+        text.append("  ".join(cells).rstrip())
+    return "\n".join([*(f"{side}: {found['name']}" for side, found in sides.items()), "", *text, "", LEGEND])
 
 
-def _aligned(cell: str, width: int, column: int) -> str:
-    return cell.rjust(width) if 0 < column < len(HEADER) - 1 else cell.ljust(width)
-
-
-def cells(row: Row) -> tuple[str, ...]:
-    """A row of the table."""
-    found = row.figures()
-    if "ratio" not in found:
-        return (row.case, "", "", "", "", row.note or "interrupted")
-    low, high = found["interval"]
-    medians = (amount(found["base_median"]), amount(found["head_median"]))
-    return (row.case, *medians, f"{found['ratio']:.3f}", f"{low:.3f} to {high:.3f}", found["mark"])
-
-
-def amount(seconds: float) -> str:
-    """Three digits and a unit."""
-    for unit, scale in (("s", 1.0), ("ms", 1e3)):
-        if seconds * scale >= 1:
-            return f"{seconds * scale:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
-
-
-# The command
-
-
-def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     parser.add_argument("base", nargs="?", default="HEAD", help="a revision of git; default: HEAD")
     parser.add_argument("--only", type=re.compile, default=re.compile(""), metavar="REGEX", help="cases to compare")
@@ -220,12 +155,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.ArgumentParser, arg
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="of each process")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write everything")
     parser.add_argument("--list", action="store_true", help="only say which cases there are")
-    return parser, parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser, options = parse(arguments)
-    names = [name for name in CASES if options.only.search(name)]
+    options = parser.parse_args(arguments)
+    names = [name for name in compared() if options.only.search(name)]
     if not names:
         parser.error(f"no case matches {options.only.pattern!r}: --list names them")
     if options.rounds is not None and options.rounds < 1:
@@ -238,12 +169,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     code = 0
     try:
         race(rows, sides, names, options)
-    except build.RevisionError as error:
+    except (build.RevisionError, build.BuildError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except build.BuildError as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        code = 1
+        code = 2 if isinstance(error, build.RevisionError) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

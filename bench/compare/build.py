@@ -22,9 +22,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 PLACE = ROOT / "build/compare"
 NOT_BUILT = ("bench", "tests", "docs", "examples")  # editing these is no reason to build again
-KEPT = 8  # builds of the working tree
-SHOWN = 20  # lines of what a build that failed has printed
+KEPT = 8  # builds of the working tree: each edit is one
 BUILDERS = ("FASTADV_", "CXX", "LDFLAGS", "CUDA_", "SOURCE_DATE_EPOCH")  # variables that change what is built
+OPTIONS = ("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet")
 
 
 class RevisionError(Exception):
@@ -44,25 +44,38 @@ class Build(NamedTuple):
 
 
 def revision(ref: str) -> Build:
-    """A commit, built now or before.
-
-    Raises:
-        RevisionError, BuildError: there is no such commit; it does not build.
-    """
+    """A commit, built now or before."""
     commit = resolve(ref)
-    return Build(f"{ref} ({commit[:10]})", commit, _built(commit, lambda tree: _archive(commit, tree)))
+
+    def unpack(tree: Path) -> None:
+        """By `git archive`: a worktree would leave something in .git that an interrupt had to take away."""
+        command = ["git", "archive", "--format=tar", commit]
+        packed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+        with tarfile.open(fileobj=io.BytesIO(packed)) as files:
+            files.extractall(tree, filter="data")
+
+    return Build(f"{ref} ({commit[:10]})", commit, _built(commit, unpack))
 
 
 def working_tree() -> Build:
     """The working tree as it is now, with what is not committed, and without what git ignores."""
-    commit, files = resolve("HEAD"), _files()
+    left_out = [f":(exclude){name}" for name in NOT_BUILT]
+    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ".", *left_out).split("\0")
+    files = {name: (ROOT / name).read_bytes() for name in sorted(set(listed)) if (ROOT / name).is_file()}  # read once
+
+    def unpack(tree: Path) -> None:
+        for name, content in files.items():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes(content)
+
     digest = hashlib.sha256()
     for name, content in files.items():
         digest.update(f"{name}\0{len(content)}\0".encode() + content)
-    changed = " and changes" if git("status", "--porcelain") else ""
-    built = _built(f"tree-{digest.hexdigest()[:16]}", lambda tree: _write(files, tree))
-    _forget_old()
-    return Build(f"working tree ({commit[:10]}{changed})", commit, built)
+    site = _built(f"tree-{digest.hexdigest()[:16]}", unpack)
+    for place in sorted(PLACE.glob("tree-*"), key=lambda place: place.stat().st_mtime)[:-KEPT]:
+        shutil.rmtree(place, ignore_errors=True)
+    commit, changed = resolve("HEAD"), " and changes" if git("status", "--porcelain") else ""
+    return Build(f"working tree ({commit[:10]}{changed})", commit, site)
 
 
 def resolve(ref: str) -> str:
@@ -82,32 +95,11 @@ def git(*arguments: str, otherwise: str = "git failed") -> str:
     return done.stdout
 
 
-def _archive(commit: str, tree: Path) -> None:
-    """`git archive` rather than a worktree: it leaves nothing in .git that an interrupt would have to take away."""
-    command = ["git", "archive", "--format=tar", commit]
-    packed = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
-    with tarfile.open(fileobj=io.BytesIO(packed)) as files:
-        files.extractall(tree, filter="data")
-
-
-def _files() -> dict[str, bytes]:
-    """The working tree's sources, read once, so that what is built is what was hashed."""
-    left_out = [f":(exclude){name}" for name in NOT_BUILT]
-    listed = git("ls-files", "-z", "--cached", "--others", "--exclude-standard", "--", ".", *left_out)
-    paths = sorted({name for name in listed.split("\0") if name})
-    return {name: (ROOT / name).read_bytes() for name in paths if (ROOT / name).is_file()}
-
-
-def _write(files: dict[str, bytes], tree: Path) -> None:
-    for name, content in files.items():
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        (tree / name).write_bytes(content)
-
-
 def _built(key: str, unpack: Callable[[Path], None]) -> Path:
     """Where `key` is installed. A build takes its place when it is complete, and not before."""
-    environment = _environment()
-    place = PLACE / f"{key}-{_settings(environment)}"
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHONPATH"))}
+    environment = {"FASTADV_NATIVE": "1", "FASTADV_CUDA": "0", **inherited}  # what is timed runs on the CPU
+    place = PLACE / f"{key}-{settings(environment)}"
     if place.exists():
         os.utime(place)  # the latest to be used are kept
         return place / "site"
@@ -116,7 +108,8 @@ def _built(key: str, unpack: Callable[[Path], None]) -> Path:
     with tempfile.TemporaryDirectory(dir=PLACE, prefix=".", ignore_cleanup_errors=True) as scratch:
         tree, new = Path(scratch, "tree"), Path(scratch, "new")
         unpack(tree)
-        _install(place.name, tree, new / "site", environment)
+        command = [sys.executable, "-m", "pip", "install", *OPTIONS, "--target", str(new / "site"), str(tree)]
+        _run(command, place.name, Path(scratch), environment)
         try:
             new.rename(place)
         except OSError:
@@ -125,41 +118,20 @@ def _built(key: str, unpack: Callable[[Path], None]) -> Path:
     return place / "site"
 
 
-def _environment() -> dict[str, str]:
-    """C++ must build; CUDA is left out unless it is asked for, for what is timed runs on the CPU."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PIP_", "PYTHONPATH"))}
-    return {"FASTADV_NATIVE": "1", "FASTADV_CUDA": "0", **inherited}
-
-
-def _settings(environment: dict[str, str]) -> str:
+def settings(environment: dict[str, str]) -> str:
     """What a build depends on beside its sources."""
     chosen = sorted(item for item in environment.items() if item[0].startswith(BUILDERS))
     return hashlib.sha256(repr((chosen, sys.version, sys.prefix)).encode()).hexdigest()[:8]
 
 
-def _install(name: str, tree: Path, site: Path, environment: dict[str, str]) -> None:
-    options = ["--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-version-check", "--quiet"]
-    command = [sys.executable, "-m", "pip", "install", *options, "--target", str(site), str(tree)]
-    with subprocess.Popen(
-        command,
-        cwd=tree.parent,
-        env=environment,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,  # with its compilers, which would go on writing into a folder that is taken away
-    ) as pip:
+def _run(command: list[str], name: str, folder: Path, environment: dict[str, str]) -> None:
+    """In a session of its own, to end compilers too: they would go on writing into a folder that is taken away."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **pipes) as pip:
         try:
             printed, _ = pip.communicate()
         except BaseException:
             os.killpg(pip.pid, signal.SIGKILL)
             raise
     if pip.returncode:
-        raise BuildError(f"{name} does not build:\n" + "\n".join(printed.splitlines()[-SHOWN:]))
-
-
-def _forget_old() -> None:
-    """Each edit of the working tree is a build of its own."""
-    builds = sorted(PLACE.glob("tree-*"), key=lambda place: place.stat().st_mtime)
-    for place in builds[:-KEPT]:
-        shutil.rmtree(place, ignore_errors=True)
+        raise BuildError(f"{name} does not build:\n" + "\n".join(printed.splitlines()[-20:]))

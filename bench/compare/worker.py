@@ -1,6 +1,7 @@
 """A process with one revision's fastadv: both ends of the pipe to it, which carries a line of JSON each way.
 
-`python -m bench.compare.worker SITE FOLDER THREADS` prepares cases and runs them once at a time, as it is told.
+`python -m bench.compare.worker SITE FOLDER THREADS` prepares cases and runs them once at a time, as it is told. The
+cases and the engine that times them are this checkout's in both processes: only fastadv differs.
 """
 
 from __future__ import annotations
@@ -12,43 +13,40 @@ import json
 import os
 import subprocess
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from bench.compare.build import ROOT, Build, BuildError
-from bench.compare.cases import CASES, Case, tensors
+from bench.contest import Field, answer
 from bench.machine import environment
-from bench.race import Copy
+from bench.race import Copy, once, quiet
+from bench.workloads import SIZES, workload
 
-COPIED = 64 << 20  # elements that are copied before every run: more than any cache holds
+CONTROL = "plain training (control)"  # nothing of fastadv: a mark here says that the machine was not quiet
+SLOW = "training step, PGD-3, a compiled model"  # compiles anew in every round
 
 
 class Worker:
     """The parent's end."""
 
     def __init__(self, side: str, build: Build, folder: Path, threads: int) -> None:
-        self.side, self.build, self.folder, self.threads = side, build, folder, threads
+        self.build, self.log = build, folder / f"{side}.log"
+        self.variables = environment(threads, os.environ)
+        paths = (build.site, ROOT, os.environ.get("PYTHONPATH"))  # the revision's fastadv comes before the one in ROOT
+        self.variables["PYTHONPATH"] = os.pathsep.join(str(path) for path in paths if path)
+        self.arguments = [str(build.site), str(folder / f"{side}.pt"), str(threads)]
         self.start()
 
     def start(self) -> None:
-        """Start the process, and wait until it says what it has imported.
-
-        Raises:
-            BuildError: it does not get so far.
-        """
-        self.log = self.folder / f"{self.side}.log"
-        variables = environment(self.threads, os.environ)
-        paths = [str(self.build.site), str(ROOT)]  # the revision's fastadv comes before the one in ROOT
-        variables["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
-        arguments = [str(self.build.site), str(self.folder / f"{self.side}.pt"), str(self.threads)]
+        """Start the process, and wait until it says what it has imported."""
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "bench.compare.worker", *arguments],
+                [sys.executable, "-m", "bench.compare.worker", *self.arguments],
                 cwd=self.build.site.parent,  # comes first of all, and has no fastadv
-                env=variables,
+                env=self.variables,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -61,13 +59,13 @@ class Worker:
 
     def ask(self, do: str, **what: object) -> dict[str, Any]:
         """The process's answer. One that died is replaced, and its death is the answer."""
-        assert self.process.stdin is not None
+        pipe: Any = self.process.stdin
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps({"do": do, **what}) + "\n")
-            self.process.stdin.flush()
-        answer = self._answer()
-        if answer is not None:
-            return answer
+            pipe.write(json.dumps({"do": do, **what}) + "\n")
+            pipe.flush()
+        found = self._answer()
+        if found is not None:
+            return found
         error = f"the process died ({self.process.wait()}): {self._last_words()}"
         self.close()
         self.start()
@@ -81,9 +79,8 @@ class Worker:
             with contextlib.suppress(BrokenPipeError):
                 pipe.close()  # type: ignore[union-attr]
 
-    def _answer(self) -> dict[str, Any] | None:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+    def _answer(self) -> Any:
+        line = self.process.stdout.readline()  # type: ignore[union-attr]
         return json.loads(line) if line else None
 
     def _last_words(self) -> str:
@@ -91,56 +88,44 @@ class Worker:
         return next((line for line in reversed(lines) if line.strip()), "without a word")
 
 
+def compared() -> dict[str, tuple[Callable[[], Field], str]]:
+    """What makes a case, and whose rounds are compared: fastadv's."""
+    from bench.cases import cases  # here, for it imports fastadv
+
+    every = cases(SIZES["compare"])
+    found = {name: (case.make, "fused") for name, case in every.items() if name != SLOW}
+    return {**found, CONTROL: (every["step of a method, FGSM"].make, "plain")}
+
+
 class Bench:
     """The process's end: what it can be told."""
 
-    def __init__(self, answer: str) -> None:
-        self.file, self.copy = answer, Copy(COPIED)
-        self.case: Case | None = None
+    def __init__(self, file: str) -> None:
+        self.file, self.copy, self.cases = file, Copy(SIZES["compare"].copy), compared()
+        self.entry: Any = None
 
-    def prepare(self, case: str, answer: bool) -> dict[str, Any]:
-        """Make a case and run it once; leave its result in a file, if that is asked for."""
-        self.case = None
+    def prepare(self, case: str, compare: bool) -> dict[str, Any]:
+        """Make a case and run it once; leave its answer in a file, if that is asked for."""
+        self.entry = None
+        workload.cache_clear()
         gc.collect()
-        made = CASES[case].make()
-        made.setup()
-        result = made.found(made.run())
-        if answer:
-            torch.save([one.detach().clone() for one in tensors(result)], self.file)
-        self.case = made
-        return {"answer": self.file}
+        make, who = self.cases[case]
+        field = make()
+        found = answer(field, field.entries[who])
+        if compare:
+            torch.save([one.detach().clone() for one in found], self.file)
+        self.entry = field.entries[who]
+        return {"answer": self.file, "tolerance": field.tolerance}
 
     def run(self) -> dict[str, Any]:
         """Run the case once, behind a copy that leaves the caches cold."""
-        if self.case is None:
-            raise RuntimeError("nothing is prepared")
-        self.case.setup()
-        gc.collect()
-        self.copy()
-        start = time.perf_counter()
-        self.case.run()
-        return {"seconds": time.perf_counter() - start}
-
-
-def serve(bench: Bench, channel: Any) -> None:
-    """Answer until nobody asks any more."""
-    for line in sys.stdin:
-        request = json.loads(line)
-        try:
-            reply = getattr(bench, request.pop("do"))(**request)
-        except Exception as error:  # noqa: BLE001 - whatever a revision lacks, the rest of it can be compared
-            reply = {"error": first_line(error)}
-        channel.write(json.dumps(reply) + "\n")
-
-
-def first_line(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        return {"seconds": once(self.entry, self.copy)()[1]}
 
 
 def import_from(site: Path) -> Any:
     """The fastadv that is in `site`. The finder of an editable install would fill in what a revision lacks."""
-    sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable___fastadv" not in _module(finder)]
+    editable = "__editable___fastadv"
+    sys.meta_path[:] = [one for one in sys.meta_path if editable not in (getattr(one, "__module__", None) or "")]
     fastadv = importlib.import_module("fastadv")
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
@@ -149,22 +134,24 @@ def import_from(site: Path) -> Any:
     return fastadv
 
 
-def _module(finder: object) -> str:
-    return getattr(finder, "__module__", None) or ""
-
-
 def main() -> None:
-    site, answer, threads = sys.argv[1:]
+    """Answer until nobody asks any more."""
+    site, file, threads = sys.argv[1:]
     channel = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     fastadv = import_from(Path(site))
     torch.set_num_threads(int(threads))
-    bench = Bench(answer)
-    gc.disable()
-    gc.freeze()  # so that a collection before each run takes no time
+    bench = Bench(file)
     hello = {"fastadv": fastadv.__version__, "file": fastadv.__file__, "torch": torch.__version__}
     channel.write(json.dumps({**hello, "threads": torch.get_num_threads()}) + "\n")
-    serve(bench, channel)
+    with quiet():
+        for line in sys.stdin:
+            request = json.loads(line)
+            try:
+                reply = getattr(bench, request.pop("do"))(**request)
+            except Exception as error:  # noqa: BLE001 - whatever a revision lacks, the rest of it can be compared
+                reply = {"error": f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"}
+            channel.write(json.dumps(reply) + "\n")
 
 
 if __name__ == "__main__":

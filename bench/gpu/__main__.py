@@ -3,64 +3,95 @@
 from __future__ import annotations
 
 import argparse
+import gc
+import importlib
 import json
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import machine
-from bench.gpu import ops, stages, steps
-from bench.gpu.clock import device_race
-from bench.race import Copy, Entry
+import fastadv
+from bench import machine, memory
+from bench.cases import op_cases, pgd_cases
+from bench.contest import Case, Field, check
+from bench.gpu import stages
+from bench.race import Copy, Entry, captured, nothing, race
+from bench.workloads import MAIN, SIZES
 
 RESULTS = Path(__file__).parents[1] / "results"
-COPIED = {"full": 128 << 20, "tiny": 1 << 16}  # float32 elements: 512 MB
-ROUNDS = {"full": 21, "tiny": 1}
 TESTS_LIMIT = 300.0  # seconds; what is left of ten minutes is for installing and for the figures
+ATTACK = "attack step, table scope, "
+Measure = Callable[[Field, int, Copy], dict[str, Any]]
 
 
 def main() -> int:
-    """0 if everything passed and no step waited for the device."""
-    options = _options()
+    """0 if everything passed."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: bench/results)")
+    parser.add_argument("--rehearse", action="store_true", help="no tests; tiny figures, on the CPU: does it run?")
+    options = parser.parse_args()
     if not (torch.cuda.is_available() or options.rehearse):
         print("torch sees no CUDA device: there is nothing to check. (--rehearse runs the figures' code on the CPU)")
         return 2
-    device = torch.device("cpu" if options.rehearse else "cuda")
-    found: dict[str, Any] = {**stages.versions(), "commit": _commit()}
     counts = {} if options.rehearse else stages.run_all(TESTS_LIMIT)
-    found["tests"] = {
-        kind: sum(getattr(one, kind) for one in counts.values()) for kind in ("passed", "failed", "skipped")
-    }
+    kinds = ("passed", "failed", "skipped")
+    found = {**versions(), "tests": {kind: sum(getattr(one, kind) for one in counts.values()) for kind in kinds}}
     found["stages"] = {name: count._asdict() for name, count in counts.items()}
-    found["syncs"] = stages.syncs()
     _table("tests", found["stages"])
     keep(found, options.out)
-    for section in figures(found, "tiny" if options.rehearse else "full", device):
+    for section in figures(found, "cpu" if options.rehearse else "cuda"):
         _table(section, found[section])
         keep(found, options.out)
-    good = all(count.good for count in counts.values()) and not found["syncs"]
-    print(f"{'good' if good else 'NOT GOOD'}: {found['tests']}, syncs in a step: {found['syncs']}")
+    good = all(count.good for count in counts.values())
+    print(f"{'good' if good else 'NOT GOOD'}: {found['tests']}")
     return 0 if good else 1
 
 
-def figures(found: dict[str, Any], size: str, device: torch.device) -> Iterable[str]:
-    """Fill in section after section."""
-    copy, rounds = Copy(COPIED[size], device), ROUNDS[size]
-    found["copy_gbps"] = round(device_race({"copy": Entry(lambda: None, copy)}, rounds, copy).bandwidth / 1e9, 1)
-    sections = {
-        "ops": ops.measured(ops.SIZES[size], device, copy, rounds),
-        "attack_step": steps.attack_steps(steps.SIZES[size], device, copy, rounds),
-        "training_step": steps.training_steps(steps.SIZES[size], device, copy, min(rounds, 11)),
+def figures(found: dict[str, Any], device: str) -> Iterator[str]:
+    """Fill in section after section: ops and training steps at the GPU's size, attack steps at the usual one."""
+    large, usual = (SIZES["gpu"], SIZES["full"]) if device == "cuda" else (SIZES["rehearsal"], SIZES["tiny"])
+    copy, rounds = Copy(large.copy, device), (21 if device == "cuda" else 1)
+    found["copy_gbps"] = round(race({"copy": Entry(nothing, copy)}, rounds, copy).bandwidth / 1e9, 1)
+    attacks = op_cases(usual, device)
+    sections: dict[str, tuple[Measure, Mapping[str, Case], int]] = {
+        "ops": (op, op_cases(large, device), rounds),
+        "attack_step": (attack_step, {f"{ATTACK}{model}": attacks[f"{ATTACK}{model}"] for model in MAIN}, rounds),
+        "training_step": (training_step, pgd_cases(large, device), min(rounds, 11)),
     }
-    for section, rows in sections.items():
+    for section, (measure, cases, times) in sections.items():
         found[section] = {}
-        for name, row in rows:
-            found[section][name] = row
+        for name, case in cases.items():
+            torch._dynamo.reset()
+            gc.collect()
+            found[section][name] = measure(case.make(), times, copy)
         yield section
+
+
+def op(field: Field, rounds: int, copy: Copy) -> dict[str, Any]:
+    """At a size that no cache holds, in bfloat16, against the copy of the same run."""
+    result = race({"fused": captured(field.entries["fused"])}, rounds, copy)
+    return {"us": result.microseconds["fused"], **result.speed("fused", field.moved or 0)}
+
+
+def attack_step(field: Field, rounds: int, copy: Copy) -> dict[str, Any]:
+    """From dE to the next forward's E in float32, everyone as a graph that can be."""
+    check(field)
+    return race({name: captured(entry) for name, entry in field.entries.items()}, rounds, copy).microseconds
+
+
+def training_step(field: Field, rounds: int, copy: Copy) -> dict[str, Any]:
+    """PGD-3 under bfloat16 autocast, host included."""
+    check(field)
+    found = race(field.entries, rounds, copy).microseconds
+    beside = round((found["fused"] - found["passes alone"]) / found["fused"], 4)
+    peaks = memory.peaks(field.entries, copy.source.device.type)
+    in_mib = {name: round(peak / memory.MIB, 1) for name, peak in peaks.items()}
+    return {**found, "beside_the_passes": beside, "peak_mib": in_mib}
 
 
 def keep(found: Mapping[str, Any], folder: Path) -> Path:
@@ -73,31 +104,20 @@ def keep(found: Mapping[str, Any], folder: Path) -> Path:
     return path
 
 
-def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: bench/results)")
-    parser.add_argument(
-        "--rehearse", action="store_true", help="no tests; tiny figures on the CPU, to see that all runs"
-    )
-    return parser.parse_args()
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
+def versions() -> dict[str, Any]:
+    """What stands beside every figure."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    triton = getattr(importlib.import_module("triton"), "__version__", None) if find_spec("triton") else None
+    found = {"gpu": gpu, "torch": torch.__version__, "triton": triton, "fastadv": fastadv.__version__}
+    return {**found, "commit": git.stdout.strip() or None}
 
 
 def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """One line for each row, of what is a number or a word."""
     print(f"\n{title}")
     for name, row in rows.items():
-        cells = (
-            f"{key} {value:,}" if isinstance(value, (int, float)) else f"{key} {value}" for key, value in row.items()
-        )
-        print(f"  {name:34} {'  '.join(cells)}", flush=True)
+        cells = (f"{key} {value:,}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
+        print(f"  {name:44} {'  '.join(cells)}", flush=True)
 
 
 if __name__ == "__main__":

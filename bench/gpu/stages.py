@@ -8,30 +8,15 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree as ET
 
-import torch
-
-import fastadv
-from tests.every import EVERY
-from tests.models import TinyModel
-from tests.support import batch, seeded
-
 SANITIZER = "compute-sanitizer"
-TESTS = {
-    "methods, capture, syncs": ["-m", "gpu", "tests/methods", "tests/contracts"],
-    "kernels": ["tests/kernels/test_values.py"],
-    "csrc": ["tests/csrc/test_cuda.py"],
-}
-CHECKED = [
-    "tests/csrc/test_cuda.py",
-    "-k",
-    "not captured",
-]  # a capture allocates from a pool, which hides what is beside
+ROOT = Path(__file__).parents[2]
+KERNELS = ["tests/kernels/test_values.py"]  # run interpreted as well, and have no mark
+CHECKED = ["tests/csrc/test_cuda.py", "-k", "not captured"]  # a capture's pool hides what is beside an allocation
 TOOLS = {"memcheck": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, "racecheck": {}}
 
 
@@ -49,14 +34,18 @@ class Count(NamedTuple):
         return self.passed > 0 and self.failed == 0 and not self.note
 
 
+def marked() -> list[str]:
+    """The files with tests that are marked `gpu`: others may need what this machine has not installed."""
+    files = sorted(ROOT.glob("tests/**/test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "pytest.mark.gpu" in file.read_text(encoding="utf-8")]
+
+
 def commands() -> dict[str, tuple[list[str], dict[str, str]]]:
     """What is run, by name: the command and the environment on top."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-    found: dict[str, tuple[list[str], dict[str, str]]] = {name: ([*pytest, *rest], {}) for name, rest in TESTS.items()}
+    found = {"marked gpu": ([*pytest, "-m", "gpu", *marked()], {}), "kernels": ([*pytest, *KERNELS], {})}
     sanitizer = [SANITIZER, "--error-exitcode", "9", "--report-api-errors", "no", "--tool"]
-    for tool, environment in TOOLS.items():
-        found[tool] = ([*sanitizer, tool, *pytest, *CHECKED], environment)
-    return found
+    return found | {tool: ([*sanitizer, tool, *pytest, *CHECKED], variables) for tool, variables in TOOLS.items()}
 
 
 def run_all(limit: float) -> dict[str, Count]:
@@ -70,16 +59,14 @@ def run_all(limit: float) -> dict[str, Count]:
 def _start(name: str, command: list[str], extra: Mapping[str, str], folder: Path) -> subprocess.Popen[bytes] | None:
     if shutil.which(command[0]) is None:
         return None
-    report = folder / f"{name}.xml"
-    log = (folder / f"{name}.txt").open("wb")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **extra}
-    return subprocess.Popen([*command, f"--junitxml={report}"], stdout=log, stderr=log, env=environment)
+    log, environment = (folder / f"{name}.txt").open("wb"), {**os.environ, "OMP_NUM_THREADS": "1", **extra}
+    report = f"--junitxml={folder / f'{name}.xml'}"
+    return subprocess.Popen([*command, report], stdout=log, stderr=log, env=environment)
 
 
 def _finish(name: str, process: subprocess.Popen[bytes] | None, folder: Path, end: float) -> Count:
     if process is None:
         return Count(note=f"{SANITIZER} is not installed")
-    note = ""
     try:
         code = process.wait(max(1.0, end - time.monotonic()))
         note = "" if code == 0 else f"exit status {code}"
@@ -97,41 +84,6 @@ def counted(report: Path) -> Count:
     """From pytest's own report; nothing where there is none."""
     if not report.exists():
         return Count()
-    suites = list(ET.parse(report).getroot().iter("testsuite"))
-    tests, bad, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites for name in names)
-        for names in (("tests",), ("failures", "errors"), ("skipped",))
-    )
-    return Count(tests - bad - skipped, bad, skipped)
-
-
-def syncs() -> int | None:
-    """How often a step of any method waits for the device, after its first; None without a GPU."""
-    if not torch.cuda.is_available():
-        return None
-    found = 0
-    for make in EVERY.values():
-        model = seeded(lambda: TinyModel("tfm"), dtype=torch.float32).cuda()
-        data = {name: tensor.cuda() for name, tensor in batch().items()}
-        adv = make(model, embedding=model.word_embeddings, scope="sample")
-        adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])  # noqa: B023
-        torch.cuda.set_sync_debug_mode("warn")
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            adv.backward(lambda: model(**data).loss, mask=data["attention_mask"])  # noqa: B023
-        torch.cuda.set_sync_debug_mode("default")
-        found += sum("synchronizing" in str(warning.message) for warning in caught)
-        adv.close()
-    return found
-
-
-def versions() -> dict[str, str | None]:
-    """What stands beside every figure."""
-    try:
-        import triton
-
-        triton_version = triton.__version__
-    except ImportError:
-        triton_version = None
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    return {"gpu": gpu, "torch": torch.__version__, "triton": triton_version, "fastadv": fastadv.__version__}
+    kinds, suites = ("tests", "failures", "errors", "skipped"), list(ET.parse(report).getroot().iter("testsuite"))
+    tests, failures, errors, skipped = (sum(int(suite.get(kind, 0)) for suite in suites) for kind in kinds)
+    return Count(tests - failures - errors - skipped, failures + errors, skipped)

@@ -60,16 +60,16 @@ def render(root: Path = ROOT) -> list[Path]:
     machines = kept(root)
     if not machines:
         raise ValueError("nothing is kept in bench/results yet: run `make bench`")
-    written = []
-    for name, condensed in machines.items():
-        written.append(_written(root / f"bench/results/{name}.csv", tables.comma_separated(condensed)))
-    last = shown(machines)
+    last, page = shown(machines), root / "docs/benchmarks.md"
     made = pictures.every(last)
-    written += [_written(root / "docs/results" / name, text) for name, text in made.items()]
     links = [f"![{title}](results/{name})" for name, title in PICTURES.items() if name in made]
-    page = root / "docs/benchmarks.md"
     text = "\n\n".join([*links, tables.markdown(last)])
-    return [*written, _written(page, between_markers(page.read_text(encoding="utf-8"), text))]
+    files = {root / f"bench/results/{name}.csv": tables.comma_separated(one) for name, one in machines.items()}
+    files |= {root / "docs/results" / name: picture for name, picture in made.items()}
+    files[page] = between_markers(page.read_text(encoding="utf-8"), text)
+    for file, content in files.items():
+        file.write_text(content, encoding="utf-8")
+    return list(files)
 
 
 def between_markers(page: str, text: str) -> str:
@@ -79,11 +79,6 @@ def between_markers(page: str, text: str) -> str:
     if not begin or not end:
         raise ValueError(f"the page has no markers {BEGIN!r} and {END!r}")
     return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
-
-
-def _written(file: Path, text: str) -> Path:
-    file.write_text(text, encoding="utf-8")
-    return file
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

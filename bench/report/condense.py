@@ -9,20 +9,8 @@ from bench.machine import SAME
 from bench.race import LIMIT
 
 OURS = "fused"
-KEPT = (
-    "copy_bandwidth",
-    "shape",
-    "bytes",
-    "gbps",
-    "of_copy",
-    "axis",
-    "value",
-    "peak_mib",
-    "over_plain_mib",
-    "over_plain_perturbations",
-    "over_inputs_mib",
-    "over_inputs_logits",
-)
+MEMORY = ("peak_mib", "over_plain_mib", "over_plain_perturbations", "over_inputs_mib", "over_inputs_logits")
+KEPT = ("copy_bandwidth", "shape", "bytes", "gbps", "of_copy", "axis", "value", *MEMORY)
 Rows = dict[str, dict[str, Any]]  # contestant -> figures
 Groups = dict[str, dict[str, Rows]]  # group, heap
 
@@ -43,7 +31,8 @@ def condense(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for bench in run["benchmarks"]:
             info = bench["extra_info"]
             rows = groups.setdefault(bench["group"], {}).setdefault(info["heap"], {})
-            rows[info["contestant"]] = _figures(bench["stats"], info)
+            figures = {name: bench["stats"][name] for name in ("median", "iqr", "rounds")}
+            rows[info["contestant"]] = {**figures, **{name: info[name] for name in KEPT if name in info}}
     for heaps in groups.values():
         for rows in heaps.values():
             _add_ratios(rows)
@@ -54,11 +43,6 @@ def condense(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "runs": [{"date": runs[0].get("datetime"), "commit": commit, "groups": list(groups)}],
         "groups": groups,
     }
-
-
-def _figures(stats: Mapping[str, Any], info: Mapping[str, Any]) -> dict[str, Any]:
-    found = {"median": stats["median"], "iqr": stats["iqr"], "rounds": stats["rounds"]}
-    return {**found, **{name: info[name] for name in KEPT if name in info}}
 
 
 def _add_ratios(rows: Rows) -> None:

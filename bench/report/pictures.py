@@ -39,14 +39,10 @@ def every(condensed: Mapping[str, Any]) -> dict[str, str]:
     users = {name: heaps["users"] for name, heaps in condensed["groups"].items() if "users" in heaps}
     methods = {name.removeprefix(METHOD): rows for name, rows in users.items() if name.startswith(METHOD)}
     growth = {axis: found for axis in AXES if (found := along(users, axis))}
-    made = {"benchmarks.svg": ratios(users)}
-    if methods:
-        made["step_time.svg"] = step_time(methods)
-    if "vocabulary" in growth:
-        made["attack_cost.svg"] = lines({"vocabulary": growth["vocabulary"]})
-    if growth:
-        made["scaling.svg"] = lines(growth)
-    return made
+    cost = {axis: found for axis, found in growth.items() if axis == "vocabulary"}
+    made = {"step_time.svg": (step_time, methods), "attack_cost.svg": (lines, cost), "scaling.svg": (lines, growth)}
+    drawn: dict[str, str] = {name: draw(figures) for name, (draw, figures) in made.items() if figures}  # type: ignore[operator]
+    return {"benchmarks.svg": ratios(users), **drawn}
 
 
 def along(users: Mapping[str, Rows], axis: str) -> dict[str, list[tuple[float, float]]]:
@@ -61,11 +57,8 @@ def along(users: Mapping[str, Rows], axis: str) -> dict[str, list[tuple[float, f
 
 def ratios(users: Mapping[str, Rows]) -> str:
     """Every contestant's time over fastadv's, group by group."""
-    timed = {
-        name: rows
-        for name, rows in users.items()
-        if OURS in rows and not name.startswith("peak memory") and "axis" not in rows[OURS]
-    }
+    shown = {name: rows for name, rows in users.items() if OURS in rows and "axis" not in rows[OURS]}
+    timed = {name: rows for name, rows in shown.items() if not name.startswith("peak memory")}
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
@@ -94,15 +87,9 @@ def step_time(methods: Mapping[str, Rows]) -> str:
         height = 0.8 / len(shown)
         for index, name in enumerate(shown):
             found = [rows[name] for rows in methods.values()]
-            axes.barh(
-                [y + (index - 1) * height for y in range(len(found))],
-                [row["median"] for row in found],
-                height * 0.9,
-                xerr=[row["iqr"] / 2 for row in found],
-                error_kw={"lw": 0.8, "ecolor": "#374151"},
-                color=COLOURS[name],
-                label=MEANING[name],
-            )
+            at, medians = [y + (index - 1) * height for y in range(len(found))], [row["median"] for row in found]
+            whiskers = {"xerr": [row["iqr"] / 2 for row in found], "error_kw": {"lw": 0.8, "ecolor": "#374151"}}
+            axes.barh(at, medians, height * 0.9, color=COLOURS[name], label=MEANING[name], **whiskers)
         plain = sorted(rows["plain"]["median"] for rows in methods.values() if "plain" in rows)
         if plain:
             axes.axvline(plain[len(plain) // 2], color=COLOURS["plain"], ls=":", lw=1.6, label="plain training")
@@ -126,9 +113,8 @@ def lines(growth: Mapping[str, Mapping[str, list[tuple[float, float]]]]) -> str:
             axes.axis("off")
         for axes, (axis, found) in zip(panels.flat, growth.items(), strict=False):
             _panel(axes, axis, found)
-        named = {
-            name: line for axes in panels.flat for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
-        }
+        handles = [axes.get_legend_handles_labels() for axes in panels.flat]
+        named = {name: line for both in handles for line, name in zip(*both, strict=True)}
         empty = panels.flat[-1] if len(growth) < panels.size else panels.flat[0]
         empty.legend(named.values(), named.keys(), loc="center left" if empty is not panels.flat[0] else "upper left")
 
@@ -145,11 +131,7 @@ def _panel(axes: Axes, axis: str, found: Mapping[str, list[tuple[float, float]]]
         axes.plot(x, [scale * one for one in y], label=MEANING.get(contestant, contestant), **style)
     axes.set(xscale="log", yscale="log", title=title, xlabel=unit, ylabel=f"{name}, median")
     axes.set_xticks([value for value, _ in next(iter(found.values()))])
-    axes.xaxis.set_major_formatter(_thousands)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value % 1000 == 0 else f"{value:,.0f}")
     axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
     axes.title.set_fontsize(10)
-
-
-def _thousands(value: float, _: object) -> str:
-    return f"{value / 1000:g}k" if value % 1000 == 0 else f"{value:,.0f}"
