@@ -1,4 +1,4 @@
-// What ascend, table_step and rows share on the CPU: sums in lanes, the choice of step and ball, blocks of rows.
+// Shared by ascend, table_step and rows on the CPU: sums in lanes, the choice of step and ball, blocks of rows.
 #pragma once
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// What every op shares: storage types, their conversions, and the macros that let one body serve host and device.
+// Shared by all ops: storage types, their conversions, and the macros that let one body serve host and device.
 #pragma once
 
 #include <cstdint>

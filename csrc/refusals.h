@@ -1,4 +1,4 @@
-// What an index that points outside is told: an IndexError with its place, before anything has been written.
+// Raises IndexError for an index that points outside, with its place; nothing has been written then.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-// What a Python tensor is, read without torch's headers: by DLPack's exchange, or by attributes where torch has none.
+// Reads a Python tensor without torch's headers: by DLPack's exchange, or by attributes where torch has none.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -71,7 +71,7 @@ class Reader {
 
   py::handle dtype(int code) const { return dtypes_[code]; }
 
-  // What is known to be plain, and only its address is asked for.
+  // The address of a tensor that is known to be plain.
   std::uintptr_t address(py::handle tensor) const {
     View view;
     if (!(exchange_ ? by_exchange(tensor, view) : by_attributes(tensor, view))) throw py::error_already_set();

@@ -19,7 +19,7 @@ OLDEST = (7, 0)  # the first compute capability that Triton compiles for
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets kernels, in numpy: for tests, and on any device. It looks when it is imported."""
+    """Whether Triton interprets kernels in numpy, for tests. Triton reads the variable when it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -43,7 +43,7 @@ PROGRAMS = 1024  # of a launch over groups; fixed, so that sums do not depend on
 
 
 class Step(NamedTuple):
-    """What is moved where, checked; the table and what follows it belong together."""
+    """The arguments of a step, checked; weight, ids and embedded come together."""
 
     rule: Rule
     delta: Tensor
@@ -55,7 +55,7 @@ class Step(NamedTuple):
     embedded: Tensor | None = None
 
     def constants(self) -> dict[str, Any]:
-        """What all kernels that move are compiled for."""
+        """The constants of the kernels that move."""
         return {
             "DIRECTION": self.rule.direction,
             "BALL": self.rule.ball if self.rule.bounded else "none",

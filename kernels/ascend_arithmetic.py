@@ -1,4 +1,4 @@
-"""What the kernels of ascend share: a group's arithmetic, in float64, a tile of the gradient, and the skip counter."""
+"""Shared by the kernels of ascend: a group's arithmetic, in float64, a tile of the gradient, and the skip counter."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def factor(uu: tl.tensor, largest: tl.tensor, step: tl.tensor, DIRECTION: tl.con
 
 @triton.jit
 def shrink(size: tl.tensor, epsilon: tl.tensor, BALL: tl.constexpr) -> tl.tensor:
-    """What a perturbation of this size is multiplied with to lie on the ball."""
+    """The factor that brings a perturbation of this size onto the ball."""
     if BALL == "unit":
         return tl.where(size > 0, epsilon / tl.where(size > 0, size, 1), 1)
     return tl.where(size > epsilon, epsilon / tl.where(size > 0, size, 1), 1)
@@ -42,7 +42,7 @@ def moved_by(delta: tl.tensor, u: tl.tensor, a: tl.tensor) -> tl.tensor:
 
 @triton.jit
 def brought_onto(moved: tl.tensor, by: tl.tensor, epsilon: tl.tensor, BALL: tl.constexpr) -> tl.tensor:
-    """What has moved, on the ball."""
+    """The moved perturbation, projected."""
     if BALL == "none":
         return moved
     if BALL == "linf":

@@ -87,7 +87,7 @@ def sums_kernel(
 def all_parts(
     sums: tl.tensor, which: tl.tensor, group: tl.tensor, parts: tl.tensor, everything: tl.tensor, PARTS: tl.constexpr
 ) -> tl.tensor:
-    """What the parts of a group have left; 0 beyond the last: it changes no sum, and no largest size."""
+    """The partial sums of a group, padded with 0, which changes neither a sum nor a maximum."""
     part = tl.arange(0, PARTS)
     return tl.load(sums + which * everything + group * parts + part, mask=part < parts, other=0)
 
@@ -162,7 +162,7 @@ def size_after(
     BALL: tl.constexpr,
     PARTS: tl.constexpr,
 ) -> tl.tensor:
-    """What the ball measures of a group that has moved."""
+    """The size of a moved group, as the ball measures it."""
     if BALL == "l2":
         dd = tl.sum(all_parts(sums, 2, group, parts, everything, PARTS), axis=0)
         du = tl.sum(all_parts(sums, 1, group, parts, everything, PARTS), axis=0)

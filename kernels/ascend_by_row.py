@@ -67,7 +67,7 @@ def rows_kernel(
 
 @triton.jit
 def size_of(moved: tl.tensor, DIRECTION: tl.constexpr, BALL: tl.constexpr) -> tl.tensor:
-    """What the ball measures of each row: the l2 norm, or, for a unit ball after sign and max, the largest element."""
+    """Each row's size: the l2 norm, or for a unit ball after sign and max the largest magnitude."""
     if (BALL == "unit") & (DIRECTION != "l2"):
         return tl.max(tl.abs(moved), axis=1)
     return tl.sqrt(tl.sum(moved * moved, axis=1))

@@ -1,4 +1,4 @@
-"""What the kernels share: how a kernel is launched, and how a row is cut into tiles."""
+"""Shared by the kernels: the launch, and the tiles of a row."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def wide(dtype: torch.dtype) -> Any:
 
 
 def columns(dim: int, most: int) -> int:
-    """How many columns a tile of rows with `dim` elements has: a power of two of at most `most`.
+    """The columns of a tile, for rows of `dim` elements: a power of two of at most `most`.
 
     The one with the fewest columns beyond the last, and of these the largest: 256 for a row of 768.
     """

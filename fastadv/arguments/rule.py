@@ -1,4 +1,4 @@
-"""How a perturbation ascends: see `fastadv.ops.ascend`."""
+"""The rule of an ascent: see `fastadv.ops.ascend`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where equal ids lie in a batch."""
+"""The positions of equal ids in a batch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import torch
 from torch import Tensor
 
 
+def check_vocabulary(vocabulary: int) -> None:
+    """Raises ValueError for a table of less than no rows."""
+    if vocabulary < 0:
+        raise ValueError(f"segments: vocabulary is the number of rows of the table, and cannot be {vocabulary}")
+
+
 class Segments(NamedTuple):
-    """Segment s, the s-th smallest distinct id, is at `order[starts[s]:starts[s + 1]]`."""
+    """`order[starts[s]:starts[s + 1]]` are the positions of segment s, the s-th smallest distinct id."""
 
     slot: Tensor  # [N] the segment of a position, -1 where it is masked
     order: Tensor  # [N] positions by (id, masked, position)
@@ -17,7 +23,7 @@ class Segments(NamedTuple):
     stops: Tensor  # [rows] where the masked positions of a segment begin
 
     def trimmed(self) -> Segments:
-        """Without the room that no id takes; only on the CPU, where looking costs nothing."""
+        """Drop the empty segments at the end; on a GPU their number would be a sync, and they stay."""
         slot, order, starts, stops = self
         if not starts.is_cpu:
             return self

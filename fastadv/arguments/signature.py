@@ -1,4 +1,4 @@
-"""The tensors that an op takes, as a table of text, and the checks that follow from it.
+"""Check the tensors of an op by a table of text.
 
 A line names an argument, its dtype, its shape and its layout; what follows two dashes is said of a wrong shape::
 
@@ -16,8 +16,8 @@ Shapes: a letter is one size, `*P` any number of sizes, `#P` their product, `R+1
 Layouts: `contiguous`; `copied`: made contiguous where it is not; `rows`: a matrix, the elements of a row adjacent;
 `rows-copied`: made so; `own`: rows that do not overlap either; `even`: rows one distance apart, or copied.
 
-An address says nothing about what it points to, so all of this is checked before one is used. csrc/signature.h answers
-the same question in C++; it is quick, and says yes or no. This is what says why not, and makes the copies.
+An address says nothing about what it points to, so all of this is checked before one is used. csrc/signature.h checks
+the same in C++, in nanoseconds, and says yes or no. The checks here say why not, and make the copies.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class Signature:
         """The checks for a backend that computes in any dtype and layout: shapes, and dtypes that must be equal."""
         sizes = Sizes()
         for _, argument, tensor in self._given(tensors):
-            if argument.dtype in {"same:", "bool", "mask"}:
+            if argument.dtype in {"same:", "index", "bool", "mask"}:
                 self._check_dtype(argument, tensor, tensors, sizes)
             self._check_shape(argument, tensor, sizes)
 

@@ -22,7 +22,7 @@ __all__ = ["available", "build_info", "cuda_reason", "reason"]
 
 @functools.cache
 def build_info() -> dict[str, Any]:
-    """What the build found (compilers, CUDA architectures) and why it left something out; empty if unbuilt."""
+    """The build's record: compilers, CUDA architectures, and why a part was left out; empty if unbuilt."""
     record = files("fastadv") / "_build_info.json"
     if not record.is_file():
         return {}

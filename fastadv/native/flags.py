@@ -1,4 +1,4 @@
-"""Where a launch goes, and how it tells of an index out of range: it masks the access and leaves a mark."""
+"""The flag that a kernel sets for an index out of range, where it masks the access, and the target of a launch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ _flags: dict[torch.device, Tensor] = {}
 
 
 def flag_on(device: torch.device) -> Tensor:
-    """Where the kernels on one device leave their mark: int32, 0 where nothing was wrong."""
+    """The device's flag: int32, 0 as long as every index was in range."""
     if device not in _flags:
         _flags[device] = torch.zeros(1, dtype=torch.int32, device=device)
     return _flags[device]
 
 
 def destination(extension: Any, device: torch.device) -> Any:
-    """Where a CUDA launch goes: the device, torch's current stream there, and its flag."""
+    """The target of a CUDA launch: the device, torch's current stream there, and its flag."""
     stream = torch.cuda.current_stream(device).cuda_stream
     return extension.OnDevice(device.index, stream, flag_on(device).data_ptr())
 
 
 def check(device: torch.device) -> None:
-    """Wait for `device`, and clear its mark.
+    """Wait for `device`, and clear its flag.
 
     Raises:
         IndexError: a kernel there has met an index out of range. (On the CPU a call raises at once.)

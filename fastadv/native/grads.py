@@ -70,7 +70,7 @@ def grads_average(into: Sequence[Tensor], sources: Sequence[Tensor], decay: floa
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> list[Any]:
-    """What a plan relies on, tensor by tensor: two equal lists mean the same addresses, sizes and dtypes."""
+    """The address, size and dtype of each tensor; a plan holds as long as they are equal."""
     try:
         return [(tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()) for tensor in tensors]
     except RuntimeError:  # one of them has no memory of its own

@@ -1,7 +1,7 @@
-"""How a launcher calls its C++ op.
+"""Call a C++ op.
 
-The op reads the tensors itself, asks `csrc/signature.h` whether they are what the op takes, and runs, or says that they
-are not. Only then Python looks: it raises the error that says why, or makes the copies that a layout asks for.
+The op reads the tensors, checks them by their signature (csrc/signature.h), and runs, or returns None. Only then Python
+checks them: it raises the error that says why, or copies the tensors that are laid out otherwise, and calls again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Launch:
         self._run: Callable[..., Any] | None = None
 
     def __call__(self, tensors: Tensors, *numbers: Any) -> Any:
-        """What the op returns.
+        """Run the op on these tensors.
 
         Raises:
             TypeError, ValueError: the tensors are not what the signature says.

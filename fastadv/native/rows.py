@@ -36,7 +36,7 @@ _STEP_SOME = Launch("rows_step", signatures.SOME_ROWS_STEP, _check_step)
 
 
 def _where(table: Tensor) -> Any:
-    """Where a launch goes; None on the CPU."""
+    """The target of a launch; None on the CPU."""
     return destination(native.extension(), table.device) if table.is_cuda and native.cuda_reason() is None else None
 
 

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastadv.arguments import signatures
-from fastadv.arguments.segments import Segments
+from fastadv.arguments.segments import Segments, check_vocabulary
 from fastadv.native.launch import Launch
 
 
-def check_vocabulary(tensors: Sequence[Tensor | None], vocabulary: int) -> None:
-    """Raises ValueError for less than no rows."""
+def _check(tensors: Sequence[Tensor | None], vocabulary: int) -> None:
     del tensors
-    if vocabulary < 0:
-        raise ValueError(f"segments: vocabulary is the number of rows of the table, and cannot be {vocabulary}")
+    check_vocabulary(vocabulary)
 
 
-_SEGMENTS = Launch("segments_cpu", signatures.SEGMENTS, check_vocabulary)
+_SEGMENTS = Launch("segments_cpu", signatures.SEGMENTS, _check)
 _SUM = Launch("segment_sum_cpu", signatures.SEGMENT_SUM)
 
 

@@ -1,7 +1,7 @@
-"""Which backend runs an op, and why.
+"""Pick the backend of an op.
 
-Every op file builds one `Op`: the schema, the fake version, the eager version that any device can run, and
-the faster backends that may be present. `fused=None` takes the first backend that is there, `fused=True`
+Every op file builds one `Op`: the schema, the fake version, the eager version that runs on any device, and the faster
+backends that may be there. `fused=None` takes the first backend that is there, `fused=True`
 insists on one, `fused=False` is the eager version.
 """
 
@@ -47,7 +47,7 @@ def triton(file: str, op: str | None = None) -> Backend:
 
 
 class Status(NamedTuple):
-    """What is there for one op on one kind of device."""
+    """One backend of one op, and why it is missing if it is."""
 
     op: str
     device: str
@@ -85,12 +85,12 @@ class Op:
         OPS.append(self)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Whatever is replaced, a function that was chosen before is chosen anew."""
+        """Forget the functions that were chosen: a backend may be replaced."""
         super().__setattr__(name, value)
         super().__setattr__("_chosen", {})
 
     def on(self, tensor: Tensor, fused: bool | None) -> Callable[..., Any]:
-        """The function that runs the op on the tensor's device: found once for each device and `fused`."""
+        """The function that runs the op on the tensor's device, looked up once for each device and `fused`."""
         key = ("cpu" if tensor.is_cpu else tensor.device.type, fused)  # naming a device takes longer than all the rest
         function = self._chosen.get(key)
         if function is None:
@@ -123,7 +123,7 @@ class Op:
         return run
 
     def status(self) -> list[Status]:
-        """What is there for this op, device by device, the eager version last."""
+        """List the op's backends by device, the eager version last."""
         rows = []
         for device in self.device_types:
             missing = self.missing(device)
@@ -141,7 +141,7 @@ def in_place(*arguments: Any) -> None:
 
 
 def report() -> list[Status]:
-    """What is there for every op."""
+    """List the backends of all ops."""
     return [row for op in OPS for row in op.status()]
 
 

@@ -1,4 +1,4 @@
-r"""How far apart two models' answers are, by their logits: forward and backward in one go.
+r"""Divergence of two tensors of logits: forward and backward in one pass.
 
 With p = softmax(logits), q = softmax(target), m = (p + q) / 2, row by row over C classes:
 
@@ -35,7 +35,7 @@ IMPOSSIBLE = -1e30  # a logit whose class has no probability, and whose differen
 
 
 def rows(logits: Tensor, target: Tensor, kind: str) -> Tensor:
-    """The divergence of each row [N], in plain PyTorch; differentiable as often as one likes."""
+    """The divergence of each row [N], in plain PyTorch; differentiable any number of times."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     a, b = logits.to(wide), target.to(wide)
     neither = (a == b) & a.isinf()
@@ -95,7 +95,7 @@ OP = Op(
 
 
 class _Divergence(torch.autograd.Function):
-    """The weighted sum over rows. Gradients are computed with it, and wait; a second backward computes them again."""
+    """The weighted sum over rows. The forward computes the gradients as well; a second backward recomputes them."""
 
     @staticmethod
     def forward(

@@ -75,9 +75,9 @@ AVERAGE = _op("grads_average", "(Tensor(a!)[] into, Tensor[] sources, float deca
 
 
 class Plan:
-    """What is done again and again from `sources` into `into`, without going through two lists of tensors each time.
+    """Copy, add or average `sources` into `into`, step by step, with their addresses looked up once.
 
-    Before each call it looks whether a tensor has moved, was resized or changed its dtype, and starts anew if so.
+    Each call checks whether a tensor has moved, was resized or changed its dtype, and rebuilds the plan if so.
     Pairs that are not plain contiguous memory (strided, sparse, sharded) go through PyTorch.
 
     Args:
@@ -105,7 +105,7 @@ class Plan:
         self.rebind(into, sources)
 
     def rebind(self, into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Go between these tensors from now on. What is known of the old ones serves again if they come back."""
+        """Use these tensors from now on. The plan of the old ones is kept until others are run."""
         if len(into) != len(sources):
             raise ValueError(f"into has {len(into)} tensors and sources has {len(sources)}: they are taken in pairs")
         self._into, self._sources = list(into), list(sources)
@@ -137,7 +137,7 @@ class Plan:
             eager([self._into[i] for i in group], [self._sources[i] for i in group])
 
     def _build(self, into: list[Any], sources: list[Any]) -> None:
-        """Sort the pairs, by their places: those that we take, and groups of those that PyTorch takes together."""
+        """Sort the pairs by index: those for C++, and groups of those for PyTorch."""
         for pair in zip(self._into, self._sources, strict=True):
             _check(*pair)
         fused, served = self._fused is not False and native.available(), native_grads.served
@@ -229,7 +229,7 @@ class Backup:
 
     @staticmethod
     def _through(plan: Plan, into: list[Tensor | None], sources: list[Tensor | None]) -> None:
-        """Copy, and hold no gradient afterwards: `zero_grad` is to free them."""
+        """Copy, and drop the references: `zero_grad` must be able to free gradients."""
         plan.rebind([one for one in into if one is not None], [one for one in sources if one is not None])
         plan.copy()
         plan.rebind([], [])

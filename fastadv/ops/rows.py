@@ -1,4 +1,4 @@
-r"""Rows of a table, moved in place and put back: which are touched, copies of them, a step, and the way back.
+r"""Move rows of a table in place, and put them back: find those touched, copy them, step, restore.
 
 .. math:: W_n \leftarrow S_n + \Pi\big(W_n - S_n + \text{step} \cdot d(g_n)\big), \qquad n \in \text{rows}
 
@@ -112,7 +112,7 @@ def _op(
     return Op(name, schema, eager=eager, fake=fake, backends=[on_cpu, on_cuda], **more)
 
 
-# The count lives on the device, so this synchronises; PyTorch does that as well as anybody.
+# The count lives on the device, so this synchronises, and PyTorch's version is as fast as any.
 TOUCHED = _op(
     "rows_touched", "(Tensor table) -> Tensor", eager_touched, _fake_touched, Backend("PyTorch", "cuda", eager_touched)
 )

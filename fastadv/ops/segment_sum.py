@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastadv import native
-from fastadv.arguments.segments import Segments
+from fastadv.arguments.segments import Segments, check_vocabulary
+from fastadv.arguments.signatures import SEGMENTS
 from fastadv.native.segment_sum import segment_sum as native_segment_sum
 from fastadv.native.segment_sum import segments as native_segments
 from fastadv.ops.dispatch import Backend, Op, triton
@@ -23,8 +24,10 @@ PLAN = "segments"
 SUM = "segment_sum"
 
 
-def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Segments:
     """The plan in plain PyTorch: one stable sort, and no number that the host has to know."""
+    SEGMENTS.check_shapes((ids, mask))
+    check_vocabulary(vocabulary)
     _check_ids(ids, vocabulary)
     masked = torch.zeros_like(ids, dtype=torch.int64) if mask is None else (~mask).to(torch.int64)
     key, order = torch.sort(2 * ids.to(torch.int64) + masked, stable=True)
@@ -36,7 +39,7 @@ def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> tuple[T
     bounds = torch.arange(min(ids.shape[0], vocabulary) + 1, device=ids.device)
     starts = torch.searchsorted(row, bounds)
     stops = torch.searchsorted(2 * row + off, 2 * bounds[:-1] + 1)
-    return slot, order, starts, stops
+    return Segments(slot, order, starts, stops)
 
 
 def _check_ids(ids: Tensor, vocabulary: int) -> None:
@@ -109,16 +112,12 @@ def segments(ids: Tensor, vocabulary: int, *, mask: Tensor | None = None, fused:
         Segments(slot=tensor([-1,  0,  1,  1]), order=tensor([1, 2, 3, 0]), starts=tensor([0, 1, 4, 4, 4]), \
 stops=tensor([1, 3, 4, 4]))
     """
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"{PLAN}: ids must be int64 or int32, but is {ids.dtype}")
-    if mask is not None and mask.dtype != torch.bool:
-        raise TypeError(f"{PLAN}: mask must be bool, but is {mask.dtype}")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"{PLAN}: mask has shape {tuple(mask.shape)}, but ids has {tuple(ids.shape)}")
-    if vocabulary < 0:
-        raise ValueError(f"{PLAN}: vocabulary is the number of rows of the table, and cannot be {vocabulary}")
-    flat = None if mask is None else mask.reshape(-1)
-    return Segments._make(PLAN_OP.on(ids, fused)(ids.reshape(-1), flat, vocabulary))
+    if ids.dim() != 1:
+        ids, mask = ids.reshape(-1), None if mask is None else mask.reshape(-1)
+    found: Segments = PLAN_OP.on(ids, fused)(ids, mask, vocabulary)
+    return found
 
 
 def segment_sum(values: Tensor, groups: Segments, *, fused: bool | None = None) -> Tensor:

@@ -5,8 +5,8 @@ r"""A step of a table's perturbation: from the gradient at the positions to the 
     r \leftarrow \Pi\big(r + \text{step} \cdot d(g)\big), \qquad
     embedded_n = round(W[ids_n] + r[slot_n])
 
-It is `segment_sum`, `ascend` and `gather_perturb` one after the other, and is defined by them. In one call, every
-word's row is computed once and copied to its positions, and what is long is read and written from front to back.
+Defined as `segment_sum`, `ascend` and `gather_perturb`, one after the other. In one call each word's row is computed
+once and copied to its positions, and long buffers are read and written from front to back.
 """
 
 from __future__ import annotations
