@@ -114,19 +114,13 @@ class CompiledStep(BestStep):
 
 @torch.compile(dynamic=False)
 def _compiled(
-    g: Tensor,
-    base: Tensor,
-    r: Tensor,
-    step_size: float,
-    epsilon: float,
-    dims: tuple[int, ...] = (0, 1),
-    inverse: Tensor | None = None,
+    g: Tensor, base: Tensor, r: Tensor, length: float, radius: float, dims: Any = (0, 1), inverse: Any = None
 ) -> tuple[Tensor, Tensor]:
     """The moved r and base + r, in two passes: |r + a g|^2 follows from the three products of r and g."""
     g = g if inverse is None else torch.zeros_like(r).index_add(0, inverse, g)
     gg, gr, rr = (product.sum(dims, keepdim=True) for product in (g * g, g * r, r * r))
-    a = step_size / gg.sqrt()
-    scale = (epsilon / (rr + 2 * a * gr + a * a * gg).clamp(min=0).sqrt()).clamp(max=1)
+    a = length / gg.sqrt()
+    scale = (radius / (rr + 2 * a * gr + a * a * gg).clamp(min=0).sqrt()).clamp(max=1)
     r = scale * r + (scale * a) * g
     return r, base + r if inverse is None else (base + r)[inverse]
 

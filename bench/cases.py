@@ -93,7 +93,7 @@ def pgd_cases(size: Size, device: str) -> Cases:
     found = {}
     for work in size.steps:
         batch, length, vocabulary = work
-        build = partial(training.pgd, size.pgd, work, size.network, device, dtype=size.dtype)
+        build = partial(training.pgd, size.pgd, work, size.network, device, 3, size.dtype, 1e-4)
         shown = "" if work[:2] == size.steps[0][:2] else f", {batch} x {length}"
         name = f"training step, PGD-3, V {vocabulary:,}{shown}"
         found[name] = Case(build, size.pgd, rounds=7, retained=2, warmup=0, budget=90)
@@ -128,8 +128,8 @@ def growth(size: Size, device: str) -> Cases:
             found[f"attack step, {name}"] = Case(build, PLAIN, budget=2, extra={"axis": axis, "value": value})
             continue
         vocabulary, steps = (size.steps[0][-1], value) if axis == "steps" else (value, 3)
-        small = (PGD, (*size.small, vocabulary), (hidden, 2, heads, inner), device, steps)
-        build = partial(training.pgd, *small, tolerance=1e-3)
+        small = (*size.small, vocabulary), (hidden, 2, heads, inner)
+        build = partial(training.pgd, PGD, *small, device, steps, size.dtype, 1e-3)
         name = f"PGD-{value}" if axis == "steps" else f"PGD-3, small network, V {value:,}"
         found[f"training step, {name}"] = Case(build, PGD, 5, warmup=0, extra={"axis": axis, "value": value})
     return found

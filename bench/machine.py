@@ -51,7 +51,6 @@ def name(machine: Mapping[str, Any]) -> str:
 
 
 def slug(text: str) -> str:
-    """Small letters and digits, with dashes between."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 

@@ -1,8 +1,7 @@
-"""Peak memory: of one more run in this process, or in its own: `python -m bench.memory CASE CONTESTANT`."""
+"""Peak memory: of one more run in this process, or in its own: `python -m bench.memory CASE WHO SIZE ROUNDS`."""
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import functools
 import gc
@@ -95,7 +94,7 @@ def apart(case: str, contestant: str, size: Size, named: str, rounds: int) -> tu
 def _measured(case: str, contestant: str, size: str, rounds: int) -> dict[str, list[float]]:
     if not CLEAR_REFS.exists():
         pytest.skip("needs Linux: /proc/self/clear_refs resets the peak")
-    command = [sys.executable, "-m", "bench.memory", case, contestant, f"--size={size}", f"--rounds={rounds}"]
+    command = [sys.executable, "-m", "bench.memory", case, contestant, size, str(rounds)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found: dict[str, list[float]] = json.loads(done.stdout)
@@ -103,19 +102,12 @@ def _measured(case: str, contestant: str, size: str, rounds: int) -> dict[str, l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("case")
-    parser.add_argument("contestant")
-    parser.add_argument("--size", choices=tuple(SIZES), default="full")
-    parser.add_argument("--rounds", type=int, default=3)
-    options = parser.parse_args()
-    entries = cases(SIZES[options.size])[options.case].make().entries
-    accumulating = options.contestant == ACCUMULATING
-    entry = entries["plain" if accumulating else options.contestant]
+    case, contestant, size, rounds = sys.argv[1:]
+    entry = cases(SIZES[size])[case].make().entries["plain" if contestant == ACCUMULATING else contestant]
     entry.setup()
     entry.run()  # warms up
-    entry = entry._replace(setup=nothing) if accumulating else entry
-    over, whole, seconds = zip(*(on_host(entry) for _ in range(options.rounds)), strict=True)
+    entry = entry._replace(setup=nothing) if contestant == ACCUMULATING else entry
+    over, whole, seconds = zip(*(on_host(entry) for _ in range(int(rounds))), strict=True)
     print(json.dumps({"over": over, "whole": whole, "seconds": seconds}))
 
 

@@ -38,10 +38,7 @@ def bert4torch_step(method: str, model: nn.Module, closure: Closure, alpha: floa
         attacker.backup_grad()
         for t in range(steps):
             attacker.attack(epsilon, alpha, name, is_first_attack=t == 0)
-            if t != steps - 1:
-                model.zero_grad()
-            else:
-                attacker.restore_grad()
+            (attacker.restore_grad if t == steps - 1 else model.zero_grad)()
             closure().backward()  # type: ignore[no-untyped-call]
         attacker.restore(name)
 
@@ -63,9 +60,8 @@ def smart_step(model: Any, batch: dict[str, Tensor], divergence: Callable[[Tenso
 
     labels, ids = batch["labels"], batch["input_ids"]
 
-    def answer(embed: Tensor) -> Tensor:
-        logits: Tensor = model(inputs_embeds=embed).logits
-        return logits
+    def answer(embed: Tensor) -> Any:
+        return model(inputs_embeds=embed).logits
 
     regulariser = SMARTLoss(answer, divergence, noise_var=DEVIATION)
 

@@ -137,10 +137,14 @@ def tables(result: dict[str, Any]) -> str:
     rows["**all but the passes**, by the ranges"] = [case["exclusive"] for case in cases]
     for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join('{percent:.2f} ({ms:,.1f})'.format(**one) for one in row)} |")
-    for name in ("step", "passes_alone", "difference"):
-        shown = {"passes_alone": "its passes by hand", "difference": "**the step minus its passes by hand**"}
+    shown = {
+        "step": "the step, not profiled",
+        "passes_alone": "its passes by hand",
+        "difference": "**the difference**",
+    }
+    for name, title in shown.items():
         cells = [f"{case[name]['ms']:,.2f} ms (IQR {case[name]['iqr_ms']:,.2f})" for case in cases]
-        lines.append(f"| {shown.get(name, 'the step, not profiled')} | {' | '.join(cells)} |")
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     if result["oversubscribed"]:
         lines += ["", "| threads | the step, s | attack, ms | all but the passes, ms |", "|---|---|---|---|"]
     for case in result["oversubscribed"]:

@@ -18,7 +18,7 @@ from bench import by_hand, peers
 from bench.attack_steps import Ball, BestStep, IndexAddStep
 from bench.contest import Field
 from bench.race import Entry, Run
-from bench.workloads import Size, classifier, inputs, loss_closure
+from bench.workloads import Network, Size, Work, classifier, inputs, loss_closure
 from fastadv import reference
 
 Closure = Callable[[], Tensor]
@@ -105,13 +105,7 @@ def step(  # noqa: PLR0911 - one for each
     return lambda: adv.backward(closure, mask=mask)
 
 
-def field(
-    model: nn.Module,
-    steps: Mapping[str, Run],
-    shape: tuple[int, ...],
-    tolerance: float,
-    answer: Callable[[Run], object] | None = None,
-) -> Field:
+def field(model: Any, steps: Mapping[str, Run], shape: tuple[int, ...], tolerance: float, answer: Any = None) -> Field:
     """Each step from gradients that are None; the gradients are its answer, unless another is given."""
     found = answer or (lambda run: (run(), gradients(model))[1])
 
@@ -126,13 +120,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 def pgd(
-    names: Sequence[str],
-    work: tuple[int, int, int],
-    network: tuple[int, int, int, int],
-    device: str,
-    steps: int = 3,
-    dtype: torch.dtype = torch.float32,
-    tolerance: float = 1e-4,
+    names: Sequence[str], work: Work, network: Network, device: str, steps: int, dtype: torch.dtype, tolerance: float
 ) -> Field:
     """PGD-K on a batch of so many texts, of that length and vocabulary; each contestant is made when it first steps."""
     model, batch = classifier(network, work[-1], device), inputs(*work, device)

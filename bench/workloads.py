@@ -19,6 +19,10 @@ LENGTH, RADIUS = 0.3, 0.2
 CACHES = 128 << 20  # bytes: what is larger is read anew by every pass
 
 
+Work = tuple[int, int, int]  # batch, length, vocabulary
+Network = tuple[int, int, int, int]  # PARTS
+
+
 class Shape(NamedTuple):
     """A batch [batch, length], and the table [vocabulary, dimension] that it is looked up in."""
 
@@ -43,10 +47,10 @@ PGD = ("plain", "reference", "torch", "fused")
 
 class Size(NamedTuple):
     shapes: dict[str, Shape]  # by model
-    steps: tuple[tuple[int, int, int], ...]  # PGD-3: batch, length, vocabulary
-    network: tuple[int, int, int, int]  # PARTS
+    steps: tuple[Work, ...]  # of PGD-3
+    network: Network
     small: tuple[int, int]  # batch of the steps of all methods
-    methods: tuple[int, int, int, int]  # their network
+    methods: Network  # theirs
     logits: tuple[tuple[int, int], ...]
     gradients: tuple[int, int]  # of a model: how many tensors, of how many elements
     copy: int  # elements of the copy that measures the bandwidth
@@ -131,7 +135,7 @@ def gradient(*shape: int, device: str = "cpu", seed: int = 2) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul_(1e-3).to(device)
 
 
-def classifier(network: tuple[int, int, int, int], vocabulary: int, device: str = "cpu") -> nn.Module:
+def classifier(network: Network, vocabulary: int, device: str = "cpu") -> nn.Module:
     """A BERT of these PARTS without dropout, in training mode."""
     torch.manual_seed(0)
     parts: dict[str, Any] = dict(zip(PARTS, network, strict=True))

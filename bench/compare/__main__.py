@@ -164,9 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.list:
         print("\n".join(names))
         return 0
-    rows: list[Row] = []
-    sides: dict[str, dict[str, Any]] = {}
-    code = 0
+    rows, sides, code = list[Row](), dict[str, dict[str, Any]](), 0
     try:
         race(rows, sides, names, options)
     except (build.RevisionError, build.BuildError) as error:

@@ -46,10 +46,10 @@ class Worker:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "bench.compare.worker", *self.arguments],
                 cwd=self.build.site.parent,  # comes first of all, and has no fastadv
-                env=self.variables,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
+                env=self.variables,
                 text=True,
                 start_new_session=True,  # Ctrl-C is for the parent
             )

@@ -56,7 +56,6 @@ def shown(machines: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def render(root: Path = ROOT) -> list[Path]:
-    """Make what is shown."""
     machines = kept(root)
     if not machines:
         raise ValueError("nothing is kept in bench/results yet: run `make bench`")
