@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div
 
 from bench.divergences import shorter as symmetric_kl
+from fastadv.reference.vat import kl
 
 Closure = Callable[[], Tensor]
 Answer = Callable[[], tuple[Tensor, Tensor]]  # the loss and the logits
@@ -163,14 +163,9 @@ def vat(hand: ByHand, answer: Answer, noise: Tensor, epsilon: float) -> None:
     loss.backward()
     fixed = logits.detach()
     hand.move(noise)
-    gradient = hand.probe(kl(fixed, answer()[1]))
+    gradient = hand.probe(kl(answer()[1], fixed))
     hand.delta = gradient * (epsilon / _norms(gradient))
-    kl(fixed, answer()[1]).backward()
-
-
-def kl(target: Tensor, logits: Tensor) -> Tensor:
-    """KL(target || logits), the mean over the batch."""
-    return kl_div(logits.log_softmax(-1), target.log_softmax(-1), log_target=True, reduction="batchmean")
+    kl(answer()[1], fixed).backward()
 
 
 def llr(hand: ByHand, losses: Closure, start: Tensor, epsilon: float, steps: int) -> None:

@@ -24,19 +24,20 @@ class Op(NamedTuple):
     who: tuple[str, ...] = ALL
     models: int | None = 1  # None: all of them; 0: one, whose name the group does not have
     rounds: int = 15
+    brief: bool = False  # on the users' heap alone, and not in `-m quick`
 
 
 OPS: dict[str, Op] = {
     **{f"ascend, {scope} scope": Op(partial(ops.ascend, scope=scope)) for scope in ops.DIMS},
-    "ascend, token scope, and the words": Op(partial(ops.ascend, scope="token", words=True)),
+    "ascend, token scope, and the words": Op(partial(ops.ascend, scope="token", words=True), brief=True),
     "gather_perturb": Op(ops.gather, models=None),
     "gather_perturb's backward": Op(ops.backward, (*PLAIN, LIMIT), 2),
-    "gather_perturb's backward, fresh pages": Op(partial(ops.backward, fresh=True), PLAIN, 0),
+    "gather_perturb's backward, fresh pages": Op(partial(ops.backward, fresh=True), PLAIN, 0, brief=True),
     "segments": Op(ops.segments, PLAIN, 2),
     "segment_sum": Op(ops.segment_sum, models=2),
-    "rows, touched": Op(ops.touched, COPIES, 0),
+    "rows, touched": Op(ops.touched, COPIES, 0, brief=True),
     **{
-        f"rows, {what}{', every third' if some else ''}": Op(partial(ops.rows, what=what, some=some), who, 0)
+        f"rows, {what}{', every third' if some else ''}": Op(partial(ops.rows, what=what, some=some), who, 0, 15, some)
         for what, who in {"back_up": COPIES, "restore": COPIES, "step": ALL}.items()
         for some in (False, True)
     },
@@ -75,13 +76,13 @@ def op_cases(size: Size, device: str) -> Cases:
         name = f"symmetric KL and gradients, {rows} x {classes:,} logits"
         found[name] = Case(build, (*divergences.CONTESTANTS, LIMIT), retained=15, quick=True)
     build, who = partial(build, constant=True), (*divergences.TO_A_CONSTANT, LIMIT)
-    return {**found, f"{name}, from a constant": Case(build, who, quick=True)}
+    return {**found, f"{name}, from a constant": Case(build, who)}
 
 
 def _op(op: Op, size: Size, device: str, model: str) -> Case:
-    retained = op.rounds if model in MAIN or len(size.shapes) == 1 else 0
     make = partial(_on, op.make, size.shapes[model], device, size.dtype)
-    return Case(make, op.who, op.rounds, retained, quick=model == next(iter(size.shapes)))
+    retained, quick = op.rounds * (model in MAIN and not op.brief), model == next(iter(size.shapes)) and not op.brief
+    return Case(make, op.who, op.rounds, retained, quick=quick)
 
 
 def _on(make: Callable[[Workload], Field], *place: object) -> Field:

@@ -19,7 +19,6 @@ from bench.race import LIMIT, Copy, Result
 from bench.workloads import SIZES
 
 HEAPS = ("users", "retained")
-QUICK = 9  # rounds of every race with `-m quick`
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -70,7 +69,7 @@ class Contests:
 
     def __init__(self, config: pytest.Config) -> None:
         option = config.getoption
-        quick = QUICK if option("markexpr") == "quick" else 0
+        quick = 9 if option("markexpr") == "quick" else 0
         self.size, self.device = SIZES[option("--size")], _device(config)
         self.rounds = option("--rounds") or (1 if option("benchmark_disable") else quick)
         self.info = {"size": option("--size"), **machine.describe(self.device)}

@@ -43,11 +43,7 @@ def contest(field: Field, rounds: int, copy: Copy, **limits: Any) -> Result:
 
 
 def check(field: Field) -> dict[str, float]:
-    """There is no figure for a wrong answer: everyone's against the first one's. The seconds that each has taken.
-
-    Raises:
-        AssertionError: an answer is another one.
-    """
+    """There is no figure for a wrong answer: everyone's against the first one's. The seconds that each has taken."""
     taken: dict[str, float] = {}
     want: list[Tensor] = []
     for name, entry in field.entries.items():

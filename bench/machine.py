@@ -33,7 +33,6 @@ def retain_heap() -> bool:
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:
-    """What stands beside every figure."""
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.race import Run
+
 BERT4TORCH, SMART_PYTORCH, TRANSFORMERS = "bert4torch", "smart-pytorch", "transformers"
 MODULES = {BERT4TORCH: "bert4torch", SMART_PYTORCH: "smart_pytorch", TRANSFORMERS: "transformers"}
 
 Closure = Callable[[], Tensor]
-Step = Callable[[], object]
 
 
 def installed(name: str) -> bool:
     return importlib.util.find_spec(MODULES[name]) is not None
 
 
-def bert4torch_step(method: str, model: nn.Module, closure: Closure, alpha: float, epsilon: float, steps: int) -> Step:
+def bert4torch_step(method: str, model: nn.Module, closure: Closure, alpha: float, epsilon: float, steps: int) -> Run:
     """The loop of its documentation around its FGM or PGD. Both find the table by its name."""
     from bert4torch import callbacks
 
@@ -54,7 +55,7 @@ def smart_noise(ids: torch.Size, dimension: int) -> Tensor:
     return DEVIATION * torch.randn(*ids, dimension, generator=generator)
 
 
-def smart_step(model: Any, batch: dict[str, Tensor], divergence: Callable[[Tensor, Tensor], Tensor]) -> Step:
+def smart_step(model: Any, batch: dict[str, Tensor], divergence: Callable[[Tensor, Tensor], Tensor]) -> Run:
     """Its loss beside the task's, as its README has it: it begins behind the word embedding."""
     from smart_pytorch import SMARTLoss
 
@@ -75,7 +76,7 @@ def smart_step(model: Any, batch: dict[str, Tensor], divergence: Callable[[Tenso
     return step
 
 
-def neftune_step(model: Any, closure: Closure, alpha: float) -> Step:
+def neftune_step(model: Any, closure: Closure, alpha: float) -> Run:
     """Its hook, in place for the step alone: other contestants use the same model."""
     from transformers.integrations.neftune import neftune_post_forward_hook
 

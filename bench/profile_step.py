@@ -79,7 +79,6 @@ def parts(seen: Any) -> dict[str, float]:
 
 
 def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
-    """One case: medians over rounds, and their interquartile ranges."""
     model: Any = classifier(NETWORKS[options.model], case.vocabulary)
     closure, hot = loss_closure(model, inputs(*case)), Copy(0)
     adv = fastadv.PGD(model, steps=options.steps, scope=options.scope)

@@ -125,7 +125,6 @@ def zipf(batch: int, length: int, vocabulary: int, exponent: float = 1.1) -> Ten
 
 
 def table(vocabulary: int, dimension: int, device: str = "cpu") -> Tensor:
-    """An embedding table with the usual spread."""
     drawn = torch.randn(vocabulary, dimension, generator=torch.Generator().manual_seed(1))
     return drawn.mul_(0.02).to(device)
 

@@ -77,7 +77,6 @@ def mark(low: float, high: float, rounds: int) -> str:
 
 
 def amount(seconds: float) -> str:
-    """Three digits and a unit."""
     for unit, scale in (("s", 1.0), ("ms", 1e3)):
         if seconds * scale >= 1:
             return f"{seconds * scale:.3g} {unit}"
@@ -167,9 +166,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, sides, code = list[Row](), dict[str, dict[str, Any]](), 0
     try:
         race(rows, sides, names, options)
-    except (build.RevisionError, build.BuildError) as error:
+    except build.RevisionError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        code = 2 if isinstance(error, build.RevisionError) else 1
+        code = 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -28,11 +28,7 @@ OPTIONS = ("--no-index", "--no-deps", "--no-build-isolation", "--disable-pip-ver
 
 
 class RevisionError(Exception):
-    """Git has no such revision, or there is no git."""
-
-
-class BuildError(Exception):
-    """A revision cannot be built."""
+    """Git has no such revision, or it cannot be built."""
 
 
 class Build(NamedTuple):
@@ -134,4 +130,4 @@ def _run(command: list[str], name: str, folder: Path, environment: dict[str, str
             os.killpg(pip.pid, signal.SIGKILL)
             raise
     if pip.returncode:
-        raise BuildError(f"{name} does not build:\n" + "\n".join(printed.splitlines()[-20:]))
+        raise RevisionError(f"{name} does not build:\n" + "\n".join(printed.splitlines()[-20:]))

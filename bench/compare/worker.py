@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from bench.compare.build import ROOT, Build, BuildError
+from bench.compare.build import ROOT, Build, RevisionError
 from bench.contest import Field, answer
 from bench.machine import environment
 from bench.race import Copy, once, quiet
@@ -55,7 +55,7 @@ class Worker:
             )
         self.found = self._answer()
         if self.found is None:
-            raise BuildError(f"{self.build.name} does not run: {self._last_words()}")
+            raise RevisionError(f"{self.build.name} does not run: {self._last_words()}")
 
     def ask(self, do: str, **what: object) -> dict[str, Any]:
         """The process's answer. One that died is replaced, and its death is the answer."""
@@ -72,7 +72,6 @@ class Worker:
         return {"error": error}
 
     def close(self) -> None:
-        """End the process, whatever it does."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):

@@ -105,7 +105,6 @@ def keep(found: Mapping[str, Any], folder: Path) -> Path:
 
 
 def versions() -> dict[str, Any]:
-    """What stands beside every figure."""
     git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     triton = getattr(importlib.import_module("triton"), "__version__", None) if find_spec("triton") else None

@@ -30,7 +30,6 @@ class Count(NamedTuple):
 
     @property
     def good(self) -> bool:
-        """Whether anything ran, and nothing failed."""
         return self.passed > 0 and self.failed == 0 and not self.note
 
 

@@ -27,11 +27,7 @@ PICTURES = {
 
 
 def keep(condensed: dict[str, Any], root: Path = ROOT) -> Path:
-    """Keep a run beside the groups of earlier ones that it has not.
-
-    Raises:
-        ValueError: it is a tiny run, or one of a single heap on a machine that has two.
-    """
+    """Keep a run beside the groups of earlier ones that it has not."""
     heaps = {heap for found in condensed["groups"].values() for heap in found}
     on_gpu = "nvidia" in str(condensed["machine"]["processor"]).lower()
     if condensed["machine"]["size"] != "full" or not (on_gpu or heaps == set(tables.HEAPS)):
@@ -45,7 +41,6 @@ def keep(condensed: dict[str, Any], root: Path = ROOT) -> Path:
 
 
 def kept(root: Path = ROOT) -> dict[str, dict[str, Any]]:
-    """Every machine's figures, by name."""
     found = {file.stem: json.loads(file.read_text(encoding="utf-8")) for file in root.glob("bench/results/*.json")}
     return {name: one for name, one in sorted(found.items()) if "groups" in one}  # others are of gpu-check alone
 

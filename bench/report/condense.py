@@ -16,11 +16,7 @@ Groups = dict[str, dict[str, Rows]]  # group, heap
 
 
 def condense(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One dictionary for all files.
-
-    Raises:
-        ValueError: there are no benchmarks, or they come from different machines, versions or settings.
-    """
+    """One dictionary for all files."""
     machines = [{name: bench["extra_info"][name] for name in SAME} for run in runs for bench in run["benchmarks"]]
     if not machines:
         raise ValueError("no benchmarks in these files")
