@@ -36,7 +36,6 @@ class Case(NamedTuple):
 
 
 def contest(field: Field, rounds: int, copy: Copy, **limits: Any) -> Result:
-    """Check the answers, then race."""
     taken = check(field)
     result = race(field.entries, rounds, copy, taken=taken, **limits)
     return result if field.moved is None else result.with_limit(field.moved)

@@ -197,9 +197,11 @@ def rows(work: Workload, what: str, *, some: bool = False) -> Field:
 
 def grads(what: str, count: int, elements: int, device: str) -> Field:
     """The gradients of a whole model at once. `reference`: tensor by tensor; `torch`: its multi-tensor functions."""
+    from fastadv.ops.grads import Plan
+
     start, came = (gradient(elements, device=device, seed=seed) for seed in (2, 3))
     into, sources = ([one.clone() for _ in range(count)] for one in (start, came))
-    plan, half = ops.grads.Plan(into, sources), {"alpha": 0.5}
+    plan, half = Plan(into, sources), {"alpha": 0.5}
     one: Callable[[Tensor, Tensor], Tensor]
     one, every, ours = {
         "copy": (Tensor.copy_, lambda: torch._foreach_copy_(into, sources), plan.copy),
