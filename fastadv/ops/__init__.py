@@ -1,7 +1,7 @@
 """The contract: one file per op (schema, fake, eager version), and `dispatch`, which picks the backend."""
 
 from fastadv.arguments.segments import Segments
-from fastadv.ops import rows
+from fastadv.ops import grads, rows
 from fastadv.ops.ascend import ascend
 from fastadv.ops.divergence import divergence
 from fastadv.ops.gather_perturb import gather_perturb, gather_perturb_backward
@@ -14,6 +14,7 @@ __all__ = [
     "divergence",
     "gather_perturb",
     "gather_perturb_backward",
+    "grads",
     "rows",
     "segment_sum",
     "segments",
