@@ -64,7 +64,7 @@ def test_what_is_refused(
         ("sweep", "--maxlength", "--max-length"),
         ("compare", "--attack-radii", "--radii"),
         ("compare", "--method", "--methods"),
-        ("evaluate", "--steps", "--attack-steps"),
+        ("evaluate", "--attack-step", "--attack-steps"),
         ("evaluate", "--samples", "--attack-samples"),
         ("evaluate", "--output", "--output-dir"),
         ("evaluate", "--label", "--label-column"),
@@ -107,3 +107,9 @@ def test_evaluate_errors(encoder: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "a checkpoint of another model (bert)" in refused(capsys, "evaluate", str(encoder))
     assert "has no config.json" in refused(capsys, "evaluate", "nowhere")
     assert "--radii takes numbers" in refused(capsys, "evaluate", str(encoder), "--radii", "x")
+
+
+def test_evaluate_has_one_attack_and_takes_its_steps_by_both_names(capsys: pytest.CaptureFixture[str]) -> None:
+    """There is no method whose own steps `--steps` could be."""
+    for name in ("--attack-steps", "--steps"):
+        assert "has no config.json" in refused(capsys, "evaluate", "NOWHERE", name, "3")
