@@ -14,6 +14,7 @@ from fastadv.engine.lookup import Lookup, is_same
 from fastadv.engine.lookups import Places
 from fastadv.engine.perturb.rows import RowPerturbation
 from fastadv.engine.perturb.tied_tables import TiedTables
+from fastadv.ops import rows as ops
 
 if TYPE_CHECKING:
     from fastadv.engine.engine import Engine
@@ -151,25 +152,17 @@ def _moved(table: Tensor, value: Tensor, rows: Tensor | None) -> Iterator[None]:
 
     Rows that an optimizer has trained in between keep what it did: `value` is taken off them.
     """
-    before = _take(table, rows)
+    before = ops.back_up(table, rows)
     moved = (before.to(value.dtype) + value).to(table.dtype)
     try:
-        _put(table, rows, moved)
+        _put(table, moved, rows)
         yield
     finally:
-        now = _take(table, rows)
+        now = ops.back_up(table, rows)
         trained = (now.to(value.dtype) - value).to(table.dtype)
-        _put(table, rows, torch.where((now == moved).all(dim=1, keepdim=True), before, trained))
+        _put(table, torch.where((now == moved).all(dim=1, keepdim=True), before, trained), rows)
 
 
-def _take(table: Tensor, rows: Tensor | None) -> Tensor:
-    return table.clone() if rows is None else table[rows]
-
-
-@torch.no_grad()
-def _put(table: Tensor, rows: Tensor | None, values: Tensor) -> None:
-    if rows is None:
-        table.copy_(values)
-    else:
-        table[rows] = values
+def _put(table: Tensor, values: Tensor, rows: Tensor | None) -> None:
+    ops.restore(table, values, rows)
     torch.clear_autocast_cache()  # it keeps casts by tensor, and does not see that one was written to

@@ -143,15 +143,13 @@ class LLR(EmbeddingMethod):
 
     def run(self, step: Step) -> StepResult:
         """The clean forward and its slope, the search for the largest gap, and one backward through all of it."""
-        clean = step.forward(read=losses_of, last=False, clean=True)
-        slope = _slope(step, clean.loss.sum())  # g, as a function of the weights
-        step.maximise(self._gaps(step, clean.loss.detach(), [g.detach() for g in slope]))
+        losses, slope = self._linearised(step)
         self.search(step)
         moved = step.forward(read=losses_of)
-        linear = along([delta.detach().clone() for delta in step.perturbation.leaves()], slope, clean.loss)
-        gap = (moved.loss - clean.loss - linear).abs().mean()
+        linear = along([delta.detach().clone() for delta in step.perturbation.leaves()], slope, losses)
+        gap = (moved.loss - losses - linear).abs().mean()
         penalty = self.gap_weight * gap + self.slope_weight * linear.abs().mean()
-        step.backward(clean.loss.mean() + penalty)
+        step.backward(losses.mean() + penalty)
         return step.result(step.first, Pass(penalty, None))
 
     def search(self, step: Step) -> None:
@@ -179,9 +177,14 @@ class LLR(EmbeddingMethod):
 
     def _aim(self, step: Step) -> None:
         with twice_differentiable():
-            clean = step.forward(read=losses_of, last=False, clean=True)
-            slope = _slope(step, clean.loss.sum())
-        step.maximise(self._gaps(step, clean.loss.detach(), [g.detach() for g in slope]))
+            self._linearised(step)
+
+    def _linearised(self, step: Step) -> tuple[Tensor, list[Tensor]]:
+        """L(x) of each sample, and g as a function of the weights; ascents maximise the gap between the two."""
+        losses = step.forward(read=losses_of, last=False, clean=True).loss
+        slope = _slope(step, losses.sum())
+        step.maximise(self._gaps(step, losses.detach(), [g.detach() for g in slope]))
+        return losses, slope
 
     def _by_adam(self, index: int, delta: Tensor, grad: Tensor) -> Tensor:
         assert self._adam is not None

@@ -34,12 +34,14 @@ class TiedTables(Perturbation):
             yield
             self._found = self.values() or self._found
         finally:
-            for table in self.tables:
-                table.restore()
+            self._restore()
 
     def zero_(self) -> None:
         """Put the tables back; a gradient stays."""
         self._found = self.values() or self._found
+        self._restore()
+
+    def _restore(self) -> None:
         for table in self.tables:
             table.restore()
 
