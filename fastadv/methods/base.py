@@ -114,8 +114,8 @@ class Method:
 
         Returns:
             `step(batch)`, which copies the batch to the device, does what `fn` did and returns what it returned:
-            single numbers to keep, larger tensors until the next step. Gradients are added to those that are there.
-            Steps that `start_step` and `every` leave plain are a graph of their own.
+            single numbers to keep, larger tensors until the next step. The sum over the step's passes is added to the
+            gradients that are there. Steps that `start_step` and `every` leave plain are a graph of their own.
 
         Raises:
             RuntimeError: the model is not on a CUDA device or is trained by several processes, or `fn` does what

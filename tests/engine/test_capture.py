@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastadv
-from fastadv.engine.capture.graph import Inputs, _undone
+from fastadv.engine.capture.graph import Inputs, _undone, add, set_aside
+from fastadv.engine.capture.recording import casts_apart, no_garbage
 from tests.every import EVERY, every_but
 from tests.models import Stateful, TinyModel
-from tests.support import assert_unchanged, batch, gradients, refused, same_bits, seeded, snapshot
+from tests.support import assert_gradients, assert_unchanged, batch, gradients, refused, same_bits, seeded, snapshot
 
 CPU = torch.device("cpu")
 
@@ -120,3 +123,90 @@ def test_warming_up_leaves_no_trace(method: Callable[..., fastadv.Method], fails
     assert_unchanged(model, before)
     assert adv.attacked == 0
     assert int(adv.state_dict()["calls"]) == 0
+
+
+def test_a_buffer_that_is_expanded_is_put_back() -> None:
+    """Of position ids that are one row for all samples, no element can be copied to by itself."""
+    model, data = seeded(Stateful), batch()
+    expanded = torch.arange(5).expand(3, 5)
+    model.register_buffer("positions", expanded)
+    adv = fastadv.PGD(model, embedding=model.embed, scope="sample")
+    with _undone(adv, CPU):
+        adv.backward(lambda: model(data["input_ids"], data["labels"]))
+        expanded[:1] += 1
+    assert model.positions is expanded
+    assert expanded[2].tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("method", every_but("yopo").values(), ids=every_but("yopo"))
+def test_what_a_replay_adds_to_is_what_a_step_adds_to(method: Callable[..., fastadv.Method]) -> None:
+    """The same bits where no gradient is there; else the sum over the passes comes first, and only rounding differs."""
+    found = []
+    for replayed in (False, True):
+        model = seeded(lambda: TinyModel("tfm"), dtype=torch.float32)
+        adv = method(model, embedding=model.word_embeddings, scope="sample")
+        step, places = stepping(model, adv), {p: torch.zeros_like(p) for p in model.parameters()}
+        seen = []
+        for seed in range(3):
+            if replayed:
+                graphs = list(places.items())
+                earlier = set_aside(graphs)
+                model.zero_grad()
+                step(batch(seed=seed))
+                for parameter, mine in graphs:
+                    mine.copy_(torch.zeros_like(mine) if parameter.grad is None else parameter.grad)
+                add(graphs, earlier)
+                assert all(parameter.grad is mine for parameter, mine in graphs)
+            else:
+                step(batch(seed=seed))
+            seen.append({n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in all_of(model)})
+        found.append(seen)
+    assert all(same_bits(found[0][0][name] + 0, found[1][0][name] + 0) for name in found[0][0])
+    for one, other in zip(*found, strict=True):
+        assert_gradients(other, one, 1e-5)
+
+
+def all_of(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return list(model.named_parameters())
+
+
+class Casts(TorchDispatchMode):
+    """Counts the casts of a matrix to bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        casts = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16
+        self.count += casts and args[0].dim() == 2
+        return func(*args, **(kwargs or {}))
+
+
+def casts_of(run: Callable[[], Any]) -> int:
+    with Casts() as casts:
+        run()
+    return casts.count
+
+
+def test_a_run_that_is_recorded_casts_weights_itself() -> None:
+    """Under an autocast that is on around it: not the casts of the run before, and none for the run after."""
+    layer, x = nn.Linear(4, 4), torch.ones(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = [casts_of(lambda: layer(x)) for _ in range(2)]
+        assert plain == [2, 1]  # the weight's cast is kept, the input's is not
+        with casts_apart():
+            assert [casts_of(lambda: layer(x)) for _ in range(2)] == [2, 1]
+        assert casts_of(lambda: layer(x)) == 2
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_garbage_waits(enabled: bool) -> None:
+    try:
+        gc.enable() if enabled else gc.disable()
+        with contextlib.suppress(ArithmeticError), no_garbage():
+            assert not gc.isenabled()
+            raise ArithmeticError
+        assert gc.isenabled() == enabled
+    finally:
+        gc.enable()

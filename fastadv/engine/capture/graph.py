@@ -7,17 +7,20 @@ captured ones did, and the random numbers come from generators that the graph kn
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
+from fastadv.engine.capture.recording import casts_apart, recording
 from fastadv.engine.capture.streams import Streams
 from fastadv.engine.safety import rng
+from fastadv.engine.safety.guard import distinct
 
 Step = Callable[[Any], Any]
+Gradients = Sequence[tuple[nn.Parameter, Tensor]]  # each with the memory in which a graph leaves its gradient
 WARM_UP = 3  # steps: allocations, compilations and a library's choices that a graph must not see
 
 NOT_CAPTURED = (
@@ -119,54 +122,72 @@ class Graph:
     """One recorded step, and where it leaves its gradients."""
 
     def __init__(self, method: Schedule, run: Callable[[], Any], device: torch.device) -> None:
-        self._device = device
         self._streams = Streams(device)
         self._graph = torch.cuda.CUDAGraph()
-        with _undone(method, device), rng.drawing_from(self._streams):
-            self._warm_up(method, run)
-            self._streams.make(self._graph)
-            self._output = self._capture(run)
+        with torch.cuda.device(device), _undone(method, device), rng.drawing_from(self._streams):
+            self._warm_up(method, run, device)
+            self._streams.make(self._graph.register_generator_state)
+            self._output = self._capture(run, device)
             self._memory = method._memory()
             self._gradients = [(p, p.grad) for p in method.model.parameters() if p.grad is not None]
 
-    def _warm_up(self, method: Schedule, run: Callable[[], Any]) -> None:
+    def _warm_up(self, method: Schedule, run: Callable[[], Any], device: torch.device) -> None:
         state = method._remember()
-        side = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream(self._device))
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
             for _ in range(WARM_UP):
-                run()
+                self._streams.begin()
+                with casts_apart():
+                    run()
                 method.model.zero_grad(set_to_none=True)
                 method._rewind(state)
-        torch.cuda.current_stream(self._device).wait_stream(side)
+        torch.cuda.current_stream(device).wait_stream(side)
 
-    def _capture(self, run: Callable[[], Any]) -> Any:
+    def _capture(self, run: Callable[[], Any], device: torch.device) -> Any:
         """With no gradient there, so that the graph writes them and does not add to what is there."""
         self._streams.capturing = True
+        self._streams.begin()
         try:
-            with torch.cuda.device(self._device), torch.cuda.graph(self._graph):
+            with recording(self._graph, device):
                 return run()
-        except RuntimeError as error:
-            if "captur" in str(error):
+        except BaseException as error:
+            self._streams.recover()
+            if isinstance(error, RuntimeError) and "captur" in str(error):
                 raise RuntimeError(NOT_CAPTURED) from error
             raise
         finally:
             self._streams.capturing = False
-            self._streams.end()
 
     def replay(self) -> Any:
         """The step, whose gradients are added to those that are there."""
-        there = [(mine, parameter.grad) for parameter, mine in self._gradients if parameter.grad is not None]
-        kept = [(mine, grad.clone() if grad is mine else grad) for mine, grad in there]
-        self._streams.prepare(rng.new_seed() if self._streams.starts else 0)
+        earlier = set_aside(self._gradients)
+        self._streams.prepare(rng.new_seed)
         self._graph.replay()
-        if kept:
-            torch._foreach_add_([mine for mine, _ in kept], [grad for _, grad in kept])
-        for parameter, mine in self._gradients:
-            parameter.grad = mine
+        add(self._gradients, earlier)
         return tree_map(
             lambda leaf: leaf.clone() if isinstance(leaf, Tensor) and leaf.numel() == 1 else leaf, self._output
         )
+
+
+def set_aside(gradients: Gradients) -> list[tuple[Tensor, Tensor]]:
+    """The gradients that are there before a replay, each behind the one of the graph's that it will be added to.
+
+    What lies in the graph's own memory is copied, since the replay writes there.
+    """
+    there = [(mine, parameter.grad) for parameter, mine in gradients if parameter.grad is not None]
+    return [(mine, grad.clone() if grad is mine else grad) for mine, grad in there]
+
+
+def add(gradients: Gradients, earlier: list[tuple[Tensor, Tensor]]) -> None:
+    """After a replay: add those to the graph's, which are the sum over the step's passes, and put these in place.
+
+    A step without a graph adds its passes one by one to what is there: the same sum, rounded in another order.
+    """
+    if earlier:
+        torch._foreach_add_([mine for mine, _ in earlier], [grad for _, grad in earlier])
+    for parameter, mine in gradients:
+        parameter.grad = mine
 
 
 @contextlib.contextmanager
@@ -174,7 +195,7 @@ def _undone(method: Schedule, device: torch.device) -> Iterator[None]:
     """What warming up and capturing does to the model, the method and the generators is undone at the end."""
     model, state, generators = method.model, method._remember(), rng.save(device)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    buffers = [(distinct(buffer), distinct(buffer).clone()) for buffer in model.buffers()]
     model.zero_grad(set_to_none=True)
     try:
         yield

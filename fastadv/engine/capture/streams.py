@@ -1,77 +1,125 @@
 """The random numbers of a captured step: generators that a CUDA graph knows, one for each place a step goes back to.
 
 A graph cannot put a generator back in the middle: it would read a state that is fixed when it is captured. It can draw
-from several generators. With dropout="same" every pass after the first draws from one of its own, set to where the
-default one stands before each replay, and every random start from one that is seeded before each replay. So a replay
-draws what the step would have drawn without the graph.
+from several generators. With dropout="same" every pass after the first draws from one of its own, set before each
+replay to where the first pass will find the default one, and every random start from one that is seeded before each
+replay. So a replay draws what the run would have drawn without the graph.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 
 
+class _Pass(NamedTuple):
+    """A pass that draws again what an earlier one drew, which began when the run had drawn `lead` (an offset)."""
+
+    lead: int
+    generator: torch.Generator | None = None
+
+
+class _Start(NamedTuple):
+    """A random start, whose seed is the run's `seed`-th and `more`."""
+
+    seed: int
+    more: int
+    generator: torch.Generator | None = None
+
+
 class Streams:
-    """What a step needs is counted while it warms up; then the generators are made, before the capture begins."""
+    """What a run of the function needs is noted while it warms up; then the generators are made, before the capture."""
 
     def __init__(self, device: torch.device) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.default = torch.cuda.default_generators[index]
         self.capturing = False
-        self.passes: list[torch.Generator] = []  # after the first
-        self.starts: list[torch.Generator] = []
+        self._passes: list[_Pass] = []
+        self._starts: list[_Start] = []
         self._own = self.default.graphsafe_get_state()
         self._now = self._own
-        self._passes = self._starts = 0  # so far in this step
-        self._most_passes = self._most_starts = 0
+        self._begun = 0  # the default generator's offset when the run began
+        self._pass = self._start = 0  # so far in this run
+        self._seeds: list[int] = []  # likewise
 
     def begin(self) -> None:
-        """A step begins."""
-        self._passes = self._starts = 0
+        """A run of the function begins: of one step, or several."""
+        self._pass = self._start = 0
+        self._seeds = []
+        if not self.capturing:
+            self._passes, self._starts = [], []
+            self._begun = self.default.get_offset()
 
-    def make(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Make what was counted, and tell the graph."""
-        self.passes = [self.default.clone_state() for _ in range(self._most_passes)]
-        self.starts = [self.default.clone_state() for _ in range(self._most_starts)]
-        for generator in (*self.passes, *self.starts):
-            graph.register_generator_state(generator)
+    def make(self, register: Callable[[torch.Generator], None]) -> None:
+        """Make a generator for all that was noted in the last run, and tell the graph."""
+        self._passes = [one._replace(generator=self.default.clone_state()) for one in self._passes]
+        self._starts = [one._replace(generator=self.default.clone_state()) for one in self._starts]
+        for generator in [*(one.generator for one in self._passes), *(one.generator for one in self._starts)]:
+            assert generator is not None
+            register(generator)
 
-    def prepare(self, seed: int) -> None:
-        """Before a replay: each where the step without the graph would have it."""
-        state = self.default.get_state()
-        for generator in self.passes:
+    def prepare(self, new_seed: Callable[[], int]) -> None:
+        """Before a replay: each where the run without the graph would have it."""
+        state, offset = self.default.get_state(), self.default.get_offset()
+        for lead, generator in self._passes:
+            assert generator is not None
             generator.set_state(state)
-        for index, generator in enumerate(self.starts):
-            generator.manual_seed(seed + index)
+            generator.set_offset(offset + lead)
+        seeds = [new_seed() for _ in range(1 + max((start.seed for start in self._starts), default=-1))]
+        for index, more, generator in self._starts:
+            assert generator is not None
+            generator.manual_seed(seeds[index] + more)
 
-    def next_pass(self) -> None:
-        """A pass that draws what the step's first pass drew begins."""
-        self._passes += 1
-        self._most_passes = max(self._most_passes, self._passes)
+    def drawn(self) -> int:
+        """What the run has drawn so far; a graph is not asked, it draws as the last warm-up did."""
+        return 0 if self.capturing else self.default.get_offset() - self._begun
+
+    def next_pass(self, lead: int) -> None:
+        """A pass begins that draws what was drawn when the run had drawn `lead`."""
         if self.capturing:
-            self._switch(self.passes[self._passes - 1])
+            self._switch(self._passes[self._pass].generator)
+        else:
+            self._passes.append(_Pass(lead))
+        self._pass += 1
+
+    def seeded(self, seed: int) -> None:
+        """A step has drawn the seed of its starts."""
+        self._seeds.append(seed)
 
     @contextlib.contextmanager
-    def start(self) -> Iterator[None]:
-        """Inside, a random start is drawn."""
-        self._starts += 1
-        self._most_starts = max(self._most_starts, self._starts)
+    def start(self, seed: int) -> Iterator[None]:
+        """Inside, a random start is drawn, which `seed` says."""
         before = self._now
         if self.capturing:
-            self._switch(self.starts[self._starts - 1])
+            self._switch(self._starts[self._start].generator)
+        else:
+            self._starts.append(_Start(len(self._seeds) - 1, seed - self._seeds[-1]))
+        self._start += 1
         try:
             yield
         finally:
             self._switch(before)
 
     def end(self) -> None:
-        """The step is over: the default generator draws as itself."""
+        """A step is over: the default generator draws as itself."""
         self._switch(self._own)
 
-    def _switch(self, generator: torch.Generator) -> None:
+    def recover(self) -> None:
+        """After a capture that failed: up to torch 2.11 the default generator may be left in it, and refuse to draw.
+
+        It then goes on in a state that is a copy. Graphs that were captured before know the old one, and draw on there.
+        """
+        self.end()
+        try:
+            torch.rand(1, device=self.default.device)
+        except RuntimeError:
+            self.default.graphsafe_set_state(self.default.clone_state())
+
+    def _switch(self, generator: torch.Generator | None) -> None:
+        assert generator is not None
         if generator is not self._now:
             self.default.graphsafe_set_state(generator)
             self._now = generator

@@ -88,10 +88,10 @@ class Guard:
         Batch norm writes its running statistics without counting, so floating-point buffers are copied every time.
         """
         if buffer.is_floating_point():
-            return _distinct(buffer).clone()
+            return distinct(buffer).clone()
         constant = known.get(id(buffer))
         if constant is None or constant.buffer is not buffer or constant.version != buffer._version:
-            constant = _Constant(buffer, buffer._version, _distinct(buffer).clone())
+            constant = _Constant(buffer, buffer._version, distinct(buffer).clone())
         self._constants[id(buffer)] = constant
         return constant.copy
 
@@ -103,13 +103,13 @@ class Guard:
             self._backup.restore()
         for module, name, buffer, copy in saved.buffers:
             module._buffers[name] = buffer
-            _distinct(buffer).copy_(copy)
+            distinct(buffer).copy_(copy)
         for module, training in zip(saved.modules, saved.modes, strict=True):
             module.training = training
         rng.restore(saved.rng, device)
 
 
-def _distinct(buffer: Tensor) -> Tensor:
+def distinct(buffer: Tensor) -> Tensor:
     """`buffer` without repetitions of the same memory: an expanded one cannot be copied to."""
     for dim, stride in enumerate(buffer.stride()):
         if stride == 0:

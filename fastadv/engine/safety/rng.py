@@ -60,11 +60,12 @@ class Replayed:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._state = None if capturing() else save(device)
+        self._lead = 0 if _streams is None else _streams.drawn()
 
     def again(self) -> None:
         """Another pass begins."""
         if _streams is not None:
-            _streams.next_pass()
+            _streams.next_pass(self._lead)
         if self._state is not None:
             restore(self._state, self._device)
 
@@ -73,20 +74,17 @@ class Replayed:
 def step() -> Iterator[None]:
     """What generators a step has gone through, it leaves."""
     streams = _streams
-    if streams is None:
-        yield
-        return
-    streams.begin()
     try:
         yield
     finally:
-        streams.end()
+        if streams is not None:
+            streams.end()
 
 
 @contextlib.contextmanager
 def apart(seed: int, device: torch.device) -> Iterator[None]:
     """Draw from a stream of its own: what is drawn here moves no dropout mask."""
-    with contextlib.nullcontext() if _streams is None else _streams.start():
+    with contextlib.nullcontext() if _streams is None else _streams.start(seed):
         if capturing():
             yield  # the seed comes before each replay
             return
@@ -109,4 +107,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 def new_seed() -> int:
     """A seed for `apart`, from torch's own CPU generator: reading it waits for no device."""
-    return int(torch.randint(2**63 - 1, (), device="cpu"))
+    seed = int(torch.randint(2**63 - 1, (), device="cpu"))
+    if _streams is not None:
+        _streams.seeded(seed)
+    return seed
