@@ -39,7 +39,11 @@ from fastadv.native.launch import fitted
 
 LONGEST_ROW = 8192  # elements that a program keeps in registers
 TILE, TALLEST = 1024, 8  # elements of a tile, and rows at most: every row has addresses of its own
-PROGRAMS = 1024  # of a launch over groups; fixed, so that sums do not depend on the device
+FOLD = 8  # neighbours that are added before they are accumulated
+STAGES = 3  # tiles under way at a time
+PROGRAMS = 768  # that add up: one wave, on an A100 too. Fixed, so that sums do not depend on the device
+MOVERS = 8192  # programs that move: many waves, so that the last one does not show
+SUMS_PER_TILE = 128  # of its group that a mover reads: more of them, and it takes more tiles
 
 
 class Step(NamedTuple):
@@ -116,26 +120,49 @@ def _by_row(step: Step, rows: int) -> None:
     )
 
 
-def _by_group(step: Step, groups: int, rows: int) -> None:
-    delta, dim = step.delta, step.delta.shape[-1]
+class Cut(NamedTuple):
+    """How groups of many rows are cut into tiles, which `parts` programs of a group add up, and `movers` move."""
+
+    height: int
+    width: int
+    across: int  # tiles beside each other
+    tiles: int
+    parts: int
+    movers: int
+
+    def stages(self, programs: int) -> int:
+        """Of a program's loop over its tiles: none where it has one."""
+        return STAGES if self.tiles > programs else 1
+
+
+def cut(groups: int, rows: int, dim: int) -> Cut:
+    """The cut of so many groups [rows, dim]."""
     width = columns(dim, most=TILE)
     height = min(max(TILE // width, 1), TALLEST)
     across = triton.cdiv(dim, width)
     tiles = triton.cdiv(rows, height) * across
     parts = min(tiles, max(PROGRAMS // groups, 1))
-    grid, everything = (groups, parts), groups * parts
+    movers = min(triton.cdiv(tiles, triton.cdiv(parts, SUMS_PER_TILE)), max(MOVERS // groups, 1))
+    return Cut(height, width, across, tiles, parts, movers)
+
+
+def _by_group(step: Step, groups: int, rows: int) -> None:
+    delta, dim = step.delta, step.delta.shape[-1]
+    by = cut(groups, rows, dim)
+    everything = groups * by.parts
     sums = torch.empty(SUMS * everything, dtype=torch.float64, device=delta.device)
     read = (sums, delta, step.grad, pointer(step.mask, delta), rows, dim, row_stride(step.grad))
-    cut = (parts, tiles, across, everything)
-    tile = {"ROWS": height, "COLUMNS": width}
-    constants, some = step.constants(), {"PARTS": triton.next_power_of_2(parts)}
-    launch(sums_kernel, grid, delta.device, *read, *cut, **constants, **tile)
+    places = (by.parts, by.tiles, by.across, everything)
+    tile = {"FOLD": FOLD, "STAGES": by.stages(by.parts), "ROWS": by.height, "COLUMNS": by.width}
+    constants, some = step.constants(), {"PARTS": triton.next_power_of_2(by.parts)}
+    launch(sums_kernel, (groups, by.parts), delta.device, *read, *places, **constants, **tile)
     if constants["BALL"] == "unit":
         without = {name: constants[name] for name in ("DIRECTION", "MASKED")}
-        launch(unit_kernel, grid, delta.device, *read, *cut, step.rule.step_size, **without, **some, **tile)
+        step_size = step.rule.step_size
+        launch(unit_kernel, (groups, by.parts), delta.device, *read, *places, step_size, **without, **some, **tile)
     launch(
         move_kernel,
-        grid,
+        (groups, by.movers),
         delta.device,
         sums,
         *_moved(step),
@@ -143,13 +170,15 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
         dim,
         row_stride(step.grad),
         *_table(step),
-        *cut,
+        *places,
         *_lengths(step),
         **constants,
         EMBEDS=step.weight is not None,
         WIDE=wide(delta.dtype),
         **some,
-        **tile,
+        STAGES=by.stages(by.movers),
+        ROWS=by.height,
+        COLUMNS=by.width,
     )
 
 

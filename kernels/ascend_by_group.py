@@ -1,6 +1,7 @@
 """ascend where a group is many rows: one launch adds up, one moves; the unit ball measures in between.
 
-The programs of a group take its tiles in turns. `sums` [SUMS, groups, parts] holds what each of them adds up.
+The programs of a group take its tiles in turns. `sums` [SUMS, groups, parts] holds what each of those that add has.
+Those that move are more, and finer: they sum nothing.
 """
 
 from __future__ import annotations
@@ -40,6 +41,18 @@ def place(
 
 
 @triton.jit
+def folded(x: tl.tensor, FOLD: tl.constexpr) -> tl.tensor:
+    """The sums of every `FOLD` neighbours of a tile, which one thread has: fewer accumulators are kept."""
+    return tl.sum(tl.reshape(x, [x.shape[0] * x.shape[1] // FOLD, FOLD]), axis=1)
+
+
+@triton.jit
+def largest_of(x: tl.tensor, FOLD: tl.constexpr) -> tl.tensor:
+    """Their largest magnitudes."""
+    return tl.max(tl.reshape(tl.abs(x), [x.shape[0] * x.shape[1] // FOLD, FOLD]), axis=1)
+
+
+@triton.jit
 def sums_kernel(
     sums: tl.tensor,
     delta: tl.tensor,
@@ -55,32 +68,34 @@ def sums_kernel(
     DIRECTION: tl.constexpr,
     BALL: tl.constexpr,
     MASKED: tl.constexpr,
+    FOLD: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     """The sums of one part of a group: of every `parts`-th tile."""
     group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    uu = tl.zeros([ROWS, COLUMNS], tl.float64)
-    du = tl.zeros([ROWS, COLUMNS], tl.float64)
-    dd = tl.zeros([ROWS, COLUMNS], tl.float64)
-    largest = tl.zeros([ROWS, COLUMNS], tl.float64)
-    for tile in range(part, tiles, parts):
+    uu = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
+    du = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
+    dd = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
+    largest = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
+    for tile in tl.range(part, tiles, parts, num_stages=STAGES):
         n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
         u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
-        uu += u * u
+        uu += folded(u * u, FOLD)
         if DIRECTION == "max":
-            largest = tl.maximum(largest, tl.abs(u))
+            largest = tl.maximum(largest, largest_of(u, FOLD))
         if BALL == "l2":
             before = tl.load(delta + n[:, None] * dim + d[None, :], mask=inside, other=0).to(tl.float64)
-            du += before * u
-            dd += before * before
+            du += folded(before * u, FOLD)
+            dd += folded(before * before, FOLD)
     at = sums + group * parts + part
-    tl.store(at, tl.sum(uu))
+    tl.store(at, tl.sum(uu, axis=0))
     if BALL == "l2":
-        tl.store(at + everything, tl.sum(du))
-        tl.store(at + 2 * everything, tl.sum(dd))
+        tl.store(at + everything, tl.sum(du, axis=0))
+        tl.store(at + 2 * everything, tl.sum(dd, axis=0))
     if DIRECTION == "max":
-        tl.store(at + 3 * everything, tl.max(largest))
+        tl.store(at + 3 * everything, tl.max(largest, axis=0))
 
 
 @triton.jit
@@ -127,27 +142,29 @@ def unit_kernel(
     DIRECTION: tl.constexpr,
     MASKED: tl.constexpr,
     PARTS: tl.constexpr,
+    FOLD: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     """The size of what a part of a group becomes by the step: a sum of squares, or the largest element."""
     group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _, a = step_of(sums, group, parts, everything, step, DIRECTION, PARTS)
-    size = tl.zeros([ROWS, COLUMNS], tl.float64)
-    for tile in range(part, tiles, parts):
+    size = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
+    for tile in tl.range(part, tiles, parts, num_stages=STAGES):
         n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
         u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
         before = tl.load(delta + n[:, None] * dim + d[None, :], mask=inside, other=0).to(tl.float64)
         moved = moved_by(before, u, a)
         if DIRECTION == "l2":
-            size += moved * moved
+            size += folded(moved * moved, FOLD)
         else:
-            size = tl.maximum(size, tl.abs(moved))
+            size = tl.maximum(size, largest_of(moved, FOLD))
     at = sums + 4 * everything + group * parts + part
     if DIRECTION == "l2":
-        tl.store(at, tl.sum(size))
+        tl.store(at, tl.sum(size, axis=0))
     else:
-        tl.store(at, tl.max(size))
+        tl.store(at, tl.max(size, axis=0))
 
 
 @triton.jit
@@ -203,22 +220,24 @@ def move_kernel(
     EMBEDS: tl.constexpr,
     WIDE: tl.constexpr,
     PARTS: tl.constexpr,
+    STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
-    """Move a part of a group, and look its words up."""
-    group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    """Move some of a group's tiles, and look their words up."""
+    group, mover = tl.program_id(0).to(tl.int64), tl.program_id(1)
     uu, a = step_of(sums, group, parts, everything, step, DIRECTION, PARTS)
     by = shrink(size_after(sums, group, parts, everything, uu, a, DIRECTION, BALL, PARTS), epsilon, BALL)
-    if part == 0:
+    if mover == 0:
         count_skipped(skipped, (uu < float("inf")).to(tl.int64) ^ 1)
-    for tile in range(part, tiles, parts):
+    for tile in tl.range(mover, tiles, tl.num_programs(1), num_stages=STAGES):
         n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
         at = delta + n[:, None] * dim + d[None, :]
         u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
-        moved = moved_by(tl.load(at, mask=inside, other=0).to(tl.float64), u, a)
-        after = brought_onto(moved, by, epsilon, BALL).to(delta.dtype.element_ty)
-        tl.store(at, after, mask=inside)
+        before = tl.load(at, mask=inside, other=0).to(tl.float64)
         if EMBEDS:
             word = look_up(weight, ids, flag, n, d, there, inside, vocabulary, weight_stride)
+        after = brought_onto(moved_by(before, u, a), by, epsilon, BALL).to(delta.dtype.element_ty)
+        tl.store(at, after, mask=inside)
+        if EMBEDS:
             tl.store(embedded + n[:, None] * dim + d[None, :], (word.to(WIDE) + after).to(word.dtype), mask=inside)

@@ -50,6 +50,8 @@ def rows_kernel(
     at = delta + n[:, None] * dim + d[None, :]
     u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
     before = tl.load(at, mask=inside, other=0).to(tl.float64)
+    if EMBEDS:
+        word = look_up(weight, ids, flag, n, d, there, inside, vocabulary, weight_stride)
     uu = tl.sum(u * u, axis=1)
     largest = uu
     if DIRECTION == "max":
@@ -61,7 +63,6 @@ def rows_kernel(
     after = brought_onto(moved, by[:, None], epsilon, BALL).to(delta.dtype.element_ty)
     tl.store(at, after, mask=inside)
     if EMBEDS:
-        word = look_up(weight, ids, flag, n, d, there, inside, vocabulary, weight_stride)
         tl.store(embedded + n[:, None] * dim + d[None, :], (word.to(WIDE) + after).to(word.dtype), mask=inside)
 
 

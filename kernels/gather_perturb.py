@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastadv.arguments import signatures
+from fastadv.arguments.tensors import compute_dtype
 from fastadv.kernels.common import columns, complain, launch, pointer, wide
-from fastadv.kernels.segment_sum import heights, sum_segment
+from fastadv.kernels.segment_sum import add_up_pieces, constants, sum_segment
 from fastadv.native.flags import flag_on
 from fastadv.native.launch import fitted
 
@@ -80,6 +81,7 @@ def gather_perturb_kernel(
 @triton.jit
 def gather_perturb_backward_kernel(
     table_grad: tl.tensor,
+    pieces: tl.tensor,
     first: tl.tensor,
     second: tl.tensor,
     ids: tl.tensor,
@@ -95,8 +97,9 @@ def gather_perturb_backward_kernel(
     dim: tl.tensor,
     TWO: tl.constexpr,
     WIDE: tl.constexpr,
+    CHUNK: tl.constexpr,
     FEW: tl.constexpr,
-    MANY: tl.constexpr,
+    STAGES: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     """Some columns of one word's gradient: what is there, and all that its positions have."""
@@ -110,11 +113,10 @@ def gather_perturb_backward_kernel(
         word = tl.load(ids + position, mask=(position >= 0) & (position < count), other=-1).to(tl.int64)
         known = (word >= 0) & (word < vocabulary)
         complain(flag, known == 0)
-        total = sum_segment(first, first_stride, order, start, stop, flag, count, d, dim, WIDE, FEW, MANY, COLUMNS)
-        if TWO:
-            total += sum_segment(
-                second, second_stride, order, start, stop, flag, count, d, dim, WIDE, FEW, MANY, COLUMNS
-            )
+        total = sum_segment(
+            pieces, first, second, first_stride, second_stride, order, start, stop, flag, count, d, dim,
+            TWO, WIDE, CHUNK, FEW, STAGES, COLUMNS,
+        )  # fmt: skip
         at = table_grad + word * stride + d
         written = (d < dim) & known & (word != padding)
         before = tl.load(at, mask=written, other=0)
@@ -169,12 +171,14 @@ def gather_perturb_backward(
     if not grads or rows < 1 or dim == 0:
         return
     first, second = grads[0], _rest(grads, table_grad.dtype)
-    width = columns(dim, most=256)
+    pieces = add_up_pieces(first, second, order, starts, None, compute_dtype(table_grad.dtype))
+    fixed = constants(dim, table_grad.dtype)
     launch(
         gather_perturb_backward_kernel,
-        (rows, triton.cdiv(dim, width)),
+        (rows, triton.cdiv(dim, fixed["COLUMNS"])),
         table_grad.device,
         table_grad,
+        pointer(pieces, first),
         first,
         pointer(second, first),
         ids,
@@ -190,8 +194,7 @@ def gather_perturb_backward(
         dim,
         TWO=second is not None,
         WIDE=wide(table_grad.dtype),
-        **heights(table_grad.dtype),
-        COLUMNS=width,
+        **fixed,
     )
     torch.autograd.graph.increment_version(table_grad)
 

@@ -10,7 +10,6 @@ import re
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -22,58 +21,22 @@ from fastadv.arguments.lookup import Lookup, lookup_of
 from fastadv.arguments.rule import BALLS, DIRECTIONS, Rule
 from fastadv.ops import segments
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 if kernels.interpreted():
     pytest.skip("compiles nothing: triton interprets", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
+from bench.gpu.abroad import TOOLS, Compiled, compiling
 from fastadv.kernels import ascend, divergence, gather_perturb, segment_sum, table_step
-from fastadv.kernels.common import REGISTERS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 SLOW = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100", "gfx942")]
 
 
-class Abroad:
-    """A driver for a device that is not here: it knows what to compile for, and nothing else."""
-
-    def __init__(self, target: str) -> None:
-        number = int(re.sub(r"\D", "", target))
-        self.target = GPUTarget("hip", target, 64) if target.startswith("gfx") else GPUTarget("cuda", number, 32)
-        self.device = 1000 + number  # a compiler's settings are kept by device
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_current_device(self) -> int:
-        return self.device
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-class Compiled(NamedTuple):
-    name: str
-    kernel: Any
-
-
 @pytest.fixture
-def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Compiled]:
+def compiled(request: pytest.FixtureRequest) -> Iterator[list[Compiled]]:
     """What the launchers would have run, for the target that the test names."""
-    found: list[Compiled] = []
-    target = request.getfixturevalue("target")
-    registers = {} if target.startswith("gfx") else REGISTERS
-
-    def compile_only(kernel: Any, grid: Any, device: Any, *arguments: Any, **constants: Any) -> None:
-        found.append(Compiled(kernel.__name__, kernel.warmup(*arguments, grid=grid, **constants, **registers)))
-
-    for module in (ascend, divergence, gather_perturb, segment_sum):
-        monkeypatch.setattr(module, "launch", compile_only)
-    monkeypatch.setattr(driver, "_active", Abroad(target))
-    return found
+    with compiling(request.getfixturevalue("target")) as found:
+        yield found
 
 
 def in_place_of(dtype: torch.dtype) -> torch.dtype:
@@ -82,12 +45,12 @@ def in_place_of(dtype: torch.dtype) -> torch.dtype:
 
 def lookups(dtype: torch.dtype, dim: int) -> None:
     """gather_perturb in its three forms, its backward of one and two passes, and segment_sum."""
-    weight, ids = torch.zeros(50, dim, dtype=dtype), torch.arange(32).view(2, 16)
+    weight, ids = torch.zeros(50, dim, dtype=dtype), torch.arange(160).view(2, 80) % 50
     wide = in_place_of(dtype)
     gather_perturb.gather_perturb(weight, ids, None, None)
-    gather_perturb.gather_perturb(weight, ids, torch.zeros(2, 16, dim, dtype=wide), None)
+    gather_perturb.gather_perturb(weight, ids, torch.zeros(2, 80, dim, dtype=wide), None)
     gather_perturb.gather_perturb(weight, ids, torch.zeros(4, dim, dtype=wide), torch.zeros_like(ids))
-    groups, grad = segments(ids, 50), torch.zeros(32, dim, dtype=dtype)
+    groups, grad = segments(ids, 50), torch.zeros(160, dim, dtype=dtype)
     segment_sum.segment_sum(grad, groups.order, groups.starts, groups.stops)
     for grads in ([grad], [grad, grad.to(wide)]):
         gather_perturb.gather_perturb_backward(weight, grads, ids.flatten(), groups.order, groups.starts, -1)
@@ -141,7 +104,7 @@ def test_what_methods_use(dtype: torch.dtype, target: str, compiled: list[Compil
     whole_table_step(dtype, 768, 0)
     compare(dtype, 4096, "symmetric_kl")
     assert {kernel.name for kernel in compiled} == {
-        "gather_perturb_kernel", "gather_perturb_backward_kernel", "segment_sum_kernel",
+        "gather_perturb_kernel", "gather_perturb_backward_kernel", "segments_kernel", "pieces_kernel",
         "rows_kernel", "sums_kernel", "unit_kernel", "move_kernel", "divergence_kernel",
     }  # fmt: skip
     for kernel in compiled:
@@ -181,7 +144,8 @@ def inspect(kernel: Compiled, target: str, folder: Path) -> str:
 
 def wide_accesses(code: str) -> bool:
     """Whether rows are read 16 bytes at a time (on AMD's GPUs, whose warps are twice as wide, 8)."""
-    return re.search(r"\bLDG\.E\.[\w.]*128|(?:global|buffer)_load_(?:dwordx[24]|b64|b128)", code) is not None
+    wide = r"\b(?:LDG|LDGSTS)\.E\.[\w.]*128|(?:global|buffer)_load_(?:dwordx[24]|b64|b128)"
+    return re.search(wide, code) is not None
 
 
 def cuobjdump(what: str, kernel: Compiled, folder: Path) -> str:

@@ -164,10 +164,11 @@ def _row_norms(module: nn.Module) -> torch.Tensor:
             "in the units of its output"
         )
     weight: torch.Tensor = module.weight
+    wide = torch.float32 if weight.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
     if type(module).forward is nn.Embedding.forward:
         whole: torch.Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        norms: torch.Tensor = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float64)
+        norms: torch.Tensor = torch.linalg.vector_norm(whole, dim=1, dtype=wide)
         return norms
     ids = torch.arange(module.num_embeddings, device=weight.device)  # a scaled table's rows are its output
-    parts = [torch.linalg.vector_norm(module(part), dim=1, dtype=torch.float64) for part in torch.split(ids, 4096)]
+    parts = [torch.linalg.vector_norm(module(part), dim=1, dtype=wide) for part in torch.split(ids, 4096)]
     return torch.cat(parts)
