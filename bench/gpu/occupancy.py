@@ -209,38 +209,54 @@ def named(function: str) -> tuple[str, str]:
     return name[0].split("_kernel")[0] + "_kernel", f", {kind}" if kind else ""
 
 
-def table(rows: list[Row]) -> str:
-    """Markdown."""
-    lines = ["| case | kernel | registers | shared | spills | accesses | blocks | programs | waves |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
+HEAD = ("case", "kernel", "registers", "shared", "bytes x accesses", "blocks", "waves")
+RENAMED = {"segments_kernel": "segment_sum_kernel"}  # since the first figures
+
+
+def table(rows: list[Row], before: list[Row] | None = None) -> str:
+    """Markdown; with the figures from before, where they were others."""
+    known = {(one.case, one.kernel): one for one in before or []}
+    lines = [f"| {' | '.join(HEAD)} |", "|---" * len(HEAD) + "|"]
     for one in rows:
-        widths = ", ".join(f"{size} x {count}" for size, count in one.accesses.items())
-        cells = (
-            one.case,
-            one.kernel,
-            one.registers,
-            one.shared,
-            one.spills,
-            widths,
-            one.resident,
-            f"{one.programs:,}",
-            one.waves,
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
+        now, name = cells(one), RENAMED.get(one.kernel, one.kernel)
+        then = known.get((one.case, one.kernel)) or known.get((one.case, name))
+        shown = now if then is None else [a if a == b else f"{b} → {a}" for a, b in zip(now, cells(then), strict=True)]
+        lines.append(f"| {one.case} | `{one.kernel}` | {' | '.join(shown)} |")
     return "\n".join(lines)
+
+
+def cells(one: Row) -> list[str]:
+    """A row's figures. A spill is an error, and is shown beside the registers."""
+    widths = ", ".join(f"{size} x {count}" for size, count in one.accesses.items())
+    spilled = f" ({one.spills} spilled)" if one.spills else ""
+    return [f"{one.registers}{spilled}", f"{one.shared:,}", widths, f"{one.resident}", f"{one.waves:,.2f}"]
+
+
+def read(path: Path) -> dict[str, list[Row]]:
+    """What `--output` wrote."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    return {target: [row_of(one) for one in rows] for target, rows in found.items()}
+
+
+def row_of(one: dict[str, Any]) -> Row:
+    return Row(**{**one, "accesses": {int(size): count for size, count in one["accesses"].items()}})
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.occupancy", description=__doc__)
     parser.add_argument("--targets", nargs="+", choices=GPUS, default=list(GPUS))
     parser.add_argument("--output", type=Path, help="also as JSON, in this file")
+    parser.add_argument("--before", type=Path, help="such a file of another revision, to show beside")
     options = parser.parse_args()
+    before = {} if options.before is None else read(options.before)
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         for target in options.targets:
             rows = [*triton_rows(target, Path(folder)), *cuda_rows(target, Path(folder))]
             found[target] = [one._asdict() for one in rows]
-            print(f"\n{target} ({GPUS[target].name}, {GPUS[target].multiprocessors} multiprocessors)\n\n{table(rows)}")
+            gpu = GPUS[target]
+            print(f"\n{target} ({gpu.name}, {gpu.multiprocessors} multiprocessors)\n")
+            print(table(rows, before.get(target)), flush=True)
     if options.output is not None:
         options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
