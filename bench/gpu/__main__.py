@@ -20,7 +20,7 @@ from bench.gpu.workers import ROOT
 
 BUDGET, BUILDING = 420.0, 240.0  # seconds; beyond the budget lies only the end of what was running
 WORK = Path("build/gpu-check")
-SHOWN = 25  # lines of a failure
+DETAILED, SHOWN, LISTED = 5, 25, 40  # failures that are shown with so many lines each, and failures that are named
 
 
 def main() -> int:
@@ -31,8 +31,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="where results and logs go")
     parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for all of it (default: {BUDGET:.0f})")
     parser.add_argument("--rehearse", action="store_true", help="a few tests, tiny figures, on the CPU: does it run?")
+    parser.add_argument("--limit", type=float, help="tests: seconds for each (default: 60, and 120 under a sanitizer)")
     parser.add_argument("--rows", default=figures.ROWS, help="figures: MODULE:FUNCTION that lists them")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so what was started is ended
     end = time.monotonic() + options.budget
     out = options.out or ROOT / WORK
@@ -69,27 +70,34 @@ def build(machine: dict[str, Any], logs: Path, end: float) -> str | None:
 
 
 def tests(options: argparse.Namespace, by: Mapping[str, Any], logs: Path, path: Path, end: float) -> bool:
-    """Run them, and print what failed last, since the end is what is read first."""
+    """Run them, and print last what failed, since the end is what is read first."""
     if options.paths:
         chosen = {"given": stages.Stage([str(Path(one).resolve()) for one in options.paths], 2)}
     else:
         chosen = stages.rehearsal() if options.rehearse else stages.stages()
+    if options.limit:
+        chosen = {name: stage._replace(limit=options.limit) for name, stage in chosen.items()}
 
     def keep(found: Mapping[str, Mapping[str, Any]]) -> None:
         totals = {kind: sum(one[kind] for one in found.values()) for kind in ("passed", "failed", "skipped", "not_run")}
         results.keep(path, tests={**by, **totals, "stages": found})
 
     found = stages.run_all(chosen, logs, end, keep)
+    failures = [(f"{name}: {test}", text) for name, one in found.items() for test, text in one["failures"].items()]
+    for name, text in failures[:DETAILED]:
+        print(f"\n--- {name}", *text.splitlines()[-SHOWN:], sep="\n")
     results.table("tests", {name: {key: one[key] for key in one if key != "failures"} for name, one in found.items()})
-    bad = {name: one for name, one in found.items() if not stages.good(one)}
-    for name, one in bad.items():
-        for test, message in one["failures"].items():
-            print(f"\n--- {name}: {test}", *message.splitlines()[-SHOWN:], sep="\n")
+    bad = [name for name, one in found.items() if not stages.good(one)]
+    if failures:
+        print(f"\n{len(failures)} failed, told in full in {path}:")
+    for name, text in failures[:LISTED]:
+        lines = text.strip().splitlines() or [""]
+        print(f"  {name}: {next((line for line in lines if line.startswith('E ')), lines[-1])[:120]}")
     return bool(bad)
 
 
 def measures(options: argparse.Namespace, by: Mapping[str, Any], logs: Path, path: Path, end: float) -> bool:
-    """Measure, and print what failed last."""
+    """Measure, and print last what failed."""
     device = "cpu" if options.rehearse else "cuda"
     found = figures.run(options.rows, device, logs, end, lambda rows: results.keep(path, figures={**by, **rows}))
     for section, rows in found.items():

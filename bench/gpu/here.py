@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -28,10 +29,10 @@ def ask() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout.strip() or None
 
 
 def version(package: str) -> str | None:

@@ -1,22 +1,12 @@
-"""What is measured, row by row: ops at a size that no cache holds, attack steps, training steps.
-
-`python -m bench.gpu.rows MODULE:FUNCTION` goes through what that function lists, and writes the journal.
-"""
+"""What is measured, row by row: ops at a size that no cache holds, attack steps, training steps."""
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import gc
-import importlib
 import math
-import sys
-import time
-import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +15,7 @@ from bench import memory
 from bench.cases import op_cases, pgd_cases
 from bench.contest import Case, Field, answer, check
 from bench.gpu.figures import APART
-from bench.gpu.journal import Journal, die_with
+from bench.gpu.row import Row
 from bench.race import Copy, Entry, Result, captured, interval, nothing, race
 from bench.workloads import MAIN, SIZES
 from fastadv.ops.dispatch import OPS, Backend
@@ -33,11 +23,6 @@ from fastadv.ops.dispatch import OPS, Backend
 ATTACK = "attack step, table scope, "
 AGAIN = "fused, again"  # the same once more: what differs is noise
 FURTHEST = 1e-3  # of the values' root mean square: how far a value may be from its eager one, beside its rounding
-
-
-class Row(NamedTuple):
-    measure: Callable[[], dict[str, Any]]
-    limit: float = 60.0  # seconds
 
 
 def rows(device: str) -> dict[str, Row]:
@@ -149,42 +134,3 @@ def eager() -> Iterator[None]:
     finally:
         for one, backends in zip(OPS, kept, strict=True):
             one.backends = backends
-
-
-def go_through(listed: Mapping[str, Row], journal: Journal, end: float) -> int:
-    """Those that have not begun yet. What else fails in a process after a failure is unknown: it ends there."""
-    journal.plan(list(listed))
-    for name, row in listed.items():
-        if name in journal.read().begun:
-            continue
-        if time.time() >= end:
-            return 0
-        torch._dynamo.reset()
-        gc.collect()
-        journal.begin(name, min(row.limit, max(1.0, end - time.time())))
-        try:
-            found = row.measure()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
-            traceback.print_exc()
-            journal.end(name, failed=f"{type(error).__name__}: {str(error)[:500]}")
-            return 1
-        journal.end(name, **found)
-    return 0
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu.rows")
-    parser.add_argument("rows")
-    parser.add_argument("--device", required=True)
-    parser.add_argument("--end", type=float, required=True, help="by the clock of the machine")
-    parser.add_argument("--journal", type=Path, required=True)
-    parser.add_argument("--parent", type=int, required=True)
-    options = parser.parse_args()
-    die_with(options.parent)
-    module, _, function = options.rows.partition(":")
-    listed: dict[str, Row] = getattr(importlib.import_module(module), function)(options.device)
-    return go_through(listed, Journal(options.journal), options.end)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -56,10 +56,17 @@ class Worker:
                 self.journal.end(name, outcome="failed", message="out of time", failed="out of time")
             self.note = "out of time" if seen.left or not seen.planned else self.note
 
+    def kill(self) -> None:
+        """It and its children, without waiting for them."""
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+
     def _start(self) -> None:
         self.starts += 1
         self._begun, self._started = len(self.journal.read().begun), time.time()
-        command = [*self.command, "--journal", str(self.journal.path), "--parent", str(os.getpid())]
+        # With "=": of a path that stands alone, pytest takes its root and so the tests' names.
+        command = [*self.command, f"--journal={self.journal.path}", f"--parent={os.getpid()}"]
         with self.log.open("ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
@@ -74,10 +81,9 @@ class Worker:
         return max(self._started, path.stat().st_mtime if path.exists() else 0.0)
 
     def _end(self) -> None:
-        """It and its children are gone; a process that the driver holds is not waited for."""
+        """It is gone, or held by the driver, which is not waited for."""
         assert self.process is not None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        self.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.status = self.process.wait(10)
         self.process = None
