@@ -45,28 +45,27 @@ def main() -> int:
             f"there is nothing to check: {machine.get('problem') or 'torch sees no CUDA device'} (--rehearse: the CPU)"
         )
         return 2
-    problem = None if options.rehearse else build(machine, logs, end)
-    if problem:
-        print(problem)
-        return 1
+    problem = None if options.rehearse else build(machine, logs / "build.txt", end)
     kept = ROOT / "bench/results" if options.out is None and not options.rehearse else out
     path = results.place(kept, None if options.rehearse else machine["gpu"])
     results.keep(path, gpu=machine["gpu"] or "none")
-    by = {name: machine.get(name) for name in ("torch", "cuda", "triton", "python")} | {"commit": here.commit()}
-    failed = (tests if options.what == "tests" else measures)(options, by, logs, path, end)
-    print(f"\n{'NOT GOOD' if failed else 'good'}: {path}, {logs}")
+    by = {name: machine.get(name) for name in ("torch", "cuda", "triton", "python")}
+    by |= {"commit": here.commit(), "build_problem": problem}
+    failed = (tests if options.what == "tests" else measures)(options, by, logs, path, end) or problem is not None
+    print(f"\n{problem or ''}\n{'NOT GOOD' if failed else 'good'}: {path}, {logs}")
     return 1 if failed else 0
 
 
-def build(machine: dict[str, Any], logs: Path, end: float) -> str | None:
-    """Why there is no extension, or None."""
+def build(machine: Mapping[str, Any], log: Path, end: float) -> str | None:
+    """Why there is no extension for this GPU, and what to do, or None. What needs none of it goes on all the same."""
     wanted = install.needed(machine)
     if wanted is None:
         return None
-    if advice := install.advice(machine):
-        print(advice)
-    problem = install.build(wanted, logs / "build.txt", min(BUILDING, end - time.monotonic()))
-    return problem or (f"the extension is built, but: {why}" if (why := here.ask()["no_cuda"]) else None)
+    problem = install.build(wanted, log, min(BUILDING, end - time.monotonic()))
+    if problem:
+        print(*log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:], sep="\n")
+        return f"{problem}. {install.advice(machine) or ''}"
+    return f"the extension is built, but: {why}" if (why := here.ask().get("no_cuda", "torch fails")) else None
 
 
 def tests(options: argparse.Namespace, by: Mapping[str, Any], logs: Path, path: Path, end: float) -> bool:
