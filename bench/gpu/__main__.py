@@ -57,15 +57,15 @@ def main() -> int:
 
 
 def build(machine: Mapping[str, Any], log: Path, end: float) -> str | None:
-    """Why there is no extension for this GPU, and what to do, or None. What needs none of it goes on all the same."""
-    wanted = install.needed(machine)
-    if wanted is None:
-        return None
-    problem = install.build(wanted, log, min(BUILDING, end - time.monotonic()))
-    if problem:
-        print(*log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:], sep="\n")
-        return f"{problem}. {install.advice(machine) or ''}"
-    return f"the extension is built, but: {why}" if (why := here.ask().get("no_cuda", "torch fails")) else None
+    """Why not every op has its kernel, and what to do, or None. What needs none goes on all the same."""
+    if wanted := install.needed(machine):
+        problem = install.build(wanted, log, min(BUILDING, end - time.monotonic()))
+        if problem:
+            print(*log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:], sep="\n")
+            return f"{problem}. {install.advice(machine) or ''}"
+        machine = here.ask()
+    lacking = machine.get("missing", {"all ops": machine.get("problem")})
+    return "; ".join(f"no kernel for {op}: {why}" for op, why in lacking.items()) or None
 
 
 def tests(options: argparse.Namespace, by: Mapping[str, Any], logs: Path, path: Path, end: float) -> bool:

@@ -46,6 +46,7 @@ def main() -> None:
     import torch
 
     from fastadv import native
+    from fastadv.ops import dispatch
 
     there = torch.cuda.is_available()
     gpu = torch.cuda.get_device_name() if there else None
@@ -53,7 +54,8 @@ def main() -> None:
     found |= {name: version(name) for name in ("triton", "transformers", "pytest", "setuptools")}
     if there:
         found["architecture"] = "{}{}".format(*torch.cuda.get_device_capability())
-    print(json.dumps({**found, "no_native": native.reason(), "no_cuda": native.cuda_reason()}))
+    missing = {row.op: row.reason for row in dispatch.report() if row.device == "cuda" and not row.available}
+    print(json.dumps({**found, "no_cuda": native.cuda_reason(), "missing": missing}))
 
 
 if __name__ == "__main__":

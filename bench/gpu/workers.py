@@ -51,7 +51,7 @@ class Worker:
     def stop(self) -> None:
         """There is no time left."""
         if self.process is not None:
-            self._end()
+            self._end(3)
             for name in (seen := self.journal.read()).running:
                 self.journal.end(name, outcome="failed", message="out of time", failed="out of time")
             self.note = "out of time" if seen.left or not seen.planned else self.note
@@ -80,12 +80,12 @@ class Worker:
         path = self.journal.path
         return max(self._started, path.stat().st_mtime if path.exists() else 0.0)
 
-    def _end(self) -> None:
-        """It is gone, or held by the driver, which is not waited for."""
+    def _end(self, patience: float = 10) -> None:
+        """It is gone, or held by the driver for longer than we wait."""
         assert self.process is not None
         self.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self.status = self.process.wait(10)
+            self.status = self.process.wait(patience)
         self.process = None
 
     def _bury(self, seen: Seen) -> None:
