@@ -1,4 +1,4 @@
-"""Builds the extension for this GPU, with what there is: pip without a network, or else setup.py in place."""
+"""Builds the extension for this GPU, with what there is: pip without a network, or else setup.py alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from bench.gpu.workers import ROOT
 
 OLDEST = 77  # setuptools: what reads the licence in pyproject.toml
 PIP = ["-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation", "--editable", "."]
-IN_PLACE = ["setup.py", "build_ext", "--inplace"]
-STAMP = Path("build/gpu-check/built")
+WORK = Path("build/gpu-check")
+STAMP = WORK / "built"
 
 
 def needed(here: Mapping[str, Any], root: Path = ROOT) -> str | None:
@@ -36,21 +36,22 @@ def fingerprint(root: Path = ROOT) -> str:
 
 
 def build(wanted: str, log: Path, limit: float, root: Path = ROOT, **variables: str) -> str | None:
-    """Pip first, then setup.py. Why neither did it, or None."""
+    """Pip first; then setup.py, which an older setuptools runs as well. Why neither did it, or None."""
     arch = wanted.split(maxsplit=1)[0]
     environment = {**os.environ, "FASTADV_CUDA": "1", "FASTADV_CUDA_ARCHS": arch, **variables}
     environment["PIP_DISABLE_PIP_VERSION_CHECK"] = "1"
     end = time.monotonic() + limit
-    for command in (PIP, IN_PLACE):
-        if _run([sys.executable, *command], log, end - time.monotonic(), root, environment) == 0:
-            (root / STAMP).parent.mkdir(parents=True, exist_ok=True)
+    (root / WORK).mkdir(parents=True, exist_ok=True)
+    alone = [str(root / "setup.py"), "build_ext", "--build-lib", str(root)]
+    for command, place in ((PIP, root), (alone, root / WORK)):  # there is no pyproject.toml there to read
+        if _run([sys.executable, *command], log, end - time.monotonic(), place, environment) == 0:
             (root / STAMP).write_text(wanted, encoding="utf-8")
             return None
     return f"neither pip nor setup.py could build the extension: see {log}"
 
 
 def advice(here: Mapping[str, Any]) -> str | None:
-    """What a build is going to lack, and what to do about it."""
+    """What a build may lack, and what to do about it."""
     found = here.get("setuptools")
     if found is None:
         return f"setuptools is not installed: bring a wheel of version {OLDEST} or later (pip install --no-index FILE)"
@@ -62,12 +63,12 @@ def advice(here: Mapping[str, Any]) -> str | None:
     return None
 
 
-def _run(command: list[str], log: Path, limit: float, root: Path, environment: Mapping[str, str]) -> int:
+def _run(command: list[str], log: Path, limit: float, place: Path, environment: Mapping[str, str]) -> int:
     with log.open("ab") as file:
         file.write(f"$ {' '.join(command)}\n".encode())
         file.flush()
         process = subprocess.Popen(
-            command, cwd=root, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+            command, cwd=place, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
             start_new_session=True,
         )  # fmt: skip
     try:
