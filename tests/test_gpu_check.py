@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,53 +22,10 @@ from bench.race import Entry, nothing
 from bench.workloads import MAIN, SIZES, classifier, inputs, loss_closure
 from fastadv import native
 from fastadv.ops.dispatch import OPS
+from tests.planted import found, run
 
 ROOT = Path(__file__).parent.parent
 slow = pytest.mark.slow
-TESTS = {
-    "good": "import pytest\n@pytest.mark.parametrize('n', range(6))\ndef test(n): pass",
-    "bad": "def test_before(): pass\ndef test(): assert 1 == 2\ndef test_after(): pass",
-    "long": "import ctypes\ndef test(): ctypes.PyDLL(None).sleep(3600)\ndef test_after(): pass",
-    "dead": "import os, signal\ndef test(): os.kill(os.getpid(), signal.SIGSEGV)\ndef test_after(): pass",
-    "gone": "import no_such_module",
-    "broken": (
-        "from bench.gpu import watch\n"
-        "def test():\n    watch.broken = lambda: True\n    assert 3 == 4\n"
-        "def test_after(): assert not watch.broken()"  # in a new process
-    ),
-    "skipped": "import pytest\ndef test(): pytest.skip('planted')",
-    "once": "import os\ndef test(): assert os.environ.get('CUDA_LAUNCH_BLOCKING')",  # good when it is run again
-}
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "bench.gpu", *map(str, arguments)]
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-
-
-def found(folder: Path) -> dict[str, Any]:
-    kept: dict[str, Any] = json.loads((folder / "rehearsal.json").read_text())
-    return kept
-
-
-def until(true: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while not (done := true()) and time.monotonic() < end:
-        time.sleep(0.1)
-    return done
-
-
-def processes(word: str) -> Iterator[int]:
-    """Those whose command has that word."""
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if word in file.read_text():
-                yield int(file.parent.name)
-        except OSError:
-            continue
 
 
 @slow
@@ -97,67 +51,6 @@ def test_a_rehearsal_of_the_figures_fills_in_every_row(tmp_path: Path) -> None:
     for row in figures["training_step"].values():
         assert {"passes alone", "plain", "fused", rows.AGAIN} < row["us"].keys()
         assert {"interval_us", "beside_the_passes", "peak_mib"} < row.keys()
-
-
-@slow
-def test_a_row_that_fails_hangs_or_crashes_loses_only_itself(tmp_path: Path) -> None:
-    done = run("figures", "--rehearse", "--rows", "tests.planted:rows", "--out", tmp_path)
-    assert done.returncode == 1 and "NOT GOOD" in done.stdout
-    row = found(tmp_path)["figures"]["planted"]
-    assert [name for name in row if name.startswith("good") and row[name] == {"us": 1.0}] == [
-        f"good {index}" for index in range(5)
-    ]
-    assert row["fails"] == {"failed": "ValueError: planted"}
-    assert row["hangs"] == {"failed": "hung for 2 s"}
-    assert row["crashes"] == {"failed": "its process died: SIGSEGV"}
-    assert row["leaves"] == {"failed": "its process died: exit status 0"}
-    assert len(row) == 9 and done.stdout.index("good 4") < done.stdout.index("hung for 2 s")
-    assert "planted.py" in (tmp_path / "logs/figures.txt").read_text()  # where it hung
-
-
-@slow
-def test_what_there_is_no_time_for_is_said_and_the_command_ends(tmp_path: Path) -> None:
-    start = time.monotonic()
-    done = run("figures", "--rehearse", "--rows", "tests.planted:naps", "--budget", 40, "--out", tmp_path)
-    assert time.monotonic() - start < 75 and done.returncode == 1
-    row = found(tmp_path)["figures"]["planted"]
-    assert row["nap 0"] == {"us": 1e6} and row["nap 59"] == {"failed": "out of time"} and len(row) == 60
-
-
-@slow
-@pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="looks for processes in /proc")
-def test_a_command_that_is_killed_leaves_its_results_and_no_process(tmp_path: Path) -> None:
-    arguments = ("figures", "--rehearse", "--rows", "tests.planted:naps", "--out", tmp_path)
-    process = subprocess.Popen(command(*arguments), cwd=ROOT)
-    try:
-        assert until(lambda: "figures" in (found(tmp_path) if list(tmp_path.glob("*.json")) else {}), 120)
-    finally:
-        process.kill()
-        process.wait()
-    assert found(tmp_path)["figures"]["planted"]["nap 0"] == {"us": 1e6}
-    journal = str(tmp_path / "logs/figures.jsonl")
-    assert until(lambda: not list(processes(journal)), 10)
-
-
-@slow
-def test_a_test_that_fails_hangs_or_crashes_loses_only_itself(tmp_path: Path) -> None:
-    (tmp_path / "planted").mkdir()
-    for name, text in TESTS.items():
-        (tmp_path / f"planted/test_{name}.py").write_text(text)
-    results.keep(tmp_path / "out/rehearsal.json", figures={"copy": 1})
-    files = sorted(tmp_path.glob("planted/test_*.py"))
-    done = run("tests", "--rehearse", "--limit", 3, "--out", tmp_path / "out", *files)
-    assert done.returncode == 1 and done.stderr == ""
-    kept = found(tmp_path / "out")
-    assert kept["figures"] == {"copy": 1}
-    once, again = kept["tests"]["stages"].values()
-    assert (once["passed"], once["failed"], once["skipped"], once["not_run"]) == (11, 6, 1, 0)
-    said = {Path(name.split("::")[0]).stem: message for name, message in once["failures"].items()}
-    assert "assert 1 == 2" in said["test_bad"] and "No module named" in said["test_gone"]
-    assert said["test_long"].startswith("hung for 3 s") and said["test_dead"].startswith("its process died: SIGSEGV")
-    assert (again["passed"], again["failed"]) == (1, 5)  # with CUDA_LAUNCH_BLOCKING
-    assert "AssertionError" in done.stdout.partition("failed, told in full")[2]
-    assert "Timeout (0:00:03)!" in "".join(file.read_text() for file in (tmp_path / "out/logs").glob("given*.txt"))
 
 
 @slow

@@ -32,9 +32,9 @@ def run(rows: str, device: str, folder: Path, end: float, keep: Callable[[Found]
     found = _found(worker)
     for name in worker.journal.read().left:
         _into(found, name, {"failed": worker.note or "out of time"})
-    keep(found)
     if worker.note:
-        print(worker.note)
+        _into(found, f"figures{APART}all", {"failed": worker.note})
+    keep(found)
     return found
 
 

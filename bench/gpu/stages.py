@@ -38,7 +38,7 @@ class Stage(NamedTuple):
 def stages() -> dict[str, Stage]:
     found = {"marked gpu": Stage(["-m", "gpu", *marked()], 4), "kernels": Stage(KERNELS, 2)}
     for tool in TOOLS:
-        found[f"{tool}, C++"] = Stage(CHECKED, 1, tool, 120)
+        found[f"{tool}, CUDA"] = Stage(CHECKED, 1, tool, 120)
         found[f"{tool}, Triton"] = Stage(CHECKED_KERNELS, 1, tool, 120)
     return found
 
