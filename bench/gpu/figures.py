@@ -18,8 +18,7 @@ Found = dict[str, dict[str, dict[str, Any]]]
 
 def run(rows: str, device: str, folder: Path, end: float, keep: Callable[[Found], None]) -> Found:
     """By section and name, each row's figures, or what it `failed` of; until `end`, by the monotonic clock."""
-    left = time.time() + end - time.monotonic()
-    command = [sys.executable, "-m", "bench.gpu.row", rows, "--device", device, "--end", str(left)]
+    command = [sys.executable, "-m", "bench.gpu.row", rows, "--device", device]
     worker = Worker("figures", command, folder, {})
     told: Found = {}
     try:

@@ -7,7 +7,6 @@ import faulthandler
 import gc
 import importlib
 import sys
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,18 +22,16 @@ class Row(NamedTuple):
     limit: float = 60.0
 
 
-def go_through(listed: Mapping[str, Row], journal: Journal, end: float) -> int:
+def go_through(listed: Mapping[str, Row], journal: Journal) -> int:
     """Those that have not begun yet. What else fails in a process after a failure is unknown: it ends there."""
     journal.plan(list(listed))
     for name, row in listed.items():
         if name in journal.read().begun:
             continue
-        if time.time() >= end:
-            return 0
         if torch := sys.modules.get("torch"):
             torch._dynamo.reset()
         gc.collect()
-        journal.begin(name, min(row.limit, max(1.0, end - time.time())))
+        journal.begin(name, row.limit)
         try:
             found = row.measure()
         except Exception as error:  # noqa: BLE001 - whatever it is, the others go on
@@ -49,7 +46,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.row")
     parser.add_argument("rows")
     parser.add_argument("--device", required=True)
-    parser.add_argument("--end", type=float, required=True, help="by the clock of the machine")
     parser.add_argument("--journal", type=Path, required=True)
     parser.add_argument("--parent", type=int, required=True)
     options = parser.parse_args()
@@ -57,7 +53,7 @@ def main() -> int:
     die_with(options.parent)
     module, _, function = options.rows.partition(":")
     listed: dict[str, Row] = getattr(importlib.import_module(module), function)(options.device)
-    return go_through(listed, Journal(options.journal), options.end)
+    return go_through(listed, Journal(options.journal))
 
 
 if __name__ == "__main__":
