@@ -66,13 +66,10 @@ bench-compare: $(VENV)/.bench
 bench-profile: $(VENV)/.bench
 	$(BIN)/python -m bench.profile_step --all --oversubscribed --output docs/results/profile.json --picture docs/results/profile.svg $(ARGS)
 
-# On a machine with a GPU, with what its own python3 has (torch, triton, pytest, hypothesis, transformers) and no network:
-# tests, sanitizers and figures in under ten minutes; it prints tables and writes bench/results/<gpu>.json.
+# On a machine with a GPU, with what its own python3 has (torch, triton, pytest, hypothesis, transformers) and no network: two
+# commands of seven minutes each, which need no make. They print tables and write bench/results/<gpu>.json.
 gpu-check:
-	$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-check: torch sees no CUDA device here')"
-	FASTADV_CUDA=1 FASTADV_CUDA_ARCHS=$$($(PYTHON) -c "import torch; print('%d%d' % torch.cuda.get_device_capability())") \
-		$(PYTHON) -m pip install --quiet --no-index --no-deps --no-build-isolation --editable .
-	$(PYTHON) -m bench.gpu $(ARGS)
+	$(PYTHON) -m bench.gpu tests $(ARGS); tests=$$?; $(PYTHON) -m bench.gpu figures $(ARGS) && exit $$tests
 
 docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict

@@ -20,6 +20,7 @@ class Field(NamedTuple):
     tolerance: float = 1e-4  # how far answers may be from the first one's, relative
     rewind: Callable[[], object] = lambda: None  # inputs rotate with each `setup`; this puts the first one in place
     weighed: bool = True  # whether one more run of each shows its peak memory
+    floor: float = 0.0  # an answer smaller than that share of all of them is rounding, and is held against that share
 
 
 class Case(NamedTuple):
@@ -53,7 +54,8 @@ def check(field: Field) -> dict[str, float]:
         taken[name] = time.perf_counter() - start
         want = want or [one.detach().clone() for one in found]
         assert len(found) == len(want) > 0, f"{name} gives {len(found)} answers, and the first {len(want)}"
-        apart = [difference(one, right) for one, right in zip(found, want, strict=True)]
+        least = field.floor * float(sum(one.double().square().sum() for one in want)) ** 0.5 if field.floor else 0.0
+        apart = [difference(one, right, least) for one, right in zip(found, want, strict=True)]
         wrong = [index for index, one in enumerate(apart) if not one <= field.tolerance]
         assert not wrong, f"{name}: answer {wrong[0]} is not the first contestant's ({apart[wrong[0]]:.1e})"
     return taken
@@ -66,11 +68,14 @@ def answer(field: Field, entry: Entry) -> list[Tensor]:
     return list(tensors((entry.answer or entry.run)()))
 
 
-def difference(one: Tensor, other: Tensor) -> float:
-    """How far apart, relative to `other`; 0 where both are rounding; infinity, or NaN, where nothing can be said."""
+def difference(one: Tensor, other: Tensor, least: float = 0.0) -> float:
+    """How far apart, relative to `other`, or to `least` if that is more; 0 where both are rounding.
+
+    Infinity, or NaN, where nothing can be said.
+    """
     if one.shape != other.shape:
         return float("inf")
-    apart, size = float((one.double() - other.double()).norm()), float(other.double().norm())
+    apart, size = float((one.double() - other.double()).norm()), max(least, float(other.double().norm()))
     if apart <= 1e-7 * other.numel() ** 0.5 and other.is_floating_point():
         return 0.0
     return apart / size if size else float("inf") if apart else 0.0

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 TUNED = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 TRIM_THRESHOLD, TOP_PAD, MMAP_MAX = -1, -2, -4  # mallopt's numbers, from malloc.h
 SAME = ("processor", "cores", "threads", "torch", "python", "libc", "size")  # runs that agree in these may be mixed
@@ -33,6 +31,8 @@ def retain_heap() -> bool:
 
 
 def describe(device: str = "cpu") -> dict[str, Any]:
+    import torch  # late: who wants a name alone does not wait for it
+
     return {
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

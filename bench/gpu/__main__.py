@@ -1,122 +1,112 @@
-"""Tests, sanitizers and figures of this machine's GPU: prints tables, and keeps bench/results/<gpu>.json."""
+"""Everything that needs this machine's GPU, in two commands that each end within their budget and can run again.
+
+`tests` builds the extension, and runs the tests and the sanitizers; `figures` builds it, and measures. Both add to
+one file of results, bench/results/<gpu>.json, and keep what was printed in build/gpu-check/logs; `--out` names another
+folder for both. What failed is printed at the end.
+"""
 
 from __future__ import annotations
 
 import argparse
-import gc
-import importlib
-import json
-import subprocess
+import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from importlib.util import find_spec
+import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+from bench.gpu import figures, here, install, results, stages
+from bench.gpu.workers import ROOT
 
-import fastadv
-from bench import machine, memory
-from bench.cases import op_cases, pgd_cases
-from bench.contest import Case, Field, check
-from bench.gpu import stages
-from bench.race import Copy, Entry, captured, nothing, race
-from bench.workloads import MAIN, SIZES
-
-RESULTS = Path(__file__).parents[1] / "results"
-TESTS_LIMIT = 300.0  # seconds; what is left of ten minutes is for installing and for the figures
-ATTACK = "attack step, table scope, "
-Measure = Callable[[Field, int, Copy], dict[str, Any]]
+BUDGET, BUILDING = 420.0, 240.0  # seconds; beyond the budget lies only the end of what was running
+WORK = Path("build/gpu-check")
+DETAILED, SHOWN, LISTED = 5, 25, 40  # failures that are shown with so many lines each, and failures that are named
 
 
 def main() -> int:
-    """0 if everything passed."""
+    """0 if everything ran, and passed."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="where the figures go (default: bench/results)")
-    parser.add_argument("--rehearse", action="store_true", help="no tests; tiny figures, on the CPU: does it run?")
-    options = parser.parse_args()
-    if not (torch.cuda.is_available() or options.rehearse):
-        print("torch sees no CUDA device: there is nothing to check. (--rehearse runs the figures' code on the CPU)")
+    parser.add_argument("what", choices=("tests", "figures"))
+    parser.add_argument("paths", nargs="*", help="tests: these files in place of all")
+    parser.add_argument("--out", type=Path, help="where results and logs go")
+    parser.add_argument("--budget", type=float, default=BUDGET, help=f"seconds for all of it (default: {BUDGET:.0f})")
+    parser.add_argument("--rehearse", action="store_true", help="a few tests, tiny figures, on the CPU: does it run?")
+    parser.add_argument("--limit", type=float, help="tests: seconds for each (default: 60, and 120 under a sanitizer)")
+    parser.add_argument("--rows", default=figures.ROWS, help="figures: MODULE:FUNCTION that lists them")
+    options = parser.parse_intermixed_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # and so what was started is ended
+    end = time.monotonic() + options.budget
+    out = options.out or ROOT / WORK
+    logs = (out / "logs").resolve()
+    logs.mkdir(parents=True, exist_ok=True)
+    machine = here.ask()
+    if not (machine["gpu"] or options.rehearse):
+        print(
+            f"there is nothing to check: {machine.get('problem') or 'torch sees no CUDA device'} (--rehearse: the CPU)"
+        )
         return 2
-    counts = {} if options.rehearse else stages.run_all(TESTS_LIMIT)
-    kinds = ("passed", "failed", "skipped")
-    found = {**versions(), "tests": {kind: sum(getattr(one, kind) for one in counts.values()) for kind in kinds}}
-    found["stages"] = {name: count._asdict() for name, count in counts.items()}
-    _table("tests", found["stages"])
-    keep(found, options.out)
-    for section in figures(found, "cpu" if options.rehearse else "cuda"):
-        _table(section, found[section])
-        keep(found, options.out)
-    good = all(count.good for count in counts.values())
-    print(f"{'good' if good else 'NOT GOOD'}: {found['tests']}")
-    return 0 if good else 1
+    problem = None if options.rehearse else build(machine, logs / "build.txt", end)
+    kept = ROOT / "bench/results" if options.out is None and not options.rehearse else out
+    path = results.place(kept, None if options.rehearse else machine["gpu"])
+    results.keep(path, gpu=machine["gpu"] or "none")
+    by = {name: machine.get(name) for name in ("torch", "cuda", "triton", "python")}
+    by |= {"commit": here.commit(), "build_problem": problem}
+    failed = (tests if options.what == "tests" else measures)(options, by, logs, path, end) or problem is not None
+    print(f"\n{problem or ''}\n{'NOT GOOD' if failed else 'good'}: {path}, {logs}")
+    return 1 if failed else 0
 
 
-def figures(found: dict[str, Any], device: str) -> Iterator[str]:
-    """Fill in section after section: ops and training steps at the GPU's size, attack steps at the usual one."""
-    large, usual = (SIZES["gpu"], SIZES["full"]) if device == "cuda" else (SIZES["rehearsal"], SIZES["tiny"])
-    copy, rounds = Copy(large.copy, device), (21 if device == "cuda" else 1)
-    found["copy_gbps"] = round(race({"copy": Entry(nothing, copy)}, rounds, copy).bandwidth / 1e9, 1)
-    attacks = op_cases(usual, device)
-    sections: dict[str, tuple[Measure, Mapping[str, Case], int]] = {
-        "ops": (op, op_cases(large, device), rounds),
-        "attack_step": (attack_step, {f"{ATTACK}{model}": attacks[f"{ATTACK}{model}"] for model in MAIN}, rounds),
-        "training_step": (training_step, pgd_cases(large, device), min(rounds, 11)),
+def build(machine: Mapping[str, Any], log: Path, end: float) -> str | None:
+    """Why not every op has its kernel, and what to do, or None. What needs none goes on all the same."""
+    if wanted := install.needed(machine):
+        problem = install.build(wanted, log, min(BUILDING, end - time.monotonic()))
+        if problem:
+            print(*log.read_text(encoding="utf-8", errors="replace").splitlines()[-SHOWN:], sep="\n")
+            return f"{problem}. {install.advice(machine) or ''}"
+        machine = here.ask()
+    lacking = machine.get("missing", {"all ops": machine.get("problem")})
+    return "; ".join(f"no kernel for {op}: {why}" for op, why in lacking.items()) or None
+
+
+def tests(options: argparse.Namespace, by: Mapping[str, Any], logs: Path, path: Path, end: float) -> bool:
+    """Run them, and print last what failed, since the end is what is read first."""
+    if options.paths:
+        chosen = {"given": stages.Stage([str(Path(one).resolve()) for one in options.paths], 2)}
+    else:
+        chosen = stages.rehearsal() if options.rehearse else stages.stages()
+    if options.limit:
+        chosen = {name: stage._replace(limit=options.limit) for name, stage in chosen.items()}
+
+    def keep(found: Mapping[str, Mapping[str, Any]]) -> None:
+        totals = {kind: sum(one[kind] for one in found.values()) for kind in ("passed", "failed", "skipped", "not_run")}
+        results.keep(path, tests={**by, **totals, "stages": found})
+
+    found = stages.run_all(chosen, logs, end, keep)
+    failures = [(f"{name}: {test}", text) for name, one in found.items() for test, text in one["failures"].items()]
+    for name, text in failures[:DETAILED]:
+        print(f"\n--- {name}", *text.splitlines()[-SHOWN:], sep="\n")
+    results.table("tests", {name: {key: one[key] for key in one if key != "failures"} for name, one in found.items()})
+    bad = [name for name, one in found.items() if not stages.good(one)]
+    if failures:
+        print(f"\n{len(failures)} failed, told in full in {path}:")
+    for name, text in failures[:LISTED]:
+        lines = text.strip().splitlines() or [""]
+        print(f"  {name}: {next((line for line in lines if line.startswith('E ')), lines[-1])[:120]}")
+    return bool(bad)
+
+
+def measures(options: argparse.Namespace, by: Mapping[str, Any], logs: Path, path: Path, end: float) -> bool:
+    """Measure, and print last what failed."""
+    device = "cpu" if options.rehearse else "cuda"
+    found = figures.run(options.rows, device, logs, end, lambda rows: results.keep(path, figures={**by, **rows}))
+    for section, rows in found.items():
+        results.table(section, {name: row for name, row in rows.items() if "failed" not in row})
+    bad = {
+        f"{section}: {name}": row for section, rows in found.items() for name, row in rows.items() if "failed" in row
     }
-    for section, (measure, cases, times) in sections.items():
-        found[section] = {}
-        for name, case in cases.items():
-            torch._dynamo.reset()
-            gc.collect()
-            found[section][name] = measure(case.make(), times, copy)
-        yield section
-
-
-def op(field: Field, rounds: int, copy: Copy) -> dict[str, Any]:
-    """At a size that no cache holds, in bfloat16, against the copy of the same run."""
-    result = race({"fused": captured(field.entries["fused"])}, rounds, copy)
-    return {"us": result.microseconds["fused"], **result.speed("fused", field.moved or 0)}
-
-
-def attack_step(field: Field, rounds: int, copy: Copy) -> dict[str, Any]:
-    """From dE to the next forward's E in float32, everyone as a graph that can be."""
-    check(field)
-    return race({name: captured(entry) for name, entry in field.entries.items()}, rounds, copy).microseconds
-
-
-def training_step(field: Field, rounds: int, copy: Copy) -> dict[str, Any]:
-    """PGD-3 under bfloat16 autocast, host included."""
-    check(field)
-    found = race(field.entries, rounds, copy).microseconds
-    beside = round((found["fused"] - found["passes alone"]) / found["fused"], 4)
-    peaks = memory.peaks(field.entries, copy.source.device.type)
-    in_mib = {name: round(peak / memory.MIB, 1) for name, peak in peaks.items()}
-    return {**found, "beside_the_passes": beside, "peak_mib": in_mib}
-
-
-def keep(found: Mapping[str, Any], folder: Path) -> Path:
-    """Write what there is so far, beside what `bench.report` keeps of the same GPU."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{machine.slug(str(found['gpu']))}.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    reported = {name: before[name] for name in ("machine", "runs", "groups") if name in before}
-    path.write_text(json.dumps({**found, **reported}, indent=1) + "\n", encoding="utf-8")
-    return path
-
-
-def versions() -> dict[str, Any]:
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
-    triton = getattr(importlib.import_module("triton"), "__version__", None) if find_spec("triton") else None
-    found = {"gpu": gpu, "torch": torch.__version__, "triton": triton, "fastadv": fastadv.__version__}
-    return {**found, "commit": git.stdout.strip() or None}
-
-
-def _table(title: str, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    print(f"\n{title}")
-    for name, row in rows.items():
-        cells = (f"{key} {value:,}" if isinstance(value, float) else f"{key} {value}" for key, value in row.items())
-        print(f"  {name:44} {'  '.join(cells)}", flush=True)
+    if bad:
+        results.table("failed", bad)
+    return bool(bad) or not found
 
 
 if __name__ == "__main__":
