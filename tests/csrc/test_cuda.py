@@ -12,7 +12,7 @@ from torch import Tensor
 from fastadv import native
 from fastadv.ops.grads import Backup, Plan
 from tests.csrc import device_checks
-from tests.csrc.device_checks import DIMS, DTYPES, RULES, rows_step
+from tests.csrc.device_checks import DIMS, DTYPES, LAYOUTS, RULES, rows_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,21 +27,21 @@ def put(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("some", [True, False])
-@pytest.mark.parametrize("aligned", [True, False])
-def test_rows_are_kept_and_put_back(aligned: bool, some: bool, dim: int, dtype: torch.dtype) -> None:
-    device_checks.keeps_and_puts_back(put, dtype, dim, some, aligned)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_are_kept_and_put_back(layout: str, some: bool, dim: int, dtype: torch.dtype) -> None:
+    device_checks.keeps_and_puts_back(put, dtype, dim, some, layout)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
 def test_two_steps(dim: int, dtype: torch.dtype) -> None:
-    for rule, some, aligned in itertools.product(RULES, (True, False), (True, False)):
-        device_checks.steps_twice(put, dtype, dim, rule, some, aligned)
+    for rule, some, layout in itertools.product(RULES, (True, False), LAYOUTS):
+        device_checks.steps_twice(put, dtype, dim, rule, some, layout)
 
 
 @pytest.mark.parametrize("ball", ["l2", "unit"])
 def test_two_steps_of_more_rows_than_there_are_blocks(ball: str) -> None:
-    device_checks.steps_twice(put, torch.bfloat16, 5, ("max", ball, 0), False, True, count=2500)
+    device_checks.steps_twice(put, torch.bfloat16, 5, ("max", ball, 0), False, "aligned", count=2500)
 
 
 @pytest.mark.parametrize("group", [0, 1])
@@ -54,6 +54,10 @@ def test_groups_without_a_gradient_keep_every_bit(bad: float, group: int) -> Non
 @pytest.mark.parametrize("outside", [-2, -1, 5, 6])
 def test_rows_out_of_range_are_left_out_and_told(outside: int, group: int) -> None:
     device_checks.leaves_out_what_is_out_of_range(put, outside, group)
+
+
+def test_nothing() -> None:
+    device_checks.does_nothing_to_nothing(put)
 
 
 @pytest.mark.parametrize("what", ["copy", "accumulate", "average"])

@@ -16,22 +16,17 @@ import torch
 from fastadv import native
 from fastadv.native.rows import rows_back_up
 from tests.csrc import device_checks
-from tests.csrc.device_checks import DIMS, DTYPES, RULES, rows_step
+from tests.csrc.device_checks import DIMS, DTYPES, LAYOUTS, RULES, rows_step
 
-if not native.available() or not sys.platform.startswith("linux"):
-    pytest.skip("no C++ compiler, or not Linux", allow_module_level=True)
+if not (native.available() and sys.platform.startswith("linux")):
+    pytest.skip("no C++ ops, or not Linux", allow_module_level=True)
 
-from tests.csrc.emulator.build import Built, build
+from tests.csrc.emulator.build import Built
 from tests.csrc.emulator.device import copied, running
 
 ROOT = Path(__file__).parents[2]
 ROWS = 9  # few: an emulated block takes its time
 CASES = list(itertools.product(RULES, (True, False), DTYPES))
-
-
-@pytest.fixture(scope="module")
-def built() -> Built:
-    return build()
 
 
 @pytest.fixture
@@ -44,9 +39,9 @@ def device(built: Built) -> Iterator[None]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("some", [True, False])
-@pytest.mark.parametrize("aligned", [True, False])
-def test_emulated_rows_are_kept_and_put_back(aligned: bool, some: bool, dim: int, dtype: torch.dtype) -> None:
-    device_checks.keeps_and_puts_back(copied, dtype, dim, some, aligned)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_emulated_rows_are_kept_and_put_back(layout: str, some: bool, dim: int, dtype: torch.dtype) -> None:
+    device_checks.keeps_and_puts_back(copied, dtype, dim, some, layout)
 
 
 @pytest.mark.usefixtures("device")
@@ -54,24 +49,24 @@ def test_emulated_rows_are_kept_and_put_back(aligned: bool, some: bool, dim: int
 def test_emulated_steps(rule: tuple[str, str, int], some: bool, dtype: torch.dtype) -> None:
     """Every rule; of dimensions and alignments each case has one. The slow test has all."""
     at = CASES.index((rule, some, dtype))
-    device_checks.steps_twice(copied, dtype, [33, 100, 264, 1025][at // 4 % 4], rule, some, at // 16 % 2 == 0, ROWS)
+    device_checks.steps_twice(copied, dtype, [33, 100, 264, 1025][at // 4 % 4], rule, some, LAYOUTS[at // 3 % 3], ROWS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
-@pytest.mark.parametrize("aligned", [True, False])
-def test_emulated_steps_of_all_sizes(aligned: bool, dim: int, dtype: torch.dtype, seed: int, built: Built) -> None:
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_emulated_steps_of_all_sizes(layout: str, dim: int, dtype: torch.dtype, seed: int, built: Built) -> None:
     with running(built, seed):
         for rule, some in itertools.product(RULES, (True, False)):
-            device_checks.steps_twice(copied, dtype, dim, rule, some, aligned)
+            device_checks.steps_twice(copied, dtype, dim, rule, some, layout)
 
 
 @pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("rule", [("max", "unit", 0), pytest.param(("l2", "l2", 0), marks=pytest.mark.slow)], ids=str)
 def test_emulated_steps_of_more_rows_than_blocks(rule: tuple[str, str, int]) -> None:
-    device_checks.steps_twice(copied, torch.bfloat16, 5, rule, False, True, count=1100)
+    device_checks.steps_twice(copied, torch.bfloat16, 5, rule, False, "aligned", count=1100)
 
 
 @pytest.mark.usefixtures("device")
@@ -87,6 +82,11 @@ def test_emulated_groups_without_a_gradient(bad: float, group: int, dtype: torch
 @pytest.mark.parametrize("outside", [-2, -1, 5, 6])
 def test_emulated_rows_out_of_range(outside: int, group: int) -> None:
     device_checks.leaves_out_what_is_out_of_range(copied, outside, group)
+
+
+@pytest.mark.usefixtures("device")
+def test_emulated_nothing() -> None:
+    device_checks.does_nothing_to_nothing(copied)
 
 
 @pytest.mark.usefixtures("device")
