@@ -36,9 +36,10 @@ QUICK = {
     "the barrier behind the partial sums",
     "a thread that leaves a loop with barriers",
     "a part that nobody reads",
-    "an element beyond the row",
+    "a pack beyond the row",
     "blocks that wait for the first",
     "a bound forgotten",
+    "rows that are half aligned",
     "a chunk's tail",
     "packs that are not aligned",
 }

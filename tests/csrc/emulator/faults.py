@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tests.csrc.emulator.build import Patch
 
-ROWS, GRADS, REDUCE, OP = "rows_cuda.cu", "grads_cuda.cu", "cuda_reduce.h", "rows.h"
+ROWS, GRADS, REDUCE, PACK, OP = "rows_cuda.cu", "grads_cuda.cu", "cuda_reduce.h", "cuda_pack.h", "rows.h"
 
 FAULTS = {
     "the barrier before the partial sums": Patch(
@@ -31,11 +31,14 @@ FAULTS = {
         ROWS, "n += gridDim.x) {\n    if (row_exists(op", "n += op.count) {\n    if (row_exists(op"
     ),
     "parts in the place of others": Patch(ROWS, "kLargest, kSize }", "kLargest, kSize = kLargest }"),
-    "an element beyond the row": Patch(
-        ROWS,
-        "i < op.dim; i += kThreads) {\n    if (op.rule.ball",
-        "i <= op.dim; i += kThreads) {\n    if (op.rule.ball",
+    "a pack beyond the row": Patch(
+        PACK,
+        "if (aligned && first + Pack<T>::kWidth <= dim) {\n",
+        "if (aligned) {\n",
     ),
+    "a row's last element": Patch(PACK, "if (first + k < dim)", "if (first + k + 1 < dim)"),
+    "what lies behind a row": Patch(PACK, "first + k < dim ? row[first + k] : T{}", "row[first + k]"),
+    "rows that are half aligned": Patch(PACK, "| ...) % 16 == 0", "| ...) % 8 == 0"),
     "blocks that wait for the first": Patch(
         ROWS,
         "  const Found found = over_parts(parts);\n",
@@ -50,7 +53,7 @@ FAULTS = {
     "words longer than the distance of rows": Patch(ROWS, "| std::uint64_t(apart);", ";"),
     "a chunk's tail": Patch(GRADS, "+ threadIdx.x; i < count;", "+ threadIdx.x; packs == 0 && i < count;"),
     "a chunk's owner": Patch(GRADS, "first_chunk <= chunk", "first_chunk < chunk"),
-    "packs that are not aligned": Patch(GRADS, "aligned ? count / kWide : 0", "count / kWide"),
+    "packs that are not aligned": Patch(GRADS, "are_aligned(into, source) ? count / kWidth : 0", "count / kWidth"),
 }
 
 # Those that the emulator itself refuses: with these words.
@@ -59,4 +62,5 @@ REFUSED = {
     "a barrier that a thread leaves out": "waits at line .* and others at line",
     "a launch of nothing": "a launch of 0 blocks",
     "packs that are not aligned": "not aligned to 16 bytes",
+    "rows that are half aligned": "not aligned to 16 bytes",
 }
