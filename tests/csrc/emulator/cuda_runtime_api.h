@@ -4,8 +4,6 @@
 
 #include "emulator.h"
 
-using std::uint64_t;
-
 struct alignas(16) int4 {
   int x, y, z, w;
 };
