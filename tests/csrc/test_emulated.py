@@ -53,12 +53,11 @@ def test_emulated_steps(rule: tuple[str, str, int], some: bool, dtype: torch.dty
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", DIMS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_emulated_steps_of_all_sizes(layout: str, dim: int, dtype: torch.dtype, seed: int, built: Built) -> None:
-    with running(built, seed):
+def test_emulated_steps_of_all_sizes(layout: str, dim: int, dtype: torch.dtype, built: Built) -> None:
+    with running(built, seed=1):
         for rule, some in itertools.product(RULES, (True, False)):
             device_checks.steps_twice(copied, dtype, dim, rule, some, layout)
 
