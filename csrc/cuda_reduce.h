@@ -3,7 +3,7 @@
 
 namespace fastadv {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 128;
 
 struct Add {
   __device__ double operator()(double a, double b) const { return a + b; }

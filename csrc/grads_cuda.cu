@@ -1,5 +1,6 @@
 // grads on CUDA: one launch for all tensors. They are cut into chunks; a block looks up whose chunk it has.
 #include "cuda_device.h"
+#include "cuda_pack.h"
 #include "grads.h"
 
 namespace fastadv {
@@ -8,25 +9,19 @@ namespace {
 constexpr int kThreads = 256;
 constexpr std::int64_t kMostBlocks = 1 << 16;
 
-template <class T>
-struct alignas(16) Pack {
-  T values[16 / sizeof(T)];
-};
-
 template <class T, class Each>
 __device__ void over_chunk(T* into, const T* source, std::int64_t count, Each each) {
-  constexpr std::int64_t kWide = 16 / sizeof(T);
-  const bool aligned = (reinterpret_cast<std::uintptr_t>(into) | reinterpret_cast<std::uintptr_t>(source)) % 16 == 0;
-  const std::int64_t packs = aligned ? count / kWide : 0;
+  constexpr std::int64_t kWidth = Pack<T>::kWidth;
+  const std::int64_t packs = are_aligned(into, source) ? count / kWidth : 0;
   auto* to = reinterpret_cast<Pack<T>*>(into);
   const auto* from = reinterpret_cast<const Pack<T>*>(source);
   for (std::int64_t i = threadIdx.x; i < packs; i += kThreads) {
     Pack<T> mine = to[i];
     const Pack<T> other = from[i];
-    for (int k = 0; k < kWide; ++k) mine.values[k] = each(mine.values[k], other.values[k]);
+    for (int k = 0; k < kWidth; ++k) mine.values[k] = each(mine.values[k], other.values[k]);
     to[i] = mine;
   }
-  for (std::int64_t i = packs * kWide + threadIdx.x; i < count; i += kThreads) into[i] = each(into[i], source[i]);
+  for (std::int64_t i = packs * kWidth + threadIdx.x; i < count; i += kThreads) into[i] = each(into[i], source[i]);
 }
 
 template <class T>

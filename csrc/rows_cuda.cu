@@ -6,19 +6,21 @@
 #include <climits>
 
 #include "cuda_device.h"
+#include "cuda_pack.h"
 #include "cuda_reduce.h"
 #include "rows.h"
 
 namespace fastadv {
 namespace {
 
-// At a time on a multiprocessor. Left to choose, ptxas fits more and spills.
+// Blocks of a launch over all rows: fixed, so that sums do not depend on the device ...
+constexpr int kMostBlocks = kRowsParts;
+// ... and of a multiprocessor at a time: 128 of them have all of a launch. A thread has 64 registers then, or 80, which
+// packs of eight need where a row is a group.
+constexpr int kBlocks = 8;
 template <class T>
-constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
-constexpr int kMostBlocks = kRowsParts;  // fixed, so that sums do not depend on the device
+constexpr int kBlocksByRow = sizeof(T) == 2 ? 6 : kBlocks;
 enum { kUU, kDU, kDD, kLargest, kSize };
-
-int blocks_for(std::int64_t rows) { return int(rows < kMostBlocks ? rows : kMostBlocks); }
 
 // Copies
 
@@ -34,10 +36,7 @@ __global__ void copy_kernel(RowsCall call, std::int64_t words, std::int64_t stri
     Word* table = reinterpret_cast<Word*>(call.table) + row * stride;
     Word* saved = reinterpret_cast<Word*>(call.saved) + n * words;
     for (std::int64_t i = threadIdx.x; i < words; i += blockDim.x) {
-      if (back)
-        table[i] = saved[i];
-      else
-        saved[i] = table[i];
+      (back ? table : saved)[i] = (back ? saved : table)[i];
     }
   }
 }
@@ -53,17 +52,26 @@ void visit_words(const RowsCall& call, F&& visit) {
   visit(std::int16_t{}, bytes / 2, apart / 2);
 }
 
-// A step
+// A step. Pack p of a row belongs to thread p % kThreads, wherever the row lies: sums are the same, whether a pack is
+// one access or, in a row that is not aligned, many. Behind the row's end it holds zeros, which change no sum.
 
 template <class T>
-__device__ double direction(const Rows<T>& op, T grad) {  // before it is brought to length; NaN where not finite
-  const double g = Compute<T>::widen(grad);
-  return op.rule.direction == kAlongSign ? double(g > 0) - double(g < 0) + (g - g) : g;
-}
+constexpr std::int64_t kWidth = Pack<T>::kWidth;
 
 template <class T>
 __device__ double widen(T value) {
   return Compute<T>::widen(value);
+}
+
+template <class T>
+__device__ double direction(const Rows<T>& op, T grad) {  // before it is brought to length; NaN where not finite
+  const double g = widen(grad);
+  return op.rule.direction == kAlongSign ? double(g > 0) - double(g < 0) + (g - g) : g;
+}
+
+template <class T>
+__device__ double goal(const Rows<T>& op, double a, T at, T grad) {  // without a ball
+  return widen(at) + a * direction(op, grad);
 }
 
 struct Found {
@@ -72,16 +80,19 @@ struct Found {
 
 template <class T>
 __device__ void add_row(const Rows<T>& op, std::int64_t n, Found& found) {
-  const T *at = op.table_row(n), *grad = op.grad_row(n), *from = op.saved_row(n);
   const bool l2 = op.rule.ball == kL2Ball, largest = op.rule.direction == kAlongMax;
-  for (std::int64_t i = threadIdx.x; i < op.dim; i += kThreads) {
-    const double u = direction(op, grad[i]);
-    found.uu += u * u;
-    if (largest) found.largest = Larger()(found.largest, fabs(u));
-    if (!l2) continue;
-    const double delta = widen(at[i]) - widen(from[i]);
-    found.du += delta * u;
-    found.dd += delta * delta;
+  const T *at = op.table_row(n), *grad = op.grad_row(n), *from = op.saved_row(n);
+  const bool aligned = are_aligned(at, grad, from);
+  for (std::int64_t i = threadIdx.x * kWidth<T>; i < op.dim; i += kThreads * kWidth<T>) {
+    const Pack<T> grads = load_pack(grad, i, op.dim, aligned);
+    Pack<T> ats{}, froms{};
+    if (l2) ats = load_pack(at, i, op.dim, aligned), froms = load_pack(from, i, op.dim, aligned);
+#pragma unroll
+    for (int k = 0; k < kWidth<T>; ++k) {
+      const double u = direction(op, grads.values[k]), delta = widen(ats.values[k]) - widen(froms.values[k]);
+      found.uu += u * u, found.du += delta * u, found.dd += delta * delta;
+      if (largest) found.largest = Larger()(found.largest, fabs(u));
+    }
   }
 }
 
@@ -100,18 +111,19 @@ __device__ double factor(const Rows<T>& op, const Found& found) {
   return double(op.rule.step) / size;
 }
 
-template <class T>
-__device__ double moved(const Rows<T>& op, double a, T at, T grad, T from) {
-  return widen(at) + a * direction(op, grad) - widen(from);
-}
-
 // The size, as the unit ball measures it, of the rows that this thread sees: a sum of squares, or the largest element.
 template <class T>
 __device__ void add_size(const Rows<T>& op, std::int64_t n, double a, double& size) {
   const T *at = op.table_row(n), *grad = op.grad_row(n), *from = op.saved_row(n);
-  for (std::int64_t i = threadIdx.x; i < op.dim; i += kThreads) {
-    const double m = moved(op, a, at[i], grad[i], from[i]);
-    size = op.rule.direction == kAlongL2 ? size + m * m : Larger()(size, fabs(m));
+  const bool aligned = are_aligned(at, grad, from);
+  for (std::int64_t i = threadIdx.x * kWidth<T>; i < op.dim; i += kThreads * kWidth<T>) {
+    const Pack<T> ats = load_pack(at, i, op.dim, aligned), grads = load_pack(grad, i, op.dim, aligned);
+    const Pack<T> froms = load_pack(from, i, op.dim, aligned);
+#pragma unroll
+    for (int k = 0; k < kWidth<T>; ++k) {
+      const double m = goal(op, a, ats.values[k], grads.values[k]) - widen(froms.values[k]);
+      size = op.rule.direction == kAlongL2 ? size + m * m : Larger()(size, fabs(m));
+    }
   }
 }
 
@@ -120,16 +132,18 @@ __device__ double size_over_block(const Rows<T>& op, double size) {
   return op.rule.direction == kAlongL2 ? over_block(size, Add()) : over_block(size, Larger());
 }
 
-// What a moved element is multiplied with to lie on the ball; `size` is what add_size found, for the unit ball.
+// What a moved element is multiplied with to lie on the unit ball; `size` is what add_size found ...
 template <class T>
-__device__ double onto(const Rows<T>& op, const Found& found, double a, double size) {
-  const double epsilon = op.rule.epsilon;
-  if (op.rule.ball == kUnitBall) {
-    const double norm = op.rule.direction == kAlongL2 ? sqrt(size) : size;
-    return norm > 0 ? epsilon / norm : 1;
-  }
+__device__ double onto_unit(const Rows<T>& op, double size) {
+  const double norm = op.rule.direction == kAlongL2 ? sqrt(size) : size;
+  return norm > 0 ? op.rule.epsilon / norm : 1;
+}
+
+// ... and on every other.
+template <class T>
+__device__ double onto(const Rows<T>& op, const Found& found, double a) {
   if (op.rule.ball != kL2Ball) return 1;
-  const double squares = found.dd + 2 * a * found.du + a * a * found.uu;
+  const double squares = found.dd + 2 * a * found.du + a * a * found.uu, epsilon = op.rule.epsilon;
   const double norm = squares > 0 ? sqrt(squares) : 0;
   return norm > epsilon ? epsilon / norm : 1;
 }
@@ -139,15 +153,19 @@ __device__ void move_row(const Rows<T>& op, std::int64_t n, double a, double by)
   using Real = typename Rows<T>::Real;
   T* at = op.table_row(n);
   const T *grad = op.grad_row(n), *from = op.saved_row(n);
-  const double epsilon = op.rule.epsilon;
-  for (std::int64_t i = threadIdx.x; i < op.dim; i += kThreads) {
-    if (op.rule.ball == kNoBall) {
-      at[i] = Compute<T>::narrow(Real(widen(at[i]) + a * direction(op, grad[i])));
-      continue;
+  const bool aligned = are_aligned(at, grad, from), bounded = op.rule.ball != kNoBall;
+  const double most = op.rule.ball == kLinfBall ? double(op.rule.epsilon) : INFINITY;
+  for (std::int64_t i = threadIdx.x * kWidth<T>; i < op.dim; i += kThreads * kWidth<T>) {
+    Pack<T> ats = load_pack(at, i, op.dim, aligned), froms{};
+    const Pack<T> grads = load_pack(grad, i, op.dim, aligned);
+    if (bounded) froms = load_pack(from, i, op.dim, aligned);
+#pragma unroll
+    for (int k = 0; k < kWidth<T>; ++k) {
+      const double end = goal(op, a, ats.values[k], grads.values[k]), center = widen(froms.values[k]);
+      const double held = center + by * Clamp<double>{most}(end - center);
+      ats.values[k] = Compute<T>::narrow(Real(bounded ? held : end));
     }
-    const double m = moved(op, a, at[i], grad[i], from[i]);
-    const double end = op.rule.ball == kLinfBall ? fmin(fmax(m, -epsilon), epsilon) : m * by;
-    at[i] = Compute<T>::narrow(Real(widen(from[i]) + end));
+    store_pack(at, i, op.dim, aligned, ats);
   }
 }
 
@@ -165,7 +183,7 @@ __device__ void count_skipped(std::int64_t* skipped) {  // whole numbers add up 
 
 // A block for each row, which is a group.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocksByRow<T>)
     by_row_kernel(const Rows<T> op, std::int64_t table_rows, std::int64_t* skipped, int* flag) {
   for (std::int64_t n = blockIdx.x; n < op.count; n += gridDim.x) {
     if (!row_exists(op, n, table_rows, flag)) continue;
@@ -175,18 +193,19 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
     const double a = factor(op, found);
     if (threadIdx.x == 0 && !(found.uu < INFINITY)) count_skipped(skipped);
     if (a == 0) continue;
-    double size = 0;
+    double by = onto(op, found, a);
     if (op.rule.ball == kUnitBall) {
+      double size = 0;
       add_size(op, n, a, size);
-      size = size_over_block(op, size);
+      by = onto_unit(op, size_over_block(op, size));
     }
-    move_row(op, n, a, onto(op, found, a, size));
+    move_row(op, n, a, by);
   }
 }
 
 // One group: every block leaves the sums of its rows ...
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     sums_kernel(const Rows<T> op, std::int64_t table_rows, double* parts, int* flag) {
   Found found;
   for (std::int64_t n = blockIdx.x; n < op.count; n += gridDim.x) {
@@ -213,7 +232,7 @@ __device__ Found over_parts(const double* parts) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     size_kernel(const Rows<T> op, std::int64_t table_rows, double* parts) {
   const double a = factor(op, over_parts(parts));
   double size = 0;
@@ -225,17 +244,17 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>)
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>)
+__global__ void __launch_bounds__(kThreads, kBlocks)
     move_kernel(const Rows<T> op, std::int64_t table_rows, const double* parts, std::int64_t* skipped) {
   const Found found = over_parts(parts);
   const double a = factor(op, found);
   if (blockIdx.x == 0 && threadIdx.x == 0 && !(found.uu < INFINITY)) count_skipped(skipped);
   if (a == 0) return;
-  double size = 0;
+  double by = onto(op, found, a);
   if (op.rule.ball == kUnitBall) {
-    size = op.rule.direction == kAlongL2 ? over_parts(parts, kSize, Add()) : over_parts(parts, kSize, Larger());
+    by = onto_unit(
+        op, op.rule.direction == kAlongL2 ? over_parts(parts, kSize, Add()) : over_parts(parts, kSize, Larger()));
   }
-  const double by = onto(op, found, a, size);
   for (std::int64_t n = blockIdx.x; n < op.count; n += gridDim.x) {
     if (op.row(n) >= 0 && op.row(n) < table_rows) move_row(op, n, a, by);
   }
@@ -250,7 +269,7 @@ void launch_step(const Rows<T>& op, const RowsCall& call, const RowsRule& rule, 
     by_row_kernel<<<blocks, kThreads, 0, on>>>(op, call.table_rows, skipped, flag);
     return;
   }
-  const int blocks = blocks_for(op.count);
+  const int blocks = int(op.count < kMostBlocks ? op.count : kMostBlocks);
   sums_kernel<<<blocks, kThreads, 0, on>>>(op, call.table_rows, parts, flag);
   if (op.rule.ball == kUnitBall) size_kernel<<<blocks, kThreads, 0, on>>>(op, call.table_rows, parts);
   move_kernel<<<blocks, kThreads, 0, on>>>(op, call.table_rows, parts, skipped);

@@ -29,9 +29,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--backend") == "triton":
         os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
-        from tests.kernels.interpreter import take_over
+        from tests.kernels import interpreter
 
-        take_over()
+        interpreter.take_over()
+        config.pluginmanager.register(interpreter)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

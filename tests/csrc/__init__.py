@@ -1,1 +1,5 @@
 """csrc and its launchers."""
+
+import pytest
+
+pytest.register_assert_rewrite("tests.csrc.device_checks")

@@ -17,17 +17,21 @@ class Watched(torch.Tensor):
     rooms: list[Tensor]
 
     def new_empty(self, size: Any, *, dtype: torch.dtype | None = None) -> Tensor:  # type: ignore[override]
-        dtype = dtype or self.dtype
-        edge = math.nan if dtype.is_floating_point else torch.iinfo(dtype).max
-        count = math.prod(size)
-        self.rooms.append(torch.full((count + 2 * GUARD,), edge, dtype=dtype))
-        return self.rooms[-1][GUARD : GUARD + count].view(tuple(size))
+        self.rooms.append(room_for(math.prod(size), dtype or self.dtype))
+        return self.rooms[-1][GUARD:-GUARD].view(tuple(size))
 
 
 def watched(tensor: Tensor) -> Watched:
     copy = tensor.clone().as_subclass(Watched)
     copy.rooms = []
     return copy
+
+
+def room_for(count: int, dtype: torch.dtype) -> Tensor:
+    """Memory for so many numbers and a guard on either side, full of what no op writes: NaN, or the largest number."""
+    return torch.full(
+        (count + 2 * GUARD,), math.nan if dtype.is_floating_point else torch.iinfo(dtype).max, dtype=dtype
+    )
 
 
 def is_guard(room: Tensor) -> Tensor:
