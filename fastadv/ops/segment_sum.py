@@ -16,6 +16,7 @@ from torch import Tensor
 from fastadv import native
 from fastadv.arguments.segments import Segments, check_vocabulary
 from fastadv.arguments.signatures import SEGMENTS
+from fastadv.native.launch import fitted
 from fastadv.native.segment_sum import segment_sum as native_segment_sum
 from fastadv.native.segment_sum import segments as native_segments
 from fastadv.ops.dispatch import Backend, Op, triton
@@ -25,11 +26,19 @@ SUM = "segment_sum"
 
 
 def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Segments:
-    """The plan in plain PyTorch: one stable sort, and no number that the host has to know.
-
-    On a GPU every call costs the host more than the device, so that there are as few as will do.
-    """
+    """The plan in plain PyTorch: one stable sort, and no number that the host has to know."""
     SEGMENTS.check_shapes((ids, mask))
+    return _plan(ids, mask, vocabulary)
+
+
+def segments_on_cuda(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Segments:
+    """The same for plain memory. A sort is a sort: on CUDA PyTorch's is the fast one."""
+    ids, mask = fitted(SEGMENTS, (ids, mask))
+    return _plan(ids, mask, vocabulary)
+
+
+def _plan(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Segments:
+    """On a GPU every call costs the host more than the device, so that there are as few as will do."""
     check_vocabulary(vocabulary)
     _check_ids(ids, vocabulary)
     count, rows = ids.shape[0], min(ids.shape[0], vocabulary)
@@ -86,10 +95,9 @@ PLAN_OP = Op(
     "(Tensor ids, Tensor? mask, int vocabulary) -> (Tensor slot, Tensor order, Tensor starts, Tensor stops)",
     eager=eager_segments,
     fake=fake_segments,
-    # A sort is a sort: on CUDA PyTorch's is the fast one.
     backends=[
         Backend("C++", "cpu", native_segments, native.reason),
-        Backend("PyTorch", "cuda", eager_segments),
+        Backend("PyTorch", "cuda", segments_on_cuda),
     ],
 )
 OP = Op(
