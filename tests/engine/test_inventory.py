@@ -9,9 +9,18 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.engine.safety import inventory as inventory_module
 from fastadv.engine.safety.inventory import Inventory
 from tests.contracts.faults import Trap, prepare
 from tests.models import Stateful
+
+
+@pytest.fixture(params=["C++", "Python"], autouse=True)
+def compared_in(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "Python":
+        monkeypatch.setattr(inventory_module, "_in_cpp", lambda: None)
+    elif inventory_module._in_cpp() is None:
+        pytest.skip("the C++ extension is not built")
 
 
 class Halves(nn.Module):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from fastadv import native
 
 KINDS, TRAINING = ("_modules", "_parameters", "_buffers"), itemgetter("training")
 
@@ -50,8 +53,8 @@ class Inventory:
             return [module.training for module in self.modules]
 
     def _is_current(self) -> bool:
-        known, now = self._members, _members(self._fields)
-        if known is None or now is None or len(now) != len(known) or not all(map(is_, now, known)):
+        known = self._members
+        if known is None or not (_are(self._fields, known) or are_in_python(self._fields, known)):
             return False
         return all(module._buffers.get(name) is buffer for module, name, buffer in self.buffers)  # not renamed
 
@@ -63,6 +66,24 @@ class Inventory:
         self.parameters = [parameter for parameter in every if parameter is not None]
         named = [(module, *item) for module in self.modules for item in module._buffers.items()]
         self.buffers = [(module, name, buffer) for module, name, buffer in named if buffer is not None]
+
+
+def are_in_python(fields: list[dict[str, Any]], known: list[Any]) -> bool:
+    """Whether the modules with these dictionaries have `known` members, and no others."""
+    now = _members(fields)
+    return now is not None and len(now) == len(known) and all(map(is_, now, known))
+
+
+@functools.cache
+def _in_cpp() -> Any:
+    """The same in C++, where that is there."""
+    return getattr(native.extension(), "same_members", None) if native.available() else None
+
+
+def _are(fields: list[dict[str, Any]], known: list[Any]) -> bool:
+    """The same; False also where only Python can tell, since a module keeps its members in no dictionary."""
+    same = _in_cpp()
+    return same is not None and same(fields, KINDS, known)
 
 
 def _members(fields: list[dict[str, Any]]) -> list[Any] | None:
