@@ -113,6 +113,18 @@ def test_without_a_change_nothing_is_listed_again() -> None:
     assert inventory.modules is modules and inventory.parameters is parameters and inventory.buffers is buffers
 
 
+def test_a_new_buffer_does_not_walk_the_model() -> None:
+    """Some forwards put a new tensor in the place of a buffer in every pass."""
+    model = Halves()
+    inventory = Inventory(model)
+    inventory.look()
+    modules, before = inventory.modules, inventory.buffers
+    model.count = model.count + 1
+    inventory.look()
+    assert inventory.modules is modules and inventory.buffers is not before
+    assert inventory.buffers[0][2] is model.count
+
+
 def test_who_holds_the_lists_keeps_them() -> None:
     model = Halves()
     inventory = Inventory(model)

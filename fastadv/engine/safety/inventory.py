@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastadv import native
 
-KINDS, TRAINING = ("_modules", "_parameters", "_buffers"), itemgetter("training")
+CHILDREN = ("_modules",)
+KINDS, TRAINING = (*CHILDREN, "_parameters", "_buffers"), itemgetter("training")
 
 
 class Inventory:
@@ -33,6 +34,7 @@ class Inventory:
         self.parameters: list[nn.Parameter] = []
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []
         self._fields: list[dict[str, Any]] = []  # the modules' own dictionaries
+        self._children: list[Any] | None = None
         self._members: list[Any] | None = None  # what hangs in these; None: not all modules keep it there
 
     def look(self) -> None:
@@ -53,44 +55,44 @@ class Inventory:
             return [module.training for module in self.modules]
 
     def _is_current(self) -> bool:
-        known = self._members
-        if known is None or not (_are(self._fields, known) or are_in_python(self._fields, known)):
+        if not _have(self._fields, KINDS, self._members):
             return False
         return all(module._buffers.get(name) is buffer for module, name, buffer in self.buffers)  # not renamed
 
     def _list(self) -> None:
-        self.modules = list(self.model.modules())
-        self._fields = [vars(module) for module in self.modules]
-        self._members = _members(self._fields)
+        if not _have(self._fields, CHILDREN, self._children):
+            self.modules = list(self.model.modules())
+            self._fields = [vars(module) for module in self.modules]
+            self._children = _members(self._fields, CHILDREN)
+        self._members = _members(self._fields, KINDS)
         every = [parameter for module in self.modules for parameter in module._parameters.values()]
         self.parameters = [parameter for parameter in every if parameter is not None]
         named = [(module, *item) for module in self.modules for item in module._buffers.items()]
         self.buffers = [(module, name, buffer) for module, name, buffer in named if buffer is not None]
 
 
-def are_in_python(fields: list[dict[str, Any]], known: list[Any]) -> bool:
-    """Whether the modules with these dictionaries have `known` members, and no others."""
-    now = _members(fields)
+def _have(fields: list[dict[str, Any]], kinds: tuple[str, ...], known: list[Any] | None) -> bool:
+    """Whether the modules with these dictionaries have `known` members of these kinds, and no others."""
+    if known is None:
+        return False
+    same = _in_cpp()
+    if same is not None and same(fields, kinds, known):
+        return True
+    now = _members(fields, kinds)  # C++ cannot tell where a module keeps its members in no dictionary
     return now is not None and len(now) == len(known) and all(map(is_, now, known))
 
 
 @functools.cache
 def _in_cpp() -> Any:
-    """The same in C++, where that is there."""
+    """The comparison in C++, where that is there."""
     return getattr(native.extension(), "same_members", None) if native.available() else None
 
 
-def _are(fields: list[dict[str, Any]], known: list[Any]) -> bool:
-    """The same; False also where only Python can tell, since a module keeps its members in no dictionary."""
-    same = _in_cpp()
-    return same is not None and same(fields, KINDS, known)
-
-
-def _members(fields: list[dict[str, Any]]) -> list[Any] | None:
+def _members(fields: list[dict[str, Any]], kinds: tuple[str, ...]) -> list[Any] | None:
     """Every child, parameter and buffer of the modules with these dictionaries; None where one has no such."""
     members: list[Any] = []
     try:
-        for kind in KINDS:
+        for kind in kinds:
             members += chain.from_iterable([own.values() for one in fields if (own := one[kind])])
     except KeyError:
         return None
