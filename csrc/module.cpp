@@ -10,6 +10,7 @@
 
 #include "calls.h"
 #include "grads.h"
+#include "members.h"
 #include "refusals.h"
 #include "table_step.h"
 
@@ -287,6 +288,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::gil_scoped_release released;
         plan.run_cpu(fastadv::GradsKind(kind), number, threads);
       });
+#ifndef Py_GIL_DISABLED  // it reads dictionaries that another thread could change meanwhile
+  m.def("same_members", &fastadv::same_members);
+#endif
 #ifdef FASTADV_WITH_CUDA
   m.def("grads_cuda", &grads_cuda);
   m.def("cuda_problem", &cuda_problem);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
@@ -18,8 +17,12 @@ WIDE = {torch.float64: tl.float64}  # in what a dtype is added up; everything el
 
 def launch(kernel: Any, grid: tuple[int, ...], device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Run `kernel` on `device`, on torch's current stream there. Every launch goes through here."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](*arguments, **constants, **REGISTERS)
+    index = device.index  # None on the CPU
+    if index is None or index == torch.cuda.current_device():  # asking takes less than changing to where one is
+        kernel.run(*arguments, grid=grid, warmup=False, **constants, **REGISTERS)
+        return
+    with torch.cuda.device(index):
+        kernel.run(*arguments, grid=grid, warmup=False, **constants, **REGISTERS)
 
 
 def wide(dtype: torch.dtype) -> Any:

@@ -33,11 +33,14 @@ class Rows:
     """Memory for [R, D], as many rows as a batch happens to need."""
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0)
+        self.memory = self._last = torch.empty(0)
 
     def of(self, count: int, like: Tensor) -> Tensor:
-        """[count, D] in the dtype and on the device of `like` [..., D]; not initialised."""
-        dim, memory = like.shape[-1], self.memory
+        """[count, D] in the dtype and on the device of `like` [..., D]; not initialised. It may be the last one."""
+        dim, memory, last = like.shape[-1], self.memory, self._last
+        if last.shape == (count, dim) and last.dtype == like.dtype and last.device == like.device:
+            return last
         if memory.dtype != like.dtype or memory.device != like.device or memory.numel() < count * dim:
             self.memory = like.new_empty(count * dim * 5 // 4)  # the next batch may have some more
-        return self.memory[: count * dim].view(count, dim)
+        self._last = self.memory[: count * dim].view(count, dim)
+        return self._last

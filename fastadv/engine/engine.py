@@ -124,7 +124,8 @@ class Engine:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+        self.inventory.look()
+        return self.inventory.device
 
     @property
     def watched(self) -> bool:
@@ -153,9 +154,12 @@ class Engine:
             raise RuntimeError(APPLIED)
         try:
             self._busy = True
-            device = self.device
-            modules = self.inventory.modules() if self.dropout == "off" else []
-            with span("step"), self.guard(device), rng.step(), dropout(self.dropout, modules, device) as draws:
+            with (
+                span("step"),
+                self.guard() as device,
+                rng.step(),
+                dropout(self.dropout, self.inventory.modules, device) as draws,
+            ):
                 step = Step(self, draws, closure, masks, attack, start)
                 self.last, self.buffers.lookups = step.perturbation, step.lookups.items
                 with step.perturbation.moving():

@@ -11,6 +11,7 @@ from torch import Size, Tensor, nn
 from fastadv.engine.lookup import Lookup, new_delta
 from fastadv.engine.model.find import is_plain_lookup
 from fastadv.engine.perturb.segments import group
+from fastadv.engine.profile import span
 from fastadv.ops import Segments
 
 OTHER_BATCH = "the closure must run the same batch in every pass of a step, but the embedding's calls differ"
@@ -107,7 +108,8 @@ class Lookups:
     def segments(self) -> Segments:
         """Where equal ids lie, over all calls: one sort per batch, shared by all ascents."""
         if self._segments is None:
-            self._segments = group(self.items, self.places.modules, self.places.fused)
+            with span("segments"):
+                self._segments = group(self.items, self.places.modules, self.places.fused)
         return self._segments
 
     # Masks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ class Method:
         one_of("dropout", dropout, MODES)
         self._schedule = Schedule(options.get("start_step", 0), options.get("every", 1))
         self.model = model
-        self._check_trainable()
+        check_trainable(model.parameters())
         fused = options.get("fused")
         dispatch.require(fused, next(model.parameters()).device.type)
         backward = options.get("backward")
@@ -83,10 +83,10 @@ class Method:
             RuntimeError: the closure never ran the embedding, or called backward itself.
             Whatever the closure raises. In every case the model is left as it was.
         """
-        self._check_trainable()
         attacking = self._enter(step)
         start = self._draw() if attacking else None
         with self._engine.step(closure, mask, attack=attack, start=start) as running:
+            check_trainable(self._engine.inventory.parameters)
             result = self.run(running) if attacking else self._plain(running)
             running.finish()
         self._count(attacking)
@@ -236,6 +236,8 @@ class Method:
         self._schedule.calls, self._schedule.attacked, skipped = state
         self._engine.buffers.skipped.copy_(skipped, non_blocking=True)
 
-    def _check_trainable(self) -> None:
-        if not any(parameter.requires_grad for parameter in self.model.parameters()):
-            raise ValueError("every parameter of the model is frozen: there is nothing to train. Unfreeze some first")
+
+def check_trainable(parameters: Iterable[Tensor]) -> None:
+    """Raises ValueError if all of them are frozen."""
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise ValueError("every parameter of the model is frozen: there is nothing to train. Unfreeze some first")

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastadv import native
 from fastadv.arguments.segments import Segments, check_vocabulary
 from fastadv.arguments.signatures import SEGMENTS
+from fastadv.native.launch import fitted
 from fastadv.native.segment_sum import segment_sum as native_segment_sum
 from fastadv.native.segment_sum import segments as native_segments
 from fastadv.ops.dispatch import Backend, Op, triton
@@ -27,19 +28,31 @@ SUM = "segment_sum"
 def eager_segments(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Segments:
     """The plan in plain PyTorch: one stable sort, and no number that the host has to know."""
     SEGMENTS.check_shapes((ids, mask))
+    return _plan(ids, mask, vocabulary)
+
+
+def segments_on_cuda(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Segments:
+    """The same for plain memory. A sort is a sort: on CUDA PyTorch's is the fast one."""
+    ids, mask = fitted(SEGMENTS, (ids, mask))
+    return _plan(ids, mask, vocabulary)
+
+
+def _plan(ids: Tensor, mask: Tensor | None, vocabulary: int) -> Segments:
+    """On a GPU every call costs the host more than the device, so that there are as few as will do."""
     check_vocabulary(vocabulary)
     _check_ids(ids, vocabulary)
-    masked = torch.zeros_like(ids, dtype=torch.int64) if mask is None else (~mask).to(torch.int64)
-    key, order = torch.sort(2 * ids.to(torch.int64) + masked, stable=True)
-    by_id, off = key >> 1, key & 1
-    first = torch.ones_like(by_id)
-    first[1:] = by_id[1:] != by_id[:-1]
-    row = first.cumsum(0) - 1
-    slot = torch.empty_like(order).scatter_(0, order, torch.where(off == 1, -1, row))
-    bounds = torch.arange(min(ids.shape[0], vocabulary) + 1, device=ids.device)
-    starts = torch.searchsorted(row, bounds)
-    stops = torch.searchsorted(2 * row + off, 2 * bounds[:-1] + 1)
-    return Segments(slot, order, starts, stops)
+    count, rows = ids.shape[0], min(ids.shape[0], vocabulary)
+    ids, masked = ids.to(torch.int64), None if mask is None else ~mask
+    key, order = torch.sort(ids if masked is None else torch.add(masked, ids, alpha=2), stable=True)
+    by_id = key if masked is None else key >> 1
+    ends = torch.searchsorted(by_id, by_id, right=True)  # where the segment of each position ends
+    row = ends.new_zeros(count + 1).scatter_(0, ends, 1).cumsum(0)[:count]  # how many have ended before it
+    slot = torch.empty_like(order).scatter_(0, order, row)
+    starts = torch.searchsorted(row, torch.arange(rows + 1, device=ids.device))
+    if masked is None:
+        return Segments(slot, order, starts, starts[1:].clone())
+    stops = torch.searchsorted(torch.add(key & 1, row, alpha=2), torch.arange(1, 2 * rows + 1, 2, device=ids.device))
+    return Segments(slot.masked_fill_(masked, -1), order, starts, stops)
 
 
 def _check_ids(ids: Tensor, vocabulary: int) -> None:
@@ -82,10 +95,9 @@ PLAN_OP = Op(
     "(Tensor ids, Tensor? mask, int vocabulary) -> (Tensor slot, Tensor order, Tensor starts, Tensor stops)",
     eager=eager_segments,
     fake=fake_segments,
-    # A sort is a sort: on CUDA PyTorch's is the fast one.
     backends=[
         Backend("C++", "cpu", native_segments, native.reason),
-        Backend("PyTorch", "cuda", eager_segments),
+        Backend("PyTorch", "cuda", segments_on_cuda),
     ],
 )
 OP = Op(

@@ -7,7 +7,7 @@ import torch
 
 from fastadv import native
 from fastadv.ops import segment_sum, segments
-from fastadv.ops.segment_sum import OP, PLAN_OP
+from fastadv.ops.segment_sum import OP, PLAN_OP, segments_on_cuda
 
 IDS = {
     "repeats": [3, 1, 3, 3, 0, 1],
@@ -101,10 +101,32 @@ def test_bad_arguments() -> None:
 
 def test_on_cuda_the_sort_is_pytorchs() -> None:
     """So that `fused=True` can be kept there."""
-    assert PLAN_OP.choose("cuda", True) is PLAN_OP.eager
+    assert PLAN_OP.choose("cuda", True) is segments_on_cuda
     if native.available():
         assert PLAN_OP.choose("cpu", None) is not PLAN_OP.eager
         assert OP.choose("cpu", None) is not OP.eager
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32], ids=str)
+@pytest.mark.parametrize("ids", [*IDS.values(), [2**30 + 1, 3, 2**30, 2**30 + 1]], ids=[*IDS, "large"])
+def test_what_cuda_runs_is_the_eager_plan(ids: list[int], dtype: torch.dtype, masked: bool) -> None:
+    """Of memory with gaps, too; against a plan by hand."""
+    flat = torch.tensor(ids, dtype=dtype).repeat_interleave(2)[::2]
+    mask = torch.tensor([index % 3 != 1 for index in range(len(ids))], dtype=torch.bool) if masked else None
+    vocabulary = max([4, *ids]) + 1
+    found, eager = segments_on_cuda(flat, mask, vocabulary), PLAN_OP.eager(flat, mask, vocabulary)
+    assert all(torch.equal(a, b) and a.is_contiguous() for a, b in zip(found, eager, strict=True))
+    live = [True] * len(ids) if mask is None else mask.tolist()
+    distinct = sorted(set(ids))
+    order = sorted(range(len(ids)), key=lambda index: (ids[index], not live[index], index))
+    assert found.order.tolist() == order
+    assert found.slot.tolist() == [distinct.index(one) if there else -1 for one, there in zip(ids, live, strict=True)]
+    starts = [sum(other < one for other in ids) for one in distinct]
+    counts = [sum(other == one and there for other, there in zip(ids, live, strict=True)) for one in distinct]
+    rest = len(found.stops) - len(distinct)
+    assert found.starts.tolist() == [*starts, len(ids), *[len(ids)] * rest]
+    assert found.stops.tolist() == [a + b for a, b in zip(starts, counts, strict=True)] + [len(ids)] * rest
 
 
 @pytest.mark.parametrize("mask", [None, torch.tensor([True, False, True])], ids=["no mask", "mask"])

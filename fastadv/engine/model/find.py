@@ -130,14 +130,10 @@ def table_of(module: nn.Module) -> object:
 
 def is_plain_lookup(module: nn.Module) -> bool:
     """Whether `module` is exactly `weight[ids]`, of rows in one piece, so that gather and add may be one op."""
-    return (
-        type(module) is nn.Embedding
-        and module.max_norm is None
-        and not module.scale_grad_by_freq
-        and not module.sparse
-        and type(module.weight) in (nn.Parameter, torch.Tensor)
-        and module.weight.stride(-1) == 1
-    )
+    if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        return False
+    weight = module.weight
+    return type(weight) in (nn.Parameter, torch.Tensor) and weight.stride(-1) == 1
 
 
 def first_tensor(output: Any) -> Any:

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.forward import Entrance
+from fastadv.engine.forward import Entrance, Perturbing
 from fastadv.engine.model.find import first_tensor, is_plain_lookup
+from fastadv.engine.profile import span
 from fastadv.ops.gather_perturb import gather_perturb
 
 
@@ -103,6 +104,11 @@ class LookupHook(Hook):
         if torch.compiler.is_compiling() or not is_plain_lookup(module):
             # The compiler fuses lookup and sum by itself; a sharded weight needs its own lookup.
             return self.add(nn.Embedding.forward(module, input), input)
+        with span("lookup"):
+            return self._look_up(module, forward, input)
+
+    def _look_up(self, module: Any, forward: Perturbing, input: Tensor) -> Tensor:
+        """The lookup of a pass that is running, perturbed."""
         weight: Tensor = module.weight
         shape = torch.Size((*input.shape, weight.shape[1]))
         lookup = forward.enter(weight, shape, input, self.index, plain=True)

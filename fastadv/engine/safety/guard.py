@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -14,12 +15,7 @@ from fastadv.engine.safety import rng
 from fastadv.engine.safety.inventory import Inventory
 from fastadv.ops.grads import Backup
 
-
-class _Buffer(NamedTuple):
-    module: nn.Module
-    name: str
-    buffer: Tensor
-    copy: Tensor
+GRADIENT = attrgetter("grad")
 
 
 class _Constant(NamedTuple):
@@ -29,8 +25,12 @@ class _Constant(NamedTuple):
 
 
 class _Saved(NamedTuple):
-    gradients: list[tuple[nn.Parameter, Tensor | None]]
-    buffers: list[_Buffer]
+    """The inventory's lists as they were, and beside them what the model held."""
+
+    parameters: list[nn.Parameter]
+    gradients: list[Tensor | None]
+    buffers: list[tuple[nn.Module, str, Tensor]]
+    copies: list[Tensor]
     modules: list[nn.Module]
     modes: list[bool]
     rng: rng.RngState
@@ -52,25 +52,27 @@ class Guard:
         self._constants: dict[int, _Constant] = {}
 
     @contextlib.contextmanager
-    def __call__(self, device: torch.device) -> Iterator[None]:
-        if rng.capturing():  # nothing happens yet; what fails then is put back by who captures
-            yield
-            return
+    def __call__(self) -> Iterator[torch.device]:
+        """Around a block; yields the model's device."""
         with span("guard"):
-            saved = self._save(device)
+            self.inventory.look()
+            device = self.inventory.device
+            # While a step is captured nothing happens yet; what fails then is put back by who captures.
+            saved = None if rng.capturing() else self._save(device)
         try:
-            yield
+            yield device
         except BaseException:
-            self._restore(saved, device)
+            if saved is not None:
+                self._restore(saved, device)
             raise
 
     def _save(self, device: torch.device) -> _Saved:
-        modules = self.inventory.modules()
+        has = self.inventory
+        gradients = list(map(GRADIENT, has.parameters))
+        self._back_up([p for p, grad in zip(has.parameters, gradients, strict=True) if grad is not None])
         known, self._constants = self._constants, {}
-        gradients = [(parameter, parameter.grad) for parameter in self.inventory.parameters()]
-        self._back_up([parameter for parameter, grad in gradients if grad is not None])
-        buffers = [_Buffer(*place, self._copy(place[2], known)) for place in self.inventory.buffers()]
-        return _Saved(gradients, buffers, modules, [module.training for module in modules], rng.save(device))
+        copies = [self._copy(buffer, known) for _, _, buffer in has.buffers]
+        return _Saved(has.parameters, gradients, has.buffers, copies, has.modules, has.modes(), rng.save(device))
 
     def _back_up(self, parameters: list[nn.Parameter]) -> None:
         """Copy their gradients."""
@@ -97,11 +99,11 @@ class Guard:
 
     @torch.no_grad()
     def _restore(self, saved: _Saved, device: torch.device) -> None:
-        for parameter, grad in saved.gradients:
+        for parameter, grad in zip(saved.parameters, saved.gradients, strict=True):
             parameter.grad = grad
         if self._backup is not None:
             self._backup.restore()
-        for module, name, buffer, copy in saved.buffers:
+        for (module, name, buffer), copy in zip(saved.buffers, saved.copies, strict=True):
             module._buffers[name] = buffer
             distinct(buffer).copy_(copy)
         for module, training in zip(saved.modules, saved.modes, strict=True):
