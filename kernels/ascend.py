@@ -18,11 +18,11 @@ are not finite, and such a group takes no step; the C++ version goes further.)
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -33,7 +33,7 @@ from fastadv.arguments.tensors import row_stride
 from fastadv.kernels import gather_perturb as lookups
 from fastadv.kernels.ascend_by_group import SUMS, move_kernel, sums_kernel, unit_kernel
 from fastadv.kernels.ascend_by_row import rows_kernel
-from fastadv.kernels.common import columns, launch, pointer, wide
+from fastadv.kernels.common import columns, launch, over, pointer, power_of_two, wide
 from fastadv.native.flags import flag_on
 from fastadv.native.launch import fitted
 
@@ -99,11 +99,11 @@ def run(step: Step) -> None:
 
 def _by_row(step: Step, rows: int) -> None:
     dim = step.delta.shape[-1]
-    width = triton.next_power_of_2(dim)
+    width = power_of_two(dim)
     height = min(max(TILE // width, 1), TALLEST)
     launch(
         rows_kernel,
-        (triton.cdiv(rows, height),),
+        (over(rows, height),),
         step.delta.device,
         *_moved(step),
         rows,
@@ -135,14 +135,15 @@ class Cut(NamedTuple):
         return STAGES if self.tiles > programs else 1
 
 
+@functools.lru_cache(1024)
 def cut(groups: int, rows: int, dim: int) -> Cut:
     """The cut of so many groups [rows, dim]."""
     width = columns(dim, most=TILE)
     height = min(max(TILE // width, 1), TALLEST)
-    across = triton.cdiv(dim, width)
-    tiles = triton.cdiv(rows, height) * across
+    across = over(dim, width)
+    tiles = over(rows, height) * across
     parts = min(tiles, max(PROGRAMS // groups, 1))
-    movers = min(triton.cdiv(tiles, triton.cdiv(parts, SUMS_PER_TILE)), max(MOVERS // groups, 1))
+    movers = min(over(tiles, over(parts, SUMS_PER_TILE)), max(MOVERS // groups, 1))
     return Cut(height, width, across, tiles, parts, movers)
 
 
@@ -154,7 +155,7 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
     read = (sums, delta, step.grad, pointer(step.mask, delta), rows, dim, row_stride(step.grad))
     places = (by.parts, by.tiles, by.across, everything)
     tile = {"FOLD": FOLD, "STAGES": by.stages(by.parts), "ROWS": by.height, "COLUMNS": by.width}
-    constants, some = step.constants(), {"PARTS": triton.next_power_of_2(by.parts)}
+    constants, some = step.constants(), {"PARTS": power_of_two(by.parts)}
     launch(sums_kernel, (groups, by.parts), delta.device, *read, *places, **constants, **tile)
     if constants["BALL"] == "unit":
         without = {name: constants[name] for name in ("DIRECTION", "MASKED")}

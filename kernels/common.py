@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -30,14 +31,25 @@ def wide(dtype: torch.dtype) -> Any:
     return WIDE.get(dtype, tl.float32)
 
 
+def over(length: int, size: int) -> int:
+    """How many pieces of `size` cover `length`. (Triton's own function takes as long as a launch.)"""
+    return -(-length // size)
+
+
+def power_of_two(number: int) -> int:
+    """The least one that is not below `number`."""
+    return 1 << (number - 1).bit_length()
+
+
+@functools.lru_cache(1024)
 def columns(dim: int, most: int) -> int:
     """The columns of a tile, for rows of `dim` elements: a power of two of at most `most`.
 
     The one with the fewest columns beyond the last, and of these the largest: 256 for a row of 768.
     """
-    least = triton.next_power_of_2(dim)
+    least = power_of_two(dim)
     sizes = [size for size in (1024, 512, 256, 128) if size <= min(least, most)] or [least]
-    return min(sizes, key=lambda size: (triton.cdiv(dim, size) * size, -size))
+    return min(sizes, key=lambda size: (over(dim, size) * size, -size))
 
 
 def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastadv.arguments import signatures
 from fastadv.arguments.kinds import kind_code
-from fastadv.kernels.common import launch, wide
+from fastadv.kernels.common import launch, power_of_two, wide
 from fastadv.kernels.divergence_formulas import folded, gap_of, over_mean, probabilities, terms, times_log
 from fastadv.native.launch import fitted
 
@@ -261,7 +261,7 @@ def divergence(
         WIDE=wide(logits.dtype),
         VECTOR=_vector(logits, target),
         STAGES=STAGES,
-        TILE=min(triton.next_power_of_2(classes), MOST // 2 if logits.dtype == torch.float64 else MOST),
+        TILE=min(power_of_two(classes), MOST // 2 if logits.dtype == torch.float64 else MOST),
         num_warps=8 if logits.dtype == torch.float32 else 4,  # 16 bytes for each thread, or twice as many
     )
     return values, grad_logits, grad_target

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastadv.arguments import signatures
 from fastadv.arguments.tensors import compute_dtype
-from fastadv.kernels.common import columns, complain, launch, pointer, wide
+from fastadv.kernels.common import columns, complain, launch, over, pointer, wide
 from fastadv.kernels.segment_sum import add_up_pieces, constants, sum_segment
 from fastadv.native.flags import flag_on
 from fastadv.native.launch import fitted
@@ -140,7 +140,7 @@ def write(weight: Tensor, ids: Tensor, delta: Tensor | None, slot: Tensor | None
     height = min(max(TILE // width, 1), TALLEST)
     launch(
         gather_perturb_kernel,
-        (triton.cdiv(count, height), triton.cdiv(dim, width)),
+        (over(count, height), over(dim, width)),
         weight.device,
         weight,
         ids,
@@ -175,7 +175,7 @@ def gather_perturb_backward(
     fixed = constants(dim, table_grad.dtype)
     launch(
         gather_perturb_backward_kernel,
-        (rows, triton.cdiv(dim, fixed["COLUMNS"])),
+        (rows, over(dim, fixed["COLUMNS"])),
         table_grad.device,
         table_grad,
         pointer(pieces, first),

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastadv.arguments import signatures
 from fastadv.arguments.tensors import compute_dtype
-from fastadv.kernels.common import columns, complain, launch, pointer, wide
+from fastadv.kernels.common import columns, complain, launch, over, pointer, wide
 from fastadv.native.flags import flag_on
 from fastadv.native.launch import fitted
 
@@ -195,7 +195,7 @@ def write(values: Tensor, order: Tensor, starts: Tensor, stops: Tensor, out: Ten
     fixed = constants(dim, out.dtype)
     launch(
         segments_kernel,
-        (rows, triton.cdiv(dim, fixed["COLUMNS"])),
+        (rows, over(dim, fixed["COLUMNS"])),
         values.device,
         pointer(pieces, out),
         values,
@@ -222,10 +222,10 @@ def add_up_pieces(
     count, dim = first.shape
     if count <= CHUNK:
         return None
-    pieces = first.new_empty((triton.cdiv(count, CHUNK), dim), dtype=dtype)
+    pieces = first.new_empty((over(count, CHUNK), dim), dtype=dtype)
     launch(
         pieces_kernel,
-        (pieces.shape[0], triton.cdiv(dim, BLOCK)),
+        (pieces.shape[0], over(dim, BLOCK)),
         first.device,
         pieces,
         first,
