@@ -37,7 +37,7 @@ from fastadv.kernels.common import columns, launch, over, pointer, power_of_two,
 from fastadv.native.flags import flag_on
 from fastadv.native.launch import fitted
 
-LONGEST_ROW = 8192  # elements that a program keeps in registers
+LONGEST_ROW = 1 << 15  # bytes of a perturbation that a program keeps in registers
 TILE, TALLEST = 1024, 8  # elements of a tile, and rows at most: every row has addresses of its own
 FOLD = 8  # neighbours that are added before they are accumulated
 STAGES = 3  # tiles under way at a time
@@ -91,7 +91,7 @@ def run(step: Step) -> None:
     groups, rows = math.prod(delta.shape[:group]), math.prod(delta.shape[group:-1])
     if delta.numel() == 0:
         return
-    if rows == 1 and delta.shape[-1] <= LONGEST_ROW:
+    if rows == 1 and delta.shape[-1] * delta.element_size() <= LONGEST_ROW:
         _by_row(step, groups)
     else:
         _by_group(step, groups, rows)

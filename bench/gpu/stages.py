@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.gpu.workers import ROOT, Worker
+from bench.gpu.workers import REPORT, ROOT, Worker
 
-KERNELS = ["tests/kernels/test_values.py"]  # run interpreted as well, and have no mark
+KERNELS = ["tests/kernels/test_values.py", "tests/kernels/test_edges.py"]  # run interpreted as well, and have no mark
 CHECKED = ["tests/csrc/test_cuda.py", "-k", "not captured"]  # a capture's pool hides what is beside an allocation
 CHECKED_KERNELS = [*KERNELS, "-k", "not float64 and not float16 or bfloat16"]  # the dtypes differ in loads and stores
 QUICK = ["tests/contracts/test_gpu_features.py", "-m", "not gpu and not slow", "-k", "not compiled"]
@@ -84,7 +84,17 @@ class Running:
                 self.note = f"{SANITIZER} is not installed"
                 return
             before = prefix(program, stage.tool)
-        pytest = [*before, sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
+        pytest = [
+            *before,
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=short",
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={REPORT}",
+        ]
         pytest += ["-p", "bench.gpu.watch", "--continue-on-collection-errors", "--limit", str(stage.limit)]
         pytest += [*stage.arguments, *([f"--only={only}"] if only else [])]
         for part in range(stage.parts):

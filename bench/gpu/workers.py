@@ -17,6 +17,9 @@ GRACE = 15.0  # seconds beyond a piece's own watchdog
 STARTING, ENDING = 120.0, 60.0  # seconds until a process has begun its first piece, and until it ends after the last
 
 
+REPORT = "{report}"  # in a command: a file of its own for each start, beside the log
+
+
 class Worker:
     """A command that works through a plan. It is started anew until all has begun, or a start gets nothing begun."""
 
@@ -66,7 +69,9 @@ class Worker:
         self.starts += 1
         self._begun, self._started = len(self.journal.read().begun), time.time()
         # With "=": of a path that stands alone, pytest takes its root and so the tests' names.
-        command = [*self.command, f"--journal={self.journal.path}", f"--parent={os.getpid()}"]
+        report = str(self.log.with_suffix(f".{self.starts}.xml"))
+        command = [part.replace(REPORT, report) for part in self.command]
+        command += [f"--journal={self.journal.path}", f"--parent={os.getpid()}"]
         with self.log.open("ab") as log:
             log.write(f"$ {' '.join(command)}\n".encode())
             log.flush()
