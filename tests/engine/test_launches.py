@@ -18,7 +18,7 @@ from fastadv import kernels, native
 from fastadv.native import grads as native_grads
 from fastadv.ops import dispatch, segments
 from tests.every import EVERY, in_scopes
-from tests.support import ready
+from tests.support import batch, ready
 
 pytest.importorskip("triton")
 if kernels.interpreted():
@@ -30,7 +30,7 @@ from fastadv.kernels import common
 SCOPES = ("table", "row", "batch", "sample", "token")
 
 # What an op launches. These are the numbers to change when a kernel is split or joined.
-LOOKUP, SUM, BACKWARD = ("gather_perturb_kernel",), ("segment_sum_kernel",), ("gather_perturb_backward_kernel",)
+LOOKUP, SUM, BACKWARD = ("gather_perturb_kernel",), ("segments_kernel",), ("gather_perturb_backward_kernel",)
 GROUPS, ROWS, COMPARE = ("sums_kernel", "move_kernel"), ("rows_kernel",), ("divergence_kernel",)
 
 # What an ascent launches, by scope.
@@ -72,9 +72,9 @@ ROWS_3 = ["rows_touched", "rows_back_up", "rows_step", *_ASCENT, *_ASCENT, "rows
 CALLS = {False: 12, True: 18}  # to torch's ops, for where equal ids lie; with a mask or without
 
 
-def launched(method: Callable[..., Any], **options: Any) -> list[str]:
+def launched(method: Callable[..., Any], size: tuple[int, int] = (4, 7), **options: Any) -> list[str]:
     """The kernels of a method's second step, in order; the first one launches the same."""
-    model, data, closure = ready(torch.float32)
+    model, data = ready(torch.float32)[0], batch(*size)
     steps: list[list[str]] = []
 
     def note(kernel: Any) -> contextlib.AbstractContextManager[None]:
@@ -86,7 +86,7 @@ def launched(method: Callable[..., Any], **options: Any) -> list[str]:
         for number in range(2):
             steps.append([])
             model.zero_grad()
-            adv.backward(closure, mask=data["attention_mask"], step=number)
+            adv.backward(lambda: model(**data), mask=data["attention_mask"], step=number)
             with torch.no_grad():
                 model.word_embeddings.weight += 0  # as an optimizer does
     assert steps[0] == steps[1]
@@ -99,6 +99,16 @@ def test_launches_of_a_step(name: str, scope: str) -> None:
     found = launched(EVERY[name], scope=scope)
     assert found == list(LAUNCHES[name][scope])
     assert name != "pgd" or len(found) == PGD_3[scope]
+
+
+@pytest.mark.native
+def test_long_segments_take_a_launch_more() -> None:
+    """Where a batch has more positions than a chunk, one of its words may have so many."""
+    found = launched(fastadv.PGD, (20, 7), scope="table")
+    without = [kernel for kernel in found if kernel != "pieces_kernel"]
+    assert without == list(LAUNCHES["pgd"]["table"])
+    before = [found[index + 1] for index, kernel in enumerate(found) if kernel == "pieces_kernel"]
+    assert before == [*SUM * 3, *BACKWARD]
 
 
 class Counted(TorchDispatchMode):
@@ -183,4 +193,4 @@ def test_nothing_stays_behind() -> None:
     with pytest.raises(KeyError):
         fail()
     assert all(op.backends is known for op, known in zip(dispatch.OPS, before, strict=True))
-    assert all(module.launch is common.launch for module in nowhere.LAUNCHING)
+    assert all(module.launch is common.launch for module in nowhere.LAUNCHERS)

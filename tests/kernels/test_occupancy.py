@@ -15,7 +15,7 @@ if kernels.interpreted():
 from bench.gpu.occupancy import GPUS, Gpu, Row, accesses, named, resident, triton_rows
 
 SLOW = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100")]
-FEWEST_WAVES = 2.5  # of a launch that needs more than one: the last of two would leave half of the GPU idle
+FEWEST_WAVES = 2  # of a launch that needs more than one: of less, the last would leave much of the GPU idle
 SMALL_LOOKUP = ("gather_perturb_kernel", "32 x 128 x 768")  # of 4 MB, in 4 microseconds
 
 
