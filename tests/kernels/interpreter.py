@@ -71,10 +71,13 @@ def between_guards(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     @functools.wraps(allocate)
     def allocated(*arguments: Any, **options: Any) -> Tensor:
         made = allocate(*arguments, **options)
-        if not sys._getframe(1).f_globals.get("__name__", "").startswith(WATCHED):
+        if not sys._getframe(1).f_globals.get("__name__", "").startswith(WATCHED) or made.numel() == 0:
             return made
-        rooms.append(room_for(made.untyped_storage().nbytes() // made.itemsize, made.dtype))
-        return rooms[-1].as_strided(made.shape, made.stride(), GUARD)
+        room = room_for(made.untyped_storage().nbytes() // made.itemsize, made.dtype)
+        rooms.append(room)
+        # By way of NumPy, since a view would tell by its offset that there is more.
+        inner = torch.from_numpy(room[GUARD:-GUARD].view(torch.uint8).numpy()).view(made.dtype)
+        return inner.as_strided(made.shape, made.stride())
 
     return allocated
 
