@@ -192,6 +192,19 @@ def test_the_page_of_the_engine_shows_what_was_measured() -> None:
         assert f"| {name} | {cells[1]}, {cells[0]} | {cells[3]}, {cells[2]} |" in page
 
 
+def test_the_page_of_the_kernels_shows_what_was_compiled() -> None:
+    pytest.importorskip("triton")
+    from bench.gpu import occupancy
+
+    found, before = (occupancy.read(ROOT / f"docs/results/{name}.json") for name in ("occupancy", "occupancy_before"))
+    assert found.keys() == occupancy.GPUS.keys()
+    rows = occupancy.table(found["sm_90"], before["sm_90"]).splitlines()
+    page = (ROOT / "docs/kernels.md").read_text().splitlines()
+    shown = [line for line in page if "_kernel` | " in line]
+    assert len(shown) > 10
+    assert set(shown) <= set(rows)
+
+
 def test_the_page_of_the_job_shows_how_threads_wait() -> None:
     page = (ROOT / "docs/training.md").read_text()
     measured = json.loads((ROOT / "docs/results/threads.json").read_text())

@@ -183,20 +183,27 @@ def triton_rows(target: str, folder: Path) -> Iterator[Row]:
             yield row(case, name, target, cubin, block)
 
 
+THREADS = {"rows": 128, "grads": 256}  # of a block: kThreads in csrc/
+PROGRAMS = {
+    "copy_kernel": 131_072,
+    "by_row_kernel": 131_072,
+    "grads_kernel": 7_400,
+}  # any other: kRowsParts
+
+
 def cuda_rows(target: str, folder: Path) -> Iterator[Row]:
-    """The kernels of csrc/, at 131,072 rows or 1 GB of gradients; nothing where there is no nvcc."""
+    """The kernels of csrc/, at 131,072 rows or gpu-check's gradients; nothing where there is no nvcc."""
     try:
         nvcc = toolchain.find_nvcc()
     except toolchain.ToolchainError:
         return
-    for op in ("rows", "grads"):
+    for op, threads in THREADS.items():
         cubin = folder / f"{op}.cubin"
         flags = ["-std=c++17", "-O3", "-DFASTADV_WITH_CUDA", "-cubin", f"-arch={target}"]
         toolchain.run([nvcc.command, *flags, str(ROOT / "csrc" / f"{op}_cuda.cu"), "-o", str(cubin)])
         for function in re.findall(r"Function (\S+):", tool("cuobjdump", "-res-usage", str(cubin))):
             name, kind = named(function)
-            programs = {"copy_kernel": 131_072, "by_row_kernel": 131_072, "grads_kernel": 1 << 16}.get(name, 1024)
-            yield row(f"{op}{kind}", name, target, cubin, Block(256, programs), function)
+            yield row(f"{op}{kind}", name, target, cubin, Block(threads, PROGRAMS.get(name, 768)), function)
 
 
 def named(function: str) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from tests.csrc.emulator.faults import FAULTS, REFUSED
 BF16 = torch.bfloat16
 # Faults are the same in every dtype, and in fewer blocks.
 FEWER = [
-    Patch("rows.h", "kRowsParts = 1024;", "kRowsParts = 260;"),
+    Patch("rows.h", "kRowsParts = 768;", "kRowsParts = 260;"),
     Patch("rows.h", "    case kFloat64: return visitor(as(double()));\n", ""),
     Patch("rows.h", "    case kFloat16: return visitor(as(Float16()));\n", ""),
 ]

@@ -14,10 +14,10 @@ from fastadv.engine.capture.streams import Streams
 
 
 class RngState(NamedTuple):
-    """torch's CPU and CUDA generators, and Python's own (layer dropping uses it)."""
+    """torch's generators, of the CPU and of the model's device, and Python's own (layer dropping uses it)."""
 
     cpu: Tensor
-    cuda: Tensor | None
+    device: Tensor | None
     python: Any
 
 
@@ -42,15 +42,21 @@ def capturing() -> bool:
 
 def save(device: torch.device) -> RngState:
     """The generators as they stand, for a model on `device`."""
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return RngState(torch.get_rng_state(), cuda, random.getstate())
+    state = None
+    if device.type == "cuda":
+        state = torch.cuda.get_rng_state(device)
+    elif device.type == "mps":
+        state = torch.mps.get_rng_state()
+    return RngState(torch.get_rng_state(), state, random.getstate())
 
 
 def restore(state: RngState, device: torch.device) -> None:
     """Put the generators back."""
     torch.set_rng_state(state.cpu)
-    if state.cuda is not None:
-        torch.cuda.set_rng_state(state.cuda, device)
+    if state.device is not None and device.type == "mps":
+        torch.mps.set_rng_state(state.device)
+    elif state.device is not None:
+        torch.cuda.set_rng_state(state.device, device)
     random.setstate(state.python)
 
 
@@ -99,6 +105,8 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
     try:
         yield
     finally:
