@@ -15,7 +15,7 @@ namespace {
 
 // Blocks of a launch over all rows: fixed, so that sums do not depend on the device ...
 constexpr int kMostBlocks = kRowsParts;
-// ... and of a multiprocessor at a time: 128 of them have all of a launch. A thread has 64 registers then, or 80, which
+// ... and of a multiprocessor at a time: 96 of them have all of a launch. A thread has 64 registers then, or 80, which
 // packs of eight need where a row is a group.
 constexpr int kBlocks = 8;
 template <class T>

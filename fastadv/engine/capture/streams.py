@@ -51,7 +51,7 @@ class Streams:
         self._seeds = []
         if not self.capturing:
             self._passes, self._starts = [], []
-            self._begun = self.default.get_offset()
+            self._begun = _offset(self.default)
 
     def make(self, register: Callable[[torch.Generator], None]) -> None:
         """Make a generator for all that was noted in the last run, and tell the graph."""
@@ -63,11 +63,12 @@ class Streams:
 
     def prepare(self, new_seed: Callable[[], int]) -> None:
         """Before a replay: each where the run without the graph would have it."""
-        state, offset = self.default.get_state(), self.default.get_offset()
+        state = self.default.get_state()
         for lead, generator in self._passes:
             assert generator is not None
-            generator.set_state(state)
-            generator.set_offset(offset + lead)
+            ahead = state.clone()
+            ahead.view(torch.int64)[1] += lead
+            generator.set_state(ahead)
         seeds = [new_seed() for _ in range(1 + max((start.seed for start in self._starts), default=-1))]
         for index, more, generator in self._starts:
             assert generator is not None
@@ -75,7 +76,7 @@ class Streams:
 
     def drawn(self) -> int:
         """What the run has drawn so far; a graph is not asked, it draws as the last warm-up did."""
-        return 0 if self.capturing else self.default.get_offset() - self._begun
+        return 0 if self.capturing else _offset(self.default) - self._begun
 
     def next_pass(self, lead: int) -> None:
         """A pass begins that draws what was drawn when the run had drawn `lead`."""
@@ -123,3 +124,8 @@ class Streams:
         if generator is not self._now:
             self.default.graphsafe_set_state(generator)
             self._now = generator
+
+
+def _offset(generator: torch.Generator) -> int:
+    """How far it has gone. The state of a CUDA generator is two numbers, on the host: its seed and this one."""
+    return int(generator.get_state().view(torch.int64)[1])
