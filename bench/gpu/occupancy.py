@@ -15,7 +15,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -241,12 +241,17 @@ def cells(one: Row) -> list[str]:
 
 def read(path: Path) -> dict[str, list[Row]]:
     """What `--output` wrote."""
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return {target: [row_of(one) for one in rows] for target, rows in found.items()}
+    found: dict[str, list[Row]] = {}
+    for target, one in json.loads(path.read_text(encoding="utf-8")):
+        widths = {int(size): count for size, count in one["accesses"].items()}
+        found.setdefault(target, []).append(Row(**{**one, "accesses": widths}))
+    return found
 
 
-def row_of(one: dict[str, Any]) -> Row:
-    return Row(**{**one, "accesses": {int(size): count for size, count in one["accesses"].items()}})
+def keep(found: dict[str, list[Row]], path: Path) -> None:
+    """As JSON, a kernel a line."""
+    lines = [json.dumps([target, one._asdict()]) for target, rows in found.items() for one in rows]
+    path.write_text("[\n" + ",\n".join(lines) + "\n]\n", encoding="utf-8")
 
 
 def main() -> int:
@@ -256,16 +261,15 @@ def main() -> int:
     parser.add_argument("--before", type=Path, help="such a file of another revision, to show beside")
     options = parser.parse_args()
     before = {} if options.before is None else read(options.before)
-    found: dict[str, Any] = {}
+    found: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for target in options.targets:
-            rows = [*triton_rows(target, Path(folder)), *cuda_rows(target, Path(folder))]
-            found[target] = [one._asdict() for one in rows]
+            rows = found[target] = [*triton_rows(target, Path(folder)), *cuda_rows(target, Path(folder))]
             gpu = GPUS[target]
             print(f"\n{target} ({gpu.name}, {gpu.multiprocessors} multiprocessors)\n")
             print(table(rows, before.get(target)), flush=True)
     if options.output is not None:
-        options.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        keep(found, options.output)
     return 0
 
 
