@@ -154,7 +154,7 @@ def test_the_sanitizers_filter_leaves_our_kernels_in_and_torchs_out() -> None:
     left_out = re.compile(stages.OURS[1].removeprefix("regex="))
     sources = [file.read_text() for folder in ("kernels/*.py", "csrc/*.cu") for file in ROOT.glob(folder)]
     ours = {name for text in sources for name in re.findall(r"(\w+_kernel)\b", text)}
-    assert {"sums_kernel", "segment_sum_kernel", "grads_kernel", "copy_kernel"} <= ours
+    assert {"sums_kernel", "segments_kernel", "grads_kernel", "copy_kernel"} <= ours
     assert not [name for name in ours if left_out.search(f"_ZN7fastadv12_GLOBAL__N_1{name}")]
     assert left_out.search("_ZN2at6native29vectorized_elementwise_kernelILi4E")
 
