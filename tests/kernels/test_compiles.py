@@ -129,6 +129,25 @@ def test_every_variant(dtype: torch.dtype, dim: int, target: str, compiled: list
         inspect(kernel, target, tmp_path)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90"])
+@pytest.mark.parametrize("dim", [1, 768])
+def test_sizes_that_triton_takes_for_constants(dim: int, target: str, compiled: list[Compiled], tmp_path: Path) -> None:
+    """A table of one word, a row of one column, one class: an argument that is 1 is compiled in."""
+    weight, grad = (torch.zeros(size, dim, dtype=torch.bfloat16) for size in (1, 160))
+    ids = torch.zeros(160, dtype=torch.int64)
+    groups, rows = segments(ids, 1), torch.zeros(1, dim)
+    segment_sum.segment_sum(grad, groups.order, groups.starts, groups.stops)
+    for grads in ([grad], [grad, rows.expand(160, dim)]):
+        gather_perturb.gather_perturb_backward(weight, grads, ids, groups.order, groups.starts, -1)
+    rule, lookup = Rule(0.1, 1.0, "l2", "l2", 0), Lookup(weight, ids, None, torch.zeros_like(grad))
+    table_step.table_step(rows, grad, torch.tensor(0), rule, groups, lookup, torch.zeros_like(rows))
+    for kind in KINDS:
+        compare(torch.bfloat16, dim, kind)
+    for kernel in {id(each.kernel): each for each in compiled}.values():
+        inspect(kernel, target, tmp_path)
+
+
 def inspect(kernel: Compiled, target: str, folder: Path) -> str:
     """The kernel's machine code; fails where a register is kept in memory."""
     if target.startswith("gfx"):
