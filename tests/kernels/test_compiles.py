@@ -117,7 +117,7 @@ def test_what_methods_use(dtype: torch.dtype, target: str, compiled: list[Compil
     ("dtype", "dim"),
     [
         (torch.float32, ascend.LONGEST_ROW // 4), (torch.float32, 33), (torch.float64, ascend.LONGEST_ROW // 8),
-        (torch.bfloat16, 4096), (torch.float16, 20000), (torch.float16, 1),
+        (torch.bfloat16, 4096), (torch.float16, 20000),
     ],
     ids=str,
 )  # fmt: skip
