@@ -187,7 +187,8 @@ from tests.contracts.test_gpu_capture import batch, moved, stepping, tiny
 model, data = tiny(dropout=0.2), moved(batch())
 adv = fastadv.PGD(model, embedding=model.word_embeddings)
 step, stream = stepping(model, adv), torch.cuda.current_stream()
-for fault in (lambda data: float(step(data).loss), lambda data: [step(data), 1 / 0]):
+capturing = torch.cuda.is_current_stream_capturing
+for fault in (lambda data: float(step(data).loss), lambda data: [step(data), 1 // (1 - capturing())]):
     attacked = adv.attacked
     try:
         adv.capture(fault, data)
