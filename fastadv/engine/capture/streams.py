@@ -10,24 +10,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
-
-
-class _Pass(NamedTuple):
-    """A pass that draws again what an earlier one drew, which began when the run had drawn `lead` (an offset)."""
-
-    lead: int
-    generator: torch.Generator | None = None
-
-
-class _Start(NamedTuple):
-    """A random start, whose seed is the run's `seed`-th and `more`."""
-
-    seed: int
-    more: int
-    generator: torch.Generator | None = None
 
 
 class Streams:
@@ -37,8 +21,10 @@ class Streams:
         index = torch.cuda.current_device() if device.index is None else device.index
         self.default = torch.cuda.default_generators[index]
         self.capturing = False
-        self._passes: list[_Pass] = []
-        self._starts: list[_Start] = []
+        self._leads: list[int] = []  # of each pass that goes back: what the run had drawn where it goes back to
+        self._origins: list[tuple[int, int]] = []  # of each start: which of the run's seeds it is, and how much more
+        self._passes: list[torch.Generator] = []
+        self._starts: list[torch.Generator] = []
         self._own = self.default.graphsafe_get_state()
         self._now = self._own
         self._begun = 0  # the default generator's offset when the run began
@@ -50,28 +36,25 @@ class Streams:
         self._pass = self._start = 0
         self._seeds = []
         if not self.capturing:
-            self._passes, self._starts = [], []
+            self._leads, self._origins = [], []
             self._begun = _offset(self.default)
 
     def make(self, register: Callable[[torch.Generator], None]) -> None:
         """Make a generator for all that was noted in the last run, and tell the graph."""
-        self._passes = [one._replace(generator=self.default.clone_state()) for one in self._passes]
-        self._starts = [one._replace(generator=self.default.clone_state()) for one in self._starts]
-        for generator in [*(one.generator for one in self._passes), *(one.generator for one in self._starts)]:
-            assert generator is not None
+        self._passes = [self.default.clone_state() for _ in self._leads]
+        self._starts = [self.default.clone_state() for _ in self._origins]
+        for generator in (*self._passes, *self._starts):
             register(generator)
 
     def prepare(self, new_seed: Callable[[], int]) -> None:
         """Before a replay: each where the run without the graph would have it."""
         state = self.default.get_state()
-        for lead, generator in self._passes:
-            assert generator is not None
+        for lead, generator in zip(self._leads, self._passes, strict=True):
             ahead = state.clone()
             ahead.view(torch.int64)[1] += lead
             generator.set_state(ahead)
-        seeds = [new_seed() for _ in range(1 + max((start.seed for start in self._starts), default=-1))]
-        for index, more, generator in self._starts:
-            assert generator is not None
+        seeds = [new_seed() for _ in range(1 + max((index for index, _ in self._origins), default=-1))]
+        for (index, more), generator in zip(self._origins, self._starts, strict=True):
             generator.manual_seed(seeds[index] + more)
 
     def drawn(self) -> int:
@@ -81,9 +64,9 @@ class Streams:
     def next_pass(self, lead: int) -> None:
         """A pass begins that draws what was drawn when the run had drawn `lead`."""
         if self.capturing:
-            self._switch(self._passes[self._pass].generator)
+            self._switch(self._passes[self._pass])
         else:
-            self._passes.append(_Pass(lead))
+            self._leads.append(lead)
         self._pass += 1
 
     def seeded(self, seed: int) -> None:
@@ -95,9 +78,9 @@ class Streams:
         """Inside, a random start is drawn, which `seed` says."""
         before = self._now
         if self.capturing:
-            self._switch(self._starts[self._start].generator)
+            self._switch(self._starts[self._start])
         else:
-            self._starts.append(_Start(len(self._seeds) - 1, seed - self._seeds[-1]))
+            self._origins.append((len(self._seeds) - 1, seed - self._seeds[-1]))
         self._start += 1
         try:
             yield
@@ -119,8 +102,7 @@ class Streams:
         except RuntimeError:
             self.default.graphsafe_set_state(self.default.clone_state())
 
-    def _switch(self, generator: torch.Generator | None) -> None:
-        assert generator is not None
+    def _switch(self, generator: torch.Generator) -> None:
         if generator is not self._now:
             self.default.graphsafe_set_state(generator)
             self._now = generator
