@@ -39,7 +39,6 @@ from fastadv.native.launch import fitted
 
 LONGEST_ROW = 1 << 15  # bytes of a perturbation that a program keeps in registers
 TILE, TALLEST = 1024, 8  # elements of a tile, and rows at most: every row has addresses of its own
-FOLD = 8  # neighbours that are added before they are accumulated
 STAGES = 3  # tiles under way at a time
 PROGRAMS = 768  # that add up: one wave, on an A100 too. Fixed, so that sums do not depend on the device
 MOVERS = 8192  # programs that move: many waves, so that the last one does not show
@@ -154,7 +153,7 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
     sums = torch.empty(SUMS * everything, dtype=torch.float64, device=delta.device)
     read = (sums, delta, step.grad, pointer(step.mask, delta), rows, dim, row_stride(step.grad))
     places = (by.parts, by.tiles, by.across, everything)
-    tile = {"FOLD": FOLD, "STAGES": by.stages(by.parts), "ROWS": by.height, "COLUMNS": by.width}
+    tile = {"STAGES": by.stages(by.parts), "ROWS": by.height, "COLUMNS": by.width}
     constants, some = step.constants(), {"PARTS": power_of_two(by.parts)}
     launch(sums_kernel, (groups, by.parts), delta.device, *read, *places, **constants, **tile)
     if constants["BALL"] == "unit":

@@ -18,6 +18,7 @@ from fastadv.kernels.ascend_arithmetic import (
     moved_by,
     shrink,
 )
+from fastadv.kernels.common import folded
 from fastadv.kernels.gather_perturb import look_up
 
 SUMS = 5  # uu, du, dd, the largest |u|, and the unit ball's measure of what has moved
@@ -41,15 +42,10 @@ def place(
 
 
 @triton.jit
-def folded(x: tl.tensor, FOLD: tl.constexpr) -> tl.tensor:
-    """The sums of every `FOLD` neighbours of a tile, which one thread has: fewer accumulators are kept."""
-    return tl.sum(tl.reshape(x, [x.shape[0] * x.shape[1] // FOLD, FOLD]), axis=1)
-
-
-@triton.jit
-def largest_of(x: tl.tensor, FOLD: tl.constexpr) -> tl.tensor:
-    """Their largest magnitudes."""
-    return tl.max(tl.reshape(tl.abs(x), [x.shape[0] * x.shape[1] // FOLD, FOLD]), axis=1)
+def largest_of(x: tl.tensor) -> tl.tensor:
+    """The largest magnitudes of the neighbours that `folded` adds up."""
+    FOLD: tl.constexpr = min(8, x.numel)
+    return tl.max(tl.reshape(tl.abs(x), [x.numel // FOLD, FOLD]), axis=1)
 
 
 @triton.jit
@@ -68,27 +64,26 @@ def sums_kernel(
     DIRECTION: tl.constexpr,
     BALL: tl.constexpr,
     MASKED: tl.constexpr,
-    FOLD: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ) -> None:
     """The sums of one part of a group: of every `parts`-th tile."""
     group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    uu = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
-    du = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
-    dd = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
-    largest = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
+    uu = folded(tl.zeros([ROWS, COLUMNS], tl.float64))
+    du = folded(tl.zeros([ROWS, COLUMNS], tl.float64))
+    dd = folded(tl.zeros([ROWS, COLUMNS], tl.float64))
+    largest = folded(tl.zeros([ROWS, COLUMNS], tl.float64))
     for tile in tl.range(part, tiles, parts, num_stages=STAGES):
         n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
         u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
-        uu += folded(u * u, FOLD)
+        uu += folded(u * u)
         if DIRECTION == "max":
-            largest = tl.maximum(largest, largest_of(u, FOLD))
+            largest = tl.maximum(largest, largest_of(u))
         if BALL == "l2":
             before = tl.load(delta + n[:, None] * dim + d[None, :], mask=inside, other=0).to(tl.float64)
-            du += folded(before * u, FOLD)
-            dd += folded(before * before, FOLD)
+            du += folded(before * u)
+            dd += folded(before * before)
     at = sums + group * parts + part
     tl.store(at, tl.sum(uu, axis=0))
     if BALL == "l2":
@@ -142,7 +137,6 @@ def unit_kernel(
     DIRECTION: tl.constexpr,
     MASKED: tl.constexpr,
     PARTS: tl.constexpr,
-    FOLD: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -150,16 +144,16 @@ def unit_kernel(
     """The size of what a part of a group becomes by the step: a sum of squares, or the largest element."""
     group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _, a = step_of(sums, group, parts, everything, step, DIRECTION, PARTS)
-    size = tl.zeros([ROWS * COLUMNS // FOLD], tl.float64)
+    size = folded(tl.zeros([ROWS, COLUMNS], tl.float64))
     for tile in tl.range(part, tiles, parts, num_stages=STAGES):
         n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
         u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
         before = tl.load(delta + n[:, None] * dim + d[None, :], mask=inside, other=0).to(tl.float64)
         moved = moved_by(before, u, a)
         if DIRECTION == "l2":
-            size += folded(moved * moved, FOLD)
+            size += folded(moved * moved)
         else:
-            size = tl.maximum(size, largest_of(moved, FOLD))
+            size = tl.maximum(size, largest_of(moved))
     at = sums + 4 * everything + group * parts + part
     if DIRECTION == "l2":
         tl.store(at, tl.sum(size, axis=0))

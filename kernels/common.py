@@ -61,3 +61,10 @@ def pointer(tensor: Tensor | None, instead: Tensor) -> Tensor:
 def complain(flag: tl.tensor, bad: tl.tensor) -> None:
     """Leave a mark where an index is bad: every writer writes the same value."""
     tl.store(flag + tl.where(bad, 0, 0), 1, mask=bad)
+
+
+@triton.jit
+def folded(x: tl.tensor) -> tl.tensor:
+    """The sums of eight neighbours of a tile, which one thread has: fewer accumulators are kept."""
+    FOLD: tl.constexpr = min(8, x.numel)
+    return tl.sum(tl.reshape(x, [x.numel // FOLD, FOLD]), axis=1)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from fastadv.arguments import signatures
 from fastadv.arguments.kinds import kind_code
-from fastadv.kernels.common import launch, power_of_two, wide
-from fastadv.kernels.divergence_formulas import folded, gap_of, over_mean, probabilities, terms, times_log
+from fastadv.kernels.common import folded, launch, power_of_two, wide
+from fastadv.kernels.divergence_formulas import gap_of, over_mean, probabilities, terms, times_log
 from fastadv.native.launch import fitted
 
 MOST = 1024  # classes of a tile; half as many of float64, which would not fit in registers

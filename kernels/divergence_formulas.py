@@ -36,14 +36,6 @@ def gap_of(a: tl.tensor, b: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def folded(x: tl.tensor) -> tl.tensor:
-    """The sums of eight neighbours, which one thread has: fewer accumulators are kept."""
-    SIZE: tl.constexpr = x.shape[0]
-    FOLD: tl.constexpr = min(8, SIZE)
-    return tl.sum(tl.reshape(x, [SIZE // FOLD, FOLD]), axis=1)
-
-
-@triton.jit
 def probabilities(
     a: tl.tensor, b: tl.tensor, most_a: tl.tensor, most_b: tl.tensor, x: tl.tensor, y: tl.tensor
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
