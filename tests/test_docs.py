@@ -205,6 +205,17 @@ def test_the_page_of_the_kernels_shows_what_was_compiled() -> None:
     assert set(shown) <= set(rows)
 
 
+def test_the_page_of_the_kernels_shows_the_hosts_time() -> None:
+    page = (ROOT / "docs/kernels.md").read_text()
+    kept = json.loads((ROOT / "docs/results/host_time.json").read_text())["cases"]
+    found = {(one["scope"], one["case"]): one for one in kept}
+    columns = [found[scope, case] for case in ("ops do nothing", "a GPU's path") for scope in ("table", "sample")]
+    for part in (*columns[-1]["parts"], None):
+        of = [one["beside"] if part is None else one["parts"].get(part) for one in columns]
+        cells = ["" if one is None else f"{one['us']:,.0f} ({one['iqr_us']:,.0f})" for one in of]
+        assert f"| {part or '**the step minus its passes by hand**'} | {' | '.join(cells)} |" in page
+
+
 def test_the_page_of_the_job_shows_how_threads_wait() -> None:
     page = (ROOT / "docs/training.md").read_text()
     measured = json.loads((ROOT / "docs/results/threads.json").read_text())
