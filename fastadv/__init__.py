@@ -14,6 +14,8 @@ from importlib.metadata import PackageNotFoundError as _PackageNotFoundError
 from importlib.metadata import version as _version
 from typing import TYPE_CHECKING
 
+from fastadv.auto_classes import register as _register
+
 # A public name is one line here, and one in fastadv.methods, which everything is taken from.
 __all__ = [
     "AWP",
@@ -61,3 +63,6 @@ else:  # hidden from type checkers: a misspelt name stays an error there
 
     def __dir__() -> list[str]:
         return sorted(__all__)
+
+
+_register()  # what `fastadv train` saves opens with transformers' Auto classes

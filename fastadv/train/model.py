@@ -1,90 +1,20 @@
 # mypy: disable-error-code="no-untyped-call"
-"""Build the classifier of the main job: an encoder of transformers, a masked mean over tokens, a linear layer."""
+"""Build, load and recognise the classifier of the main job."""
 
 from __future__ import annotations
 
-import inspect
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from fastadv.train.configuration_mean_pool import MeanPoolConfig
 from fastadv.train.errors import UserError, loading
+from fastadv.train.modeling_mean_pool import MeanPoolClassifier, without_pooler
 from fastadv.train.sources import package_folder
 
 DEFAULT = "minilm-l6-v2"
-
-
-class MeanPoolConfig(PreTrainedConfig):
-    """Hold the configuration of the encoder and of the head."""
-
-    model_type = "fastadv-mean-pool"
-    keys_to_ignore_at_inference = ("losses",)
-
-    def __init__(self, encoder: dict[str, Any] | None = None, head_dropout: float = 0.1, **kwargs: Any) -> None:
-        self.encoder = encoder
-        self.head_dropout = head_dropout
-        super().__init__(**kwargs)
-
-
-@dataclass
-class Answer(SequenceClassifierOutput):
-    """Return the output of a transformers classifier, and the loss of each sample [B], which LLR needs."""
-
-    losses: Tensor | None = None
-
-
-class MeanPoolClassifier(PreTrainedModel):
-    r"""Classify by the masked mean of the last hidden states, dropout and a linear layer.
-
-    .. math:: y = W \, \mathrm{dropout}\Big(\frac{\sum_t m_t h_t}{\sum_t m_t}\Big) + b
-
-    Sentence encoders such as MiniLM were trained with this pooling; their first token alone says much less.
-    """
-
-    config_class = MeanPoolConfig
-    base_model_prefix = "encoder"
-    supports_gradient_checkpointing = True
-    _supports_sdpa = True
-    _supports_attention_backend = True
-
-    def __init__(self, config: MeanPoolConfig) -> None:
-        super().__init__(config)
-        if config.encoder is None:
-            raise ValueError("a MeanPoolConfig needs the configuration of its encoder")
-        inner: Any = AutoConfig.for_model(**config.encoder)
-        self.encoder = AutoModel.from_config(inner, **_without_pooler(inner))
-        self.dropout = nn.Dropout(config.head_dropout)
-        self.head = nn.Linear(inner.hidden_size, len(config.id2label or {}))
-        self.post_init()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Answer:
-        """Compute logits [B, classes] from ids [B, T]; with labels [B], the cross entropy too: mean and per sample."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        weights = attention_mask.unsqueeze(-1).to(hidden.dtype)
-        pooled = (hidden * weights).sum(1) / weights.sum(1).clamp_min(1)
-        logits = self.head(self.dropout(pooled))
-        if labels is None:
-            return Answer(logits=logits)
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return Answer(loss=F.cross_entropy(logits, labels), logits=logits, losses=losses)
-
-
-def _without_pooler(config: Any) -> dict[str, bool]:
-    """Leave out the pooling layer of encoders like BERT, which this head does not use."""
-    from transformers import MODEL_MAPPING
-
-    model: Any = MODEL_MAPPING.get(type(config), None)
-    accepts = isinstance(model, type) and "add_pooling_layer" in inspect.signature(model).parameters
-    return {"add_pooling_layer": False} if accepts else {}
 
 
 def resolve(name: str) -> str:
@@ -144,7 +74,7 @@ def build(name: str, labels: list[str], head_dropout: float) -> MeanPoolClassifi
     )
     model = MeanPoolClassifier(config)
     with loading(f"the weights of --model {name} could not be loaded", "give a folder with a whole model"):
-        model.encoder = AutoModel.from_pretrained(name, **_without_pooler(inner))
+        model.encoder = AutoModel.from_pretrained(name, **without_pooler(inner))
     return cast("MeanPoolClassifier", model.float())
 
 
