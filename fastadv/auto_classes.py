@@ -16,7 +16,7 @@ from types import ModuleType
 
 
 def _configuration() -> None:
-    """Light: whoever reads a tokenizer or a configuration imports no model."""
+    """Light: whoever reads a configuration imports no model."""
     from transformers.models.auto.configuration_auto import AutoConfig
 
     from fastadv.train.configuration_mean_pool import MeanPoolConfig

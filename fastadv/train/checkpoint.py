@@ -1,4 +1,4 @@
-"""Measure a saved model on the test samples of its run, or on others: `fastadv evaluate`."""
+"""Measure saved models on the test samples of their run, or on others: `fastadv evaluate`."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastadv.train import data, phase, plots
+from fastadv.train import data, plots
 from fastadv.train.data import DataSettings, Sample, Tokens
 from fastadv.train.errors import UserError
 from fastadv.train.evaluate import Evaluator
+from fastadv.train.folders import SETTINGS, models_of
 from fastadv.train.job import quiet, read_json, write_json
-from fastadv.train.model import label_names, load_checkpoint, tokenizer_of
+from fastadv.train.model import label_names, load_where_it_runs, longest, tokenizer_of
 from fastadv.train.phase import device_name, measured
-from fastadv.train.run import SETTINGS, settings_of, versions
+from fastadv.train.run import settings_of, versions
 
 
 def evaluate(
@@ -25,10 +24,12 @@ def evaluate(
     *,
     steps: int,
     samples: int | None = None,
-    max_length: int = 128,
+    max_length: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure clean accuracy over all test samples, and under PGD over the first `samples` of them (default: all).
+
+    `folder` is a checkpoint, or a run: then every model in it is measured. `max_length`: as in training by default.
 
     Raises:
         UserError: `fastadv train` did not save this checkpoint, or its test samples cannot be found.
@@ -36,17 +37,20 @@ def evaluate(
     if min(radii) <= 0 or steps < 1 or (samples is not None and samples < 1):
         raise UserError("--radii must be above 0, --attack-steps and --attack-samples at least 1")
     quiet(offline=given is None or given.data == data.DEFAULT or Path(given.data).exists())
-    network = phase.place(load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu")
-    labels = label_names(network)
-    test = _test_of_run(folder, labels) if given is None else data.load_test(given, labels)
-    tokenizer = tokenizer_of(str(folder))
-    evaluator = Evaluator(network, Tokens(test, tokenizer, max_length), tokenizer, progress)
-    accuracy = measured(evaluator, evaluator.clean(), samples, tuple(radii), steps)
+    found = {}
+    for name, checkpoint in models_of(folder).items():
+        network = load_where_it_runs(checkpoint)
+        labels = label_names(network)
+        test = _test_of_run(checkpoint, labels) if given is None else data.load_test(given, labels)
+        tokenizer = tokenizer_of(str(checkpoint))
+        tokens = Tokens(test, tokenizer, longest(tokenizer, max_length))
+        evaluator = Evaluator(network, tokens, tokenizer, progress)
+        found[name] = {"accuracy": measured(evaluator, evaluator.clean(), samples, tuple(radii), steps)}
     return {
-        "checkpoint": str(folder),
+        "folder": str(folder),
         "data": None if given is None else given.data,
         "attack": {"method": "PGD", "steps": steps, "norm": "l2", "scope": "sample", "step_size": "radius / 4"},
-        "accuracy": accuracy,
+        "models": found,
         "hardware": device_name(str(evaluator.device)),
         "versions": versions(),
     }
@@ -76,6 +80,7 @@ def write(result: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     files = [folder / "evaluation.json", folder / "evaluation.svg"]
     write_json(files[0], result)
-    picture = plots.radii({Path(result["checkpoint"]).name: result["accuracy"]}, result["attack"]["steps"])
+    curves = {name: model["accuracy"] for name, model in result["models"].items()}
+    picture = plots.radii(curves, result["attack"]["steps"])
     files[1].write_text(picture, encoding="utf-8")
     return files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from datetime import datetime
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +16,7 @@ except ImportError as error:  # what the extra brings
     sys.exit(f"error: the command fastadv needs more packages ({error.name}): pip install 'fastadv[train]'")
 
 import fastadv
-from fastadv.train import shared, threads
+from fastadv.train import folders, shared, threads
 from fastadv.train.errors import Interrupted, UserError
 
 RUNS = Path("runs")
@@ -23,11 +24,20 @@ MORE: dict[str, Any] = {
     "allow_extra_args": True,
     "ignore_unknown_options": True,
 }  # shared.check_extra looks through them
+
+
+class Which(str, Enum):
+    """Name the models of a run."""
+
+    plain = folders.PLAIN
+    adversarial = folders.ADVERSARIAL
+
+
 app = typer.Typer(add_completion=False, no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
 class Train(TyperCommand):
-    """List the options that come with the methods only when help is asked for, since that imports torch."""
+    """List the options that come with the methods when help is asked for."""
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         r"""Write the list; `\b` keeps click from filling a paragraph."""
@@ -96,42 +106,65 @@ def train(
 @app.command(context_settings=MORE)
 def evaluate(
     context: typer.Context,
-    checkpoint: Annotated[
-        Path, typer.Argument(help="Folder of a model that `fastadv train` saved, such as RUN/adversarial.")
+    folder: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one model that `fastadv train` saved.")
     ],
     data: Annotated[
         str | None, typer.Option(help="Test on this file or data set, all of it. Default: the run's test samples.")
     ] = None,
     text_column: shared.TextColumn = "text",
     label_column: shared.LabelColumn = "label",
-    max_length: shared.MaxLength = 128,
+    max_length: shared.AsTrained = None,
     radii: shared.Radii = "0.05,0.1,0.2,0.4",
     attack_steps: Annotated[int, typer.Option("--attack-steps", "--steps", help="Steps of this attack.")] = 20,
     attack_samples: Annotated[int | None, typer.Option(help="Attack only so many test samples. Default: all.")] = None,
     output_dir: Annotated[
-        Path | None, typer.Option(help="Folder for evaluation.json and evaluation.svg. Default: the checkpoint's.")
+        Path | None, typer.Option(help="Folder for evaluation.json and evaluation.svg. Default: RUN.")
     ] = None,
 ) -> None:
-    """Measure a trained model: clean accuracy, and accuracy under a PGD attack on its word embeddings."""
-    if str(checkpoint).startswith("--"):  # an option that nobody knows, taken for the argument
-        context.args.insert(0, str(checkpoint))
+    """Measure trained models: clean accuracy, and accuracy under a PGD attack on their word embeddings.
+
+    Of a run it measures the plain and the adversarial model, side by side.
+    """
+    if str(folder).startswith("--"):  # an option that nobody knows, taken for the argument
+        context.args.insert(0, str(folder))
     shared.check_extra(context, training=False)
-    from fastadv.train import checkpoint as saved
-    from fastadv.train import tables
+    folders.models_of(folder)
+    from fastadv.train import checkpoint, tables
     from fastadv.train.data import DataSettings
 
     given = None if data is None else DataSettings(data, text_column=text_column, label_column=label_column)
-    result = saved.evaluate(
-        checkpoint,
+    result = checkpoint.evaluate(
+        folder,
         given,
         shared.numbers("--radii", radii),
         steps=attack_steps,
         samples=attack_samples,
         max_length=max_length,
     )
-    files = saved.write(result, output_dir or checkpoint)
-    tables.show(tables.evaluation(result["accuracy"], attack_steps, str(checkpoint)))
+    files = checkpoint.write(result, output_dir or folder)
+    tables.show(tables.evaluation(result))
     print("\n".join(str(file) for file in files))
+
+
+@app.command()
+def predict(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, or of one model in it.")],
+    texts: Annotated[list[str] | None, typer.Argument(metavar="[TEXT]...", help="Texts to answer.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A file of texts, as in `fastadv train`; - is standard input, a text a line.")
+    ] = None,
+    text_column: shared.TextColumn = "text",
+    model: Annotated[Which | None, typer.Option(help="Which model of the run. Default: adversarial.")] = None,
+    max_length: shared.AsTrained = None,
+    output: Annotated[Path | None, typer.Option(help="File to write to. Default: standard output.")] = None,
+) -> None:
+    """Answer texts with a trained model: a JSON object a line, with the text, its label and the scores."""
+    chosen = folders.chosen(folder, None if model is None else model.value)
+    from fastadv.train import predict as predicting
+
+    found = predicting.texts_of(texts or [], data, text_column)
+    predicting.write(predicting.Predictor(chosen, max_length)(found), output)
 
 
 @app.command(context_settings=MORE)

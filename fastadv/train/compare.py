@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastadv.train import options, plots
+from fastadv.train import options, plots, signatures
 from fastadv.train.errors import Interrupted
 from fastadv.train.job import Settings, write_json
 from fastadv.train.sweep import Point, label, points, ready, train_all
@@ -40,11 +40,13 @@ def grid_of(names: str, tries: Sequence[str]) -> list[Point]:
     Raises:
         UserError: there is no such method, or it has no such parameter.
     """
-    chosen = list(options.methods()) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    chosen = (
+        list(signatures.methods()) if names == "all" else [name.strip() for name in names.split(",") if name.strip()]
+    )
     named: list[Point] = [("plain", {})]
     for name in chosen:
         if name.lower() != "plain":
-            options.method_class(name)
+            options.signature_of(name)
             named.append((name.lower(), {}))
     return [*named, *(point for point in points(tries) if point not in named)]
 

@@ -115,6 +115,7 @@ def prepare(settings: Settings) -> Job:
         settings = replace(settings, data=replace(settings.data, train_samples=TRAIN_SAMPLES))
     samples = data.load(settings.data)
     tokenizer = model.tokenizer_of(folder)
+    tokenizer.model_max_length = settings.max_length  # saved with the models: who loads them truncates as training did
     job = Job(
         settings,
         folder,

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from fastadv.train.configuration_mean_pool import MeanPoolConfig
@@ -15,6 +17,7 @@ from fastadv.train.modeling_mean_pool import MeanPoolClassifier, without_pooler
 from fastadv.train.sources import package_folder
 
 DEFAULT = "minilm-l6-v2"
+UNLIMITED = 10**6  # a tokenizer without a limit has a number that no text reaches
 
 
 def resolve(name: str) -> str:
@@ -44,6 +47,12 @@ def tokenizer_of(name: str) -> Any:
     if tokenizer.pad_token is None:
         raise UserError(f"the tokenizer of {name} has neither a padding nor an end token: set one and save it")
     return tokenizer
+
+
+def longest(tokenizer: Any, given: int | None) -> int:
+    """Choose the longest text in tokens: `given`, or else what the model was trained on."""
+    limit: int = tokenizer.model_max_length
+    return given or (limit if limit < UNLIMITED else 128)
 
 
 def encoder_config(name: str) -> Any:
@@ -86,7 +95,9 @@ def load_checkpoint(folder: Path) -> MeanPoolClassifier:
     """
     kind = _model_type(folder)
     if kind is None:
-        raise UserError(f"{folder} has no config.json: give the folder of a checkpoint, such as RUN/adversarial")
+        raise UserError(
+            f"{folder} has no config.json: give the folder of a run, or of a model in it, such as RUN/adversarial"
+        )
     if kind != MeanPoolConfig.model_type:
         raise UserError(
             f"{folder} is a checkpoint of another model ({kind}): this command reads what `fastadv train` saved "
@@ -100,6 +111,17 @@ def load_checkpoint(folder: Path) -> MeanPoolClassifier:
     if missing:
         raise UserError(f"{folder} holds the weights of another model ({missing[0]} does not fit): train again")
     return cast("MeanPoolClassifier", model)
+
+
+def load_where_it_runs(folder: Path) -> MeanPoolClassifier:
+    """Load a classifier onto the GPU, if there is one."""
+    return place(load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def place(model: MeanPoolClassifier, device: str) -> MeanPoolClassifier:
+    """Move a model to a device; its own `to` loses its type."""
+    nn.Module.to(model, device)
+    return model
 
 
 def check_same_model(folder: Path, model: MeanPoolClassifier) -> None:

@@ -7,15 +7,14 @@ import dataclasses
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, cast
-
-import torch
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import fastadv
-from fastadv.methods import EmbeddingMethod, Method
-from fastadv.methods.options import options_of
-from fastadv.train import names
+from fastadv.train import names, signatures
 from fastadv.train.errors import UserError
+
+if TYPE_CHECKING:  # torch comes with a method, and not before
+    from fastadv.methods import Method
 
 # The job decides these itself, or only a program can give them.
 INTERNAL = {"self", "model", "method", "parameters", "backward", "scaler", "atomic"}
@@ -59,9 +58,19 @@ TRAINING = {
 
 def methods() -> dict[str, type[Method]]:
     """List every method that fastadv exports, by its lower-case name."""
-    exported = [getattr(fastadv, name) for name in fastadv.__all__]
-    classes = [one for one in exported if isinstance(one, type) and issubclass(one, Method)]
-    return {one.__name__.lower(): one for one in classes if one not in (Method, EmbeddingMethod)}
+    return {name: getattr(fastadv, one.name) for name, one in signatures.methods().items()}
+
+
+def signature_of(name: str) -> signatures.Signature:
+    """Find what a method takes, without importing it.
+
+    Raises:
+        UserError: there is no such method.
+    """
+    known = signatures.methods()
+    if name.lower() not in known:
+        raise UserError(f"there is no method {name!r}: choose one of {', '.join(known)}")
+    return known[name.lower()]
 
 
 def method_class(name: str) -> type[Method]:
@@ -70,25 +79,27 @@ def method_class(name: str) -> type[Method]:
     Raises:
         UserError: there is none.
     """
-    known = methods()
-    if name.lower() not in known:
-        raise UserError(f"there is no method {name!r}: choose one of {', '.join(known)}")
-    return known[name.lower()]
+    cls: type[Method] = getattr(fastadv, signature_of(name).name)
+    return cls
 
 
-def parameters(method: type[Method]) -> dict[str, Any]:
+def parameters(method: type[Method] | str) -> dict[str, Any]:
     """List a method's options that a command line can give, with their defaults."""
-    cls: type = method  # mypy takes a type[Method] for unhashable
-    return {name: default for name, default in options_of(cls).items() if name not in INTERNAL}
+    found = signature_of(method if isinstance(method, str) else method.__name__).options
+    return {name: default for name, default in found.items() if name not in INTERNAL}
 
 
 def literal(text: str | None) -> Any:
     """Read a value much as Python would: none, true, 3, 0.5, l2, bfloat16."""
     if text is None:
         return True
-    constants = {"none": None, "true": True, "false": False, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    constants = {"none": None, "true": True, "false": False}
     if text.lower() in constants:
         return constants[text.lower()]
+    if text.lower() in {"bfloat16", "float16"}:
+        import torch
+
+        return getattr(torch, text.lower())
     for kind in (int, float):
         with contextlib.suppress(ValueError):
             return kind(text)
@@ -103,19 +114,20 @@ class Options:
     training: dict[str, str | None]
 
 
-def split(arguments: Sequence[str], method: type[Method] | None, own: Sequence[str] = ()) -> Options:
+def split(arguments: Sequence[str], method: type[Method] | str | None, own: Sequence[str] = ()) -> Options:
     """Sort options into the method's parameters and TrainingArguments.
 
     Args:
         arguments: as the command line has them.
-        method: None for a command that trains with several: its options are TrainingArguments alone.
+        method: the class or its name; None for a command that trains with several, whose options are TrainingArguments
+            alone.
         own: the names of the options that the command declares itself, to suggest one of them.
 
     Raises:
         UserError: an option that is neither; the message names the nearest one.
     """
     accepted = {} if method is None else parameters(method)
-    fields = training_fields()
+    fields = signatures.training_fields()
     taken = TAKEN if method is not None else {**TAKEN, **TAKEN_BY_SEVERAL}
     found = Options({}, {})
     for name, value in names.pairs(arguments).items():
@@ -132,9 +144,9 @@ def split(arguments: Sequence[str], method: type[Method] | None, own: Sequence[s
     return found
 
 
-def _refuse_parameter(name: str, method: type[Method] | None, own: Sequence[str]) -> None:
+def _refuse_parameter(name: str, method: type[Method] | str | None, own: Sequence[str]) -> None:
     """Refuse the parameter of another method, and say whose it is."""
-    owners = [other.__name__ for other in methods().values() if name in parameters(other)]
+    owners = [other.name for other in signatures.methods().values() if name in parameters(other.name)]
     if not owners and not (name == "method" and method is None):
         return
     near = names.related(name, own)
@@ -144,16 +156,8 @@ def _refuse_parameter(name: str, method: type[Method] | None, own: Sequence[str]
             f'{names.option(name)} belongs to one method: give it in a --try, such as --try "pgd steps=3"{hint}'
         )
     mine = ", ".join(names.option(one) for one in parameters(method))
-    raise UserError(
-        f"{names.option(name)} is no parameter of {method.__name__} (of {', '.join(owners)}); it takes {mine}{hint}"
-    )
-
-
-def training_fields() -> dict[str, Any]:
-    """List the fields of TrainingArguments by name."""
-    from transformers import TrainingArguments
-
-    return {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    who = signature_of(method).name if isinstance(method, str) else method.__name__
+    raise UserError(f"{names.option(name)} is no parameter of {who} (of {', '.join(owners)}); it takes {mine}{hint}")
 
 
 def training_arguments(given: Mapping[str, str | None], **fixed: Any) -> Any:
@@ -184,8 +188,8 @@ def training_arguments(given: Mapping[str, str | None], **fixed: Any) -> Any:
 def listing() -> str:
     """List methods, parameters and defaults for `fastadv train --help`."""
     lines = ["Parameters of the methods, with their defaults in this job:"]
-    for name, cls in methods().items():
-        defaults = dict(parameters(cls))
+    for name in signatures.methods():
+        defaults = dict(parameters(name))
         defaults.update(METHOD_DEFAULTS.get(name, {}))
         lines += _wrapped(f"{name}: ", defaults)
     lines += [

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -23,8 +22,6 @@ from fastadv.train.job import Job
 from fastadv.train.log import JsonLines, Progress, Stop, read_log, rewind
 from fastadv.train.memory import PeakMemory
 from fastadv.train.model import MeanPoolClassifier, check_same_model
-
-PLAIN, ADVERSARIAL = "plain", "adversarial"
 
 
 @dataclass(frozen=True)
@@ -120,12 +117,6 @@ def measured(
 def cost_dict(cost: Cost) -> dict[str, Any]:
     """Lay out a cost for JSON."""
     return asdict(cost)
-
-
-def place(model: MeanPoolClassifier, device: str) -> MeanPoolClassifier:
-    """Move a model to a device; its own `to` loses its type."""
-    nn.Module.to(model, device)
-    return model
 
 
 def device_name(device: str) -> str:

@@ -15,11 +15,11 @@ import fastadv
 from fastadv.train import phase
 from fastadv.train.data import DataSettings
 from fastadv.train.errors import Interrupted, UserError
+from fastadv.train.folders import ADVERSARIAL, PLAIN, SETTINGS
 from fastadv.train.job import Job, Settings, read_json, write_json
-from fastadv.train.model import load_checkpoint
-from fastadv.train.phase import ADVERSARIAL, PLAIN
+from fastadv.train.model import load_checkpoint, place
 
-SETTINGS, RESULT, REPORT, LOG, DONE = "settings.json", "result.json", "report.html", "log.jsonl", "phase.json"
+RESULT, REPORT, LOG, DONE = "result.json", "report.html", "log.jsonl", "phase.json"
 
 
 def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
@@ -61,7 +61,7 @@ def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
         write_json(mine / DONE, record)
         _forget_checkpoints(job, mine)
     elif "accuracy" not in record:
-        network = phase.place(load_checkpoint(mine), record["cost"]["device"])
+        network = place(load_checkpoint(mine), record["cost"]["device"])
     if "accuracy" not in record:
         record["accuracy"] = phase.measure(job, network)
         write_json(mine / DONE, record)

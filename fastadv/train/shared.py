@@ -19,6 +19,9 @@ Data = Annotated[
 TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="Column of the labels.")]
 MaxLength = Annotated[int, typer.Option(help="Longest text, in tokens.")]
+AsTrained = Annotated[
+    int | None, typer.Option("--max-length", help="Longest text, in tokens. Default: as in training.")
+]
 Radii = Annotated[str, typer.Option(help="Radii of the PGD attack that measures a model, with commas between.")]
 AttackSteps = Annotated[int, typer.Option(help="Steps of this attack.")]
 Seeds = Annotated[str, typer.Option(help="Seeds, with commas between.")]
@@ -102,11 +105,13 @@ def check_extra(context: typer.Context, *, training: bool = True) -> None:
     """
     parameters = context.command.params
     own = [option[2:].replace("-", "_") for one in parameters for option in one.opts if option.startswith("--")]
-    if training and context.args:
+    if training:
         from fastadv.train import options
 
         method = context.params.get("method")
-        options.split(context.args, None if method is None else options.method_class(method), own)
+        if method is not None:
+            options.signature_of(method)
+        options.split(context.args, method, own)
     elif context.args:
         unknown = [one for one in context.args if one.startswith("--")]
         names.refuse(next(iter(names.pairs(unknown or context.args))), own)

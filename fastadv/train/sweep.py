@@ -27,7 +27,7 @@ def points(tries: Sequence[str]) -> list[Point]:
     found: list[Point] = []
     for text in tries:
         name, *assignments = text.split()
-        accepted = options.parameters(options.method_class(name))
+        accepted = options.parameters(name)
         values: list[list[tuple[str, Any]]] = []
         for assignment in assignments:
             key, _, listed = assignment.partition("=")

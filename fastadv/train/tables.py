@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from fastadv.train.phase import ADVERSARIAL, PLAIN
+from fastadv.train.folders import ADVERSARIAL, PLAIN
 
 
 class Line(NamedTuple):
@@ -68,11 +68,11 @@ def comparison(result: dict[str, Any]) -> Table:
     return table
 
 
-def evaluation(cells: Iterable[dict[str, Any]], steps: int, title: str) -> Table:
-    """Make the table of one model."""
-    table = _table(title, ["", "accuracy, 95 % interval"])
-    for cell in cells:
-        table.add_row(measure(cell, steps), accuracy(cell))
+def evaluation(result: dict[str, Any]) -> Table:
+    """Make the table of the models of an evaluation."""
+    table = _table(f"{result['folder']}: accuracy, 95 % intervals", ["", *result["models"]])
+    for cells in zip(*(model["accuracy"] for model in result["models"].values()), strict=True):
+        table.add_row(measure(cells[0], result["attack"]["steps"]), *map(accuracy, cells))
     return table
 
 

@@ -83,13 +83,16 @@ def check_page(run: Path, result: dict[str, Any]) -> None:
 
 
 def check_evaluate(run: Path, result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
-    main_ok("evaluate", str(run / "plain"), "--radii", "0.1,0.2", "--attack-steps", "3")
-    found = json.loads((run / "plain" / "evaluation.json").read_text())
-    assert found["accuracy"] == result["models"]["plain"]["accuracy"], "the same attack on the same test samples"
-    assert (run / "plain" / "evaluation.svg").read_text().startswith("<svg")
+    main_ok("evaluate", str(run), "--radii", "0.1,0.2", "--attack-steps", "3")
+    found = json.loads((run / "evaluation.json").read_text())
+    assert list(found["models"]) == ["plain", "adversarial"]
+    for name, model in found["models"].items():
+        assert model["accuracy"] == result["models"][name]["accuracy"], "the same attack on the same test samples"
+    assert (run / "evaluation.svg").read_text().startswith("<svg")
     other = write_csv(Path("other.csv"), [("a fine film", "good"), ("a dull film", "bad")])
     main_ok("evaluate", str(run / "plain"), "--data", str(other), "--radii", "0.1", "--output-dir", "elsewhere")
-    assert json.loads(Path("elsewhere/evaluation.json").read_text())["accuracy"][0]["total"] == 2
+    other_found = json.loads(Path("elsewhere/evaluation.json").read_text())["models"]
+    assert {name: model["accuracy"][0]["total"] for name, model in other_found.items()} == {"plain": 2}
     message = refused(capsys, "evaluate", str(run / "plain"), "--data", str(write_csv(Path("odd.csv"), [("x", "odd")])))
     assert "'odd', which was not seen in training" in message
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 import fastadv
-from fastadv.train import options
+from fastadv.methods.options import options_of
+from fastadv.train import options, signatures
 from fastadv.train.errors import UserError
 
 
@@ -24,6 +28,23 @@ def test_parameters_are_the_signatures() -> None:
     assert pgd["step_size"] == 0.3
     assert not {"step_size", "steps"} & set(fgm), "FGM decides these itself"
     assert not {"model", "backward", "scaler"} & set(pgd)
+
+
+@pytest.mark.parametrize(("name", "method"), options.methods().items())
+def test_the_source_says_what_the_class_says(name: str, method: Any) -> None:
+    assert list(signatures.methods()[name].options.items()) == list(options_of(method).items())
+
+
+def test_every_exported_method_is_listed() -> None:
+    exported = [getattr(fastadv, name) for name in fastadv.__all__]
+    methods = [one for one in exported if isinstance(one, type) and issubclass(one, fastadv.Method)]
+    assert list(options.methods().values()) == [
+        one for one in methods if one not in (fastadv.Method, fastadv.EmbeddingMethod)
+    ]
+
+
+def test_training_arguments_are_those_of_transformers() -> None:
+    assert signatures.training_fields() == [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
 
 
 @pytest.mark.parametrize("method", options.methods().values())

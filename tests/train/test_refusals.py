@@ -105,11 +105,13 @@ def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_evaluate_errors(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "a checkpoint of another model (bert)" in refused(capsys, "evaluate", str(encoder))
-    assert "has no config.json" in refused(capsys, "evaluate", "nowhere")
+    assert "there is no folder nowhere" in refused(capsys, "evaluate", "nowhere")
+    Path("empty").mkdir()
+    assert "has no config.json" in refused(capsys, "evaluate", "empty")
     assert "--radii takes numbers" in refused(capsys, "evaluate", str(encoder), "--radii", "x")
 
 
 def test_evaluate_has_one_attack_and_takes_its_steps_by_both_names(capsys: pytest.CaptureFixture[str]) -> None:
     """There is no method whose own steps `--steps` could be."""
     for name in ("--attack-steps", "--steps"):
-        assert "has no config.json" in refused(capsys, "evaluate", "NOWHERE", name, "3")
+        assert "there is no folder NOWHERE" in refused(capsys, "evaluate", "NOWHERE", name, "3")

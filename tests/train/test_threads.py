@@ -79,12 +79,23 @@ def test_the_runtime_has_read_it(given: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--version"], 0), (["--help"], 0), (["sweep", "--help"], 0), (["evaluate", "x", "--y"], 2)],
+    [
+        (["--version"], 0),
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["trian"], 2),
+        (["train", "--epsilom", "1"], 2),
+        (["train", "--steps", "3"], 2),
+        (["train", "--method", "magic"], 2),
+        (["sweep", "--output-dir", "x", "--try", "fgm", "--y", "1"], 2),
+        (["evaluate", "x", "--y"], 2),
+        (["predict", "nowhere", "a text"], 2),
+    ],
 )
-def test_what_needs_no_torch_loads_none(arguments: list[str], code: int) -> None:
+def test_what_needs_no_torch_loads_none_nor_transformers(arguments: list[str], code: int) -> None:
     script = f"""
 import sys
-sys.modules["torch"] = None  # an import is an error
+sys.modules["torch"] = sys.modules["transformers"] = None  # an import is an error
 from fastadv.train.cli import main
 main({arguments!r})
 """
