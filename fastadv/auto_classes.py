@@ -27,7 +27,8 @@ def _configuration() -> None:
 def _model() -> None:
     from transformers.models.auto.modeling_auto import AutoModelForSequenceClassification
 
-    from fastadv.train.modeling_mean_pool import MeanPoolClassifier, MeanPoolConfig
+    from fastadv.train.configuration_mean_pool import MeanPoolConfig
+    from fastadv.train.modeling_mean_pool import MeanPoolClassifier
 
     AutoModelForSequenceClassification.register(MeanPoolConfig, MeanPoolClassifier, exist_ok=True)
 

@@ -11,12 +11,15 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ["fastadv", "kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE"]
+SOURCES = ["fastadv", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in"]
+SOURCES += ["README.md", "LICENSE", "CHANGELOG.md", "CITATION.cff"]
 
 
 @pytest.fixture
@@ -127,7 +130,8 @@ def test_the_sdist_carries_every_source(tree: Path) -> None:
         for folder, pattern in (("csrc", "*.*"), ("fastadv", "**/*.py"), ("kernels", "*.py"))
         for path in (tree / folder).glob(pattern)
     }
-    assert wanted | {"setup.py", "pyproject.toml", "LICENSE", "README.md", "fastadv/py.typed"} <= names
+    assert wanted | {*SOURCES[3:], "fastadv/py.typed"} <= names
+    assert not [name for name in names if name.startswith("tests")]
     assert not [name for name in names if name.endswith((".so", "_build_info.json"))]
 
 
@@ -140,22 +144,60 @@ def test_metadata(tree: Path) -> None:
     assert set(metadata.get_all("Provides-Extra", [])) >= {"train", "test", "bench", "docs"}
     assert metadata["Requires-Python"] == ">=3.10"
     assert metadata["License-Expression"] == "Apache-2.0"
+    citation = yaml.safe_load((tree / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation), "what the format asks for"
+    assert metadata["Version"] == citation["version"]
+    released = f"## {citation['version']} - {citation['date-released']}\n"
+    assert released in (tree / "CHANGELOG.md").read_text()
     assert "fastadv = fastadv.train.cli:main" in (info / "entry_points.txt").read_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ninja", [True, False], ids=["ninja", "without ninja"])
-def test_builds_the_cpp_part(tree: Path, ninja: bool) -> None:
+def test_a_wheel_has_the_cpp_part(tree: Path, ninja: bool) -> None:
     if shutil.which("g++") is None:
         pytest.skip("no g++")
     if not ninja:
         hide = "import sys\nsys.modules['ninja'] = None\n"
         (tree.parent / "poison" / "sitecustomize.py").write_text(hide)
-    setup(tree, "build", FASTADV_CUDA="0", FASTADV_NATIVE="1")
-    assert list(built(tree).glob("_C*"))
+    setup(tree, "bdist_wheel", FASTADV_CUDA="0", FASTADV_NATIVE="1")
+    (library,) = built(tree).glob("_C*")
+    content = library.read_bytes()
+    assert not [name for name in (b"libtorch", b"libc10") if name in content], "any torch serves"
     assert record(tree)["native_reason"] is None
     assert "FASTADV_CUDA=0" in str(record(tree)["cuda_reason"])
     assert bool(list(tree.glob("build/temp*/cpu/build.ninja"))) == ninja
+    check_wheel(tree)
+
+
+STEP = """
+import torch, fastadv
+table, head = torch.nn.Embedding(9, 4), torch.nn.Linear(4, 2)
+model = torch.nn.Sequential(table, head)
+adv = fastadv.PGD(model, epsilon=0.1, step_size=0.05, steps=2, scope="sample", fused=True)
+ids, labels = torch.tensor([[1, 2], [3, 4]]), torch.tensor([0, 1])
+adv.backward(lambda: torch.nn.functional.cross_entropy(model(ids).mean(1), labels))
+assert table.weight.grad.abs().sum() > 0
+print(fastadv.__file__, fastadv.native.available())
+"""
+
+
+def check_wheel(tree: Path) -> None:
+    """Unpacked where no compiler is, it is what is imported, and its ops take a step."""
+    (wheel,) = tree.glob("dist/*.whl")
+    site = tree.parent / "site"
+    with zipfile.ZipFile(wheel) as packed:
+        packed.extractall(site)
+    done = subprocess.run(
+        [sys.executable, "-c", STEP],
+        cwd=site,
+        env={"PATH": str(site), "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"},
+        text=True,
+        capture_output=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(site / "fastadv" / "__init__.py"), "True"]
 
 
 @pytest.mark.slow

@@ -18,13 +18,15 @@ import torch
 from transformers import AutoModel, BertConfig, BertForSequenceClassification, TrainingArguments
 
 import fastadv
-from fastadv.train.model import DEFAULT, resolve
+from fastadv.train.model import DEFAULT, build, resolve, tokenizer_of
+from tests.train.conftest import save_encoder
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for page in DOCS if "results" not in page.parts)]
 GENERATED = "<!-- results"  # what bench/report has written
 CODE = re.compile(r"^```(python|diff)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+RUN = "runs/DATE-TIME/adversarial"
 RUNNABLE = [page for page in PAGES if CODE.search(page.read_text())]
 
 
@@ -36,6 +38,9 @@ def name(page: Path) -> str:
 def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From top to bottom, as a reader would paste it, on a BERT of two layers."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.chdir(tmp_path)
+    if RUN in page.read_text():
+        save_run(Path(RUN))
     names = surroundings(tmp_path)
     for language, block in CODE.findall(page.read_text()):
         if language == "diff":
@@ -44,6 +49,13 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             compile(block, page.name, "exec")
         else:
             exec(compile(block, page.name, "exec"), names)
+
+
+def save_run(folder: Path) -> None:
+    """A model as `fastadv train` leaves it."""
+    encoder = save_encoder(Path())
+    build(str(encoder), ["bad", "good"], 0.1).save_pretrained(folder)
+    tokenizer_of(str(encoder)).save_pretrained(folder)
 
 
 def surroundings(folder: Path) -> dict[str, Any]:

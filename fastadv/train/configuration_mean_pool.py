@@ -1,3 +1,4 @@
+# mypy: disable-error-code="no-untyped-call"
 """Hold the configuration of the main job's classifier. `save_pretrained` copies this file: it imports no fastadv."""
 
 from __future__ import annotations

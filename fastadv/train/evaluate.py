@@ -14,7 +14,7 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from fastadv import PGD
 from fastadv.train.data import Tokens
-from fastadv.train.model import MeanPoolClassifier
+from fastadv.train.modeling_mean_pool import MeanPoolClassifier
 
 BATCH = 64
 

@@ -19,6 +19,7 @@ from fastadv.methods import Method
 from fastadv.train import data, model, options
 from fastadv.train.data import DataSettings, Samples, Tokens
 from fastadv.train.errors import UserError
+from fastadv.train.modeling_mean_pool import MeanPoolClassifier
 
 METHOD = "fgm"
 TRAIN_SAMPLES = 3200  # of the default data: two trainings and their evaluations then fit into ten minutes on two cores
@@ -65,7 +66,7 @@ class Job:
         args._n_gpu = min(args.n_gpu, 1)
         return args
 
-    def build(self, seed: int) -> model.MeanPoolClassifier:
+    def build(self, seed: int) -> MeanPoolClassifier:
         """Build the classifier at the start of training: the same for the same seed."""
         set_seed(seed)
         return model.build(self.model_path, self.samples.labels, self.settings.head_dropout)

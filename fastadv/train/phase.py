@@ -21,7 +21,8 @@ from fastadv.train.evaluate import Evaluator
 from fastadv.train.job import Job
 from fastadv.train.log import JsonLines, Progress, Stop, read_log, rewind
 from fastadv.train.memory import PeakMemory
-from fastadv.train.model import MeanPoolClassifier, check_same_model
+from fastadv.train.model import check_same_model
+from fastadv.train.modeling_mean_pool import MeanPoolClassifier
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,11 @@ PLAIN = ["the", "a", "film", "story", "scene", "actor", "and", "with", "was", "i
 @pytest.fixture(scope="session")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random BERT of two layers and 32 dimensions, saved as a folder that `--model` takes."""
-    folder = tmp_path_factory.mktemp("encoder")
+    return save_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+def save_encoder(folder: Path) -> Path:
+    """Save it with its tokenizer."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *PLAIN, *GOOD, *BAD]
     (folder / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     BertTokenizer(str(folder / "vocab.txt")).save_pretrained(folder)
