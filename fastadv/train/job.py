@@ -16,6 +16,7 @@ from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from fastadv.methods import Method
+from fastadv.methods.radius_losses import scaled
 from fastadv.train import data, model, options
 from fastadv.train.data import DataSettings, Samples, Tokens
 from fastadv.train.errors import UserError
@@ -81,8 +82,10 @@ class Job:
         Raises:
             UserError: the method refuses its arguments.
         """
+        given = self.method_arguments
+        sized = scaled(given, options.usual_radius(self.method)) if given.get("epsilon") == options.AUTO else given
         try:
-            self.method(self.build(seed), **self.method_arguments).close()
+            self.method(self.build(seed), **sized).close()
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{self.method.__name__}: {error}") from None
 
@@ -123,7 +126,7 @@ def prepare(settings: Settings) -> Job:
         Tokens(samples.train, tokenizer, settings.max_length),
         Tokens(samples.test, tokenizer, settings.max_length),
         method,
-        {**options.METHOD_DEFAULTS.get(settings.method.lower(), {}), **extra.method},
+        options.arguments(method, extra.method, options.AUTO),
         extra.training,
     )
     job.check_adversary(job.arguments(Path("unused")).seed)

@@ -14,6 +14,7 @@ import torch
 import fastadv
 from fastadv.methods import EmbeddingMethod, Method
 from fastadv.methods.options import options_of
+from fastadv.methods.radius_losses import SCALED, has_radius, is_number
 from fastadv.train import names
 from fastadv.train.errors import UserError
 
@@ -27,6 +28,8 @@ TAKEN = dict.fromkeys((
 ), IN_A_SCRIPT)  # fmt: skip
 # By commands that train several times.
 TAKEN_BY_SEVERAL = {"seed": "give --seeds, with commas between", "save_strategy": "it keeps no models"}
+
+AUTO = "auto"  # the epsilon that suggest_radius finds
 
 # Parameters of a method where this job wants others than the method's own: a ball around each sample, so that the
 # strength does not depend on the batch, and the radius and steps that the sweep in docs/training.md chose.
@@ -80,6 +83,34 @@ def parameters(method: type[Method]) -> dict[str, Any]:
     """List a method's options that a command line can give, with their defaults."""
     cls: type = method  # mypy takes a type[Method] for unhashable
     return {name: default for name, default in options_of(cls).items() if name not in INTERNAL}
+
+
+def arguments(method: type[Method], given: Mapping[str, Any], radius: float | str | None = None) -> dict[str, Any]:
+    """Complete a method's arguments by this job's defaults. `radius`: the epsilon where none is given.
+
+    Steps and starts that are not given keep their proportion to the radius, and with `auto` are fractions of it.
+
+    Raises:
+        UserError: `auto` for a method without a radius, or beside a step or a start.
+    """
+    defaults = METHOD_DEFAULTS.get(method.__name__.lower(), {})
+    found = {**defaults, **given}
+    if not has_radius(method):
+        return found
+    if radius is not None:
+        found["epsilon"] = given.get("epsilon", radius)
+    epsilon, usual = found.get("epsilon"), usual_radius(method)
+    both = [names.option(name) for name in SCALED if name in given]
+    if epsilon == AUTO and both:
+        raise UserError(f"--epsilon {AUTO} sets {' and '.join(both)} too: leave it out, or give a number for --epsilon")
+    part = 1.0 if epsilon == AUTO else epsilon
+    mine = [name for name in SCALED if name not in given and is_number(found.get(name)) and is_number(part)]
+    return {**found, **{name: round(part * found[name] / usual, 12) for name in mine}}
+
+
+def usual_radius(method: type[Method]) -> Any:
+    """Return the epsilon of this job for a method, found for MiniLM."""
+    return {**parameters(method), **METHOD_DEFAULTS.get(method.__name__.lower(), {})}["epsilon"]
 
 
 def literal(text: str | None) -> Any:

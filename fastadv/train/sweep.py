@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastadv.train import options, phase
+from fastadv.train import options, phase, radius
 from fastadv.train.errors import UserError
 from fastadv.train.job import Job, Settings, prepare, read_json, write_json
 
@@ -97,11 +97,12 @@ def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Pat
 
 def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) -> dict[str, Any]:
     title = f"{place}{label(name, arguments)}, seed {seed}"
-    adversary = None
+    adversary = found = None
     if name != "plain":
-        full = {**options.METHOD_DEFAULTS.get(name, {}), **arguments}
-        mine = replace(job, method=options.method_class(name), method_arguments=full)
+        method = options.method_class(name)
+        mine = replace(job, method=method, method_arguments=options.arguments(method, arguments))
         mine.check_adversary(seed)
+        mine, found = radius.chosen(mine, seed)
         adversary = mine.adversary
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
@@ -111,6 +112,7 @@ def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) 
         "method": name,
         "arguments": arguments,
         "seed": seed,
+        **({} if found is None else {"radius": found}),
         "seconds_per_step": cost.seconds_per_step,
         "peak_memory": cost.peak_memory,
         "steps": cost.steps,
