@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,26 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Count correct answers out of `total`, under an attack of radius `radius` (0: none)."""
+    """Say which answers are right under an attack of radius `radius` (0: none)."""
 
     radius: float
-    correct: int
-    total: int
+    right: tuple[bool, ...]  # the measured samples in their order
+
+    @classmethod
+    def of(cls, radius: float, right: Iterable[int], total: int) -> Accuracy:
+        """Mark the samples `right` among the first `total`."""
+        found = set(right)
+        return cls(radius, tuple(index in found for index in range(total)))
+
+    @property
+    def correct(self) -> int:
+        """Number of correct answers."""
+        return sum(self.right)
+
+    @property
+    def total(self) -> int:
+        """Number of samples."""
+        return len(self.right)
 
     @property
     def value(self) -> float:
@@ -38,10 +53,11 @@ class Accuracy:
         return wilson(self.correct, self.total)
 
     def as_dict(self) -> dict[str, Any]:
-        """Lay it out for result.json."""
+        """Lay it out for result.json. `right`: a 1 or 0 per sample, by which two models can be compared in pairs."""
         low, high = self.interval
         counts = {"radius": self.radius, "correct": self.correct, "total": self.total}
-        return {**counts, "accuracy": self.value, "low": low, "high": high}
+        right = "".join("01"[one] for one in self.right)
+        return {**counts, "accuracy": self.value, "low": low, "high": high, "right": right}
 
 
 def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
@@ -86,7 +102,7 @@ class Evaluator:
         results = []
         for radius in sorted(radii):
             right = self._survivors(right, radius, steps)
-            results.append(Accuracy(radius, len(right), total))
+            results.append(Accuracy.of(radius, right, total))
         return results
 
     def _survivors(self, right: Sequence[int], radius: float, steps: int) -> list[int]:

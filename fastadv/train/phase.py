@@ -18,7 +18,7 @@ from fastadv.integrations.adversary import Adversary
 from fastadv.integrations.transformers import AdversarialMixin
 from fastadv.train.data import LengthGrouped, Tokens
 from fastadv.train.errors import Interrupted
-from fastadv.train.evaluate import Evaluator
+from fastadv.train.evaluate import Accuracy, Evaluator
 from fastadv.train.job import Job
 from fastadv.train.log import JsonLines, Progress, Stop, read_log, rewind
 from fastadv.train.memory import PeakMemory
@@ -108,11 +108,9 @@ def measured(
     evaluator: Evaluator, right: list[int], samples: int | None, radii: tuple[float, ...], steps: int
 ) -> list[dict[str, Any]]:
     """Measure the accuracy at each radius, and lay it out with the clean one for result.json."""
-    from fastadv.train.evaluate import Accuracy
-
     total = len(evaluator.data)
     attacked = total if samples is None else min(samples, total)
-    clean = Accuracy(0.0, len(right), total)
+    clean = Accuracy.of(0.0, right, total)
     first = [index for index in right if index < attacked]
     return [accuracy.as_dict() for accuracy in [clean, *evaluator.attacked(first, attacked, radii, steps)]]
 

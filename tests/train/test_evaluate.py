@@ -83,6 +83,9 @@ def test_attack_is_pgd_around_each_sample(evaluator: Evaluator) -> None:
         zip(radii, expected, [90, 90], strict=True)
     )
     assert len(right) > expected[0] > expected[1], "the attack must turn some samples at each radius"
+    marks = found[1].as_dict()["right"]
+    assert [index for index, mark in enumerate(marks) if mark == "1"] == sorted(alive), "in the order of the samples"
+    assert len(marks) == 90
 
 
 def test_the_attack_leaves_the_model_alone(evaluator: Evaluator) -> None:
@@ -95,4 +98,4 @@ def test_the_attack_leaves_the_model_alone(evaluator: Evaluator) -> None:
 
 
 def test_nothing_left_to_attack(evaluator: Evaluator) -> None:
-    assert evaluator.attacked([], 9, (0.1,), steps=2) == [Accuracy(0.1, 0, 9)]
+    assert evaluator.attacked([], 9, (0.1,), steps=2) == [Accuracy(0.1, (False,) * 9)]
