@@ -16,6 +16,7 @@ from fastadv.methods import EmbeddingMethod, Method
 from fastadv.methods.options import options_of
 from fastadv.train import names
 from fastadv.train.errors import UserError
+from fastadv.train.labels import REGRESSION
 
 # The job decides these itself, or only a program can give them.
 INTERNAL = {"self", "model", "method", "parameters", "backward", "scaler", "atomic"}
@@ -40,6 +41,9 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "awp": {"gamma": 0.001},
     "bregmanproximal": {"decay": 0.99},
 }
+
+# How a method compares two answers, where they are no distribution over classes.
+DIVERGENCES = {REGRESSION: "mse"}
 
 # TrainingArguments of this job where it wants other defaults than transformers.
 TRAINING = {
@@ -80,6 +84,12 @@ def parameters(method: type[Method]) -> dict[str, Any]:
     """List a method's options that a command line can give, with their defaults."""
     cls: type = method  # mypy takes a type[Method] for unhashable
     return {name: default for name, default in options_of(cls).items() if name not in INTERNAL}
+
+
+def of_task(method: type[Method], task: str) -> dict[str, Any]:
+    """List the arguments that a task asks of a method: two numbers are compared by their squared difference."""
+    fits = task in DIVERGENCES and "divergence" in parameters(method)
+    return {"divergence": DIVERGENCES[task]} if fits else {}
 
 
 def literal(text: str | None) -> Any:
