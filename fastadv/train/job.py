@@ -93,7 +93,6 @@ class Job:
             "data": self.samples.description(),
             "task": self.samples.task,
             "overview": self.overview.as_dict(),
-            "warnings": self.overview.warnings,
             "method": self.method.__name__,
             "method_arguments": self.method_arguments,
             "training_arguments": {**options.TRAINING, **self.training},

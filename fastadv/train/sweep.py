@@ -16,6 +16,7 @@ from fastadv.train.data import DataSettings
 from fastadv.train.errors import UserError
 from fastadv.train.job import Job, Settings, prepare, read_json, write_json
 from fastadv.train.labels import CLASSIFICATION
+from fastadv.train.metrics import score
 
 Point = tuple[str, dict[str, Any]]
 RESULT = "sweep.json"
@@ -64,7 +65,7 @@ def ready(settings: Settings, grid: Sequence[Point]) -> Job:
 
 def common(job: Job) -> dict[str, Any]:
     """Describe what all trainings of a file have in common, as JSON has it."""
-    own = ("method", "method_arguments", "overview", "warnings")
+    own = ("method", "method_arguments", "overview")
     described = {name: value for name, value in job.description().items() if name not in own}
     shared: dict[str, Any] = as_read(described)
     return shared
@@ -147,17 +148,17 @@ def summary(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     The difference is taken seed by seed, over the seeds that both have.
     """
     runs = list(runs)
-    plain = {one["seed"]: one["accuracy"][0]["accuracy"] for one in runs if one["method"] == "plain"}
+    plain = {one["seed"]: score(one["accuracy"][0]) for one in runs if one["method"] == "plain"}
     rows = []
     for name in dict.fromkeys(label(one["method"], one["arguments"]) for one in runs):
         mine = [one for one in runs if label(one["method"], one["arguments"]) == name]
         columns = zip(*(one["accuracy"] for one in mine), strict=True)
-        differences = [one["accuracy"][0]["accuracy"] - plain[one["seed"]] for one in mine if one["seed"] in plain]
+        differences = [score(one["accuracy"][0]) - plain[one["seed"]] for one in mine if one["seed"] in plain]
         rows.append(
             {
                 "setting": name,
                 "seeds": [one["seed"] for one in mine],
-                "accuracy": {cells[0]["radius"]: _mean([cell["accuracy"] for cell in cells]) for cells in columns},
+                "accuracy": {cells[0]["radius"]: _mean([score(cell) for cell in cells]) for cells in columns},
                 "difference": _mean(differences) if differences else None,
                 "seconds_per_step": _mean([one["seconds_per_step"] for one in mine]),
             }
