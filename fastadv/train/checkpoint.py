@@ -9,13 +9,15 @@ from typing import Any
 import torch
 
 from fastadv.train import data, phase, plots
-from fastadv.train.data import DataSettings, Sample, Tokens
+from fastadv.train.data import DataSettings, Sample
 from fastadv.train.errors import UserError
 from fastadv.train.evaluate import Evaluator
 from fastadv.train.job import quiet, read_json, write_json
+from fastadv.train.labels import task_of
 from fastadv.train.model import label_names, load_checkpoint, tokenizer_of
-from fastadv.train.phase import device_name, measured
+from fastadv.train.phase import device_name
 from fastadv.train.run import SETTINGS, settings_of, versions
+from fastadv.train.tokens import Tokens
 
 
 def evaluate(
@@ -28,7 +30,7 @@ def evaluate(
     max_length: int = 128,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure clean accuracy over all test samples, and under PGD over the first `samples` of them (default: all).
+    """Measure a model on all test samples, and under PGD on the first `samples` of them (default: all).
 
     Raises:
         UserError: `fastadv train` did not save this checkpoint, or its test samples cannot be found.
@@ -38,15 +40,15 @@ def evaluate(
     quiet(offline=given is None or given.data == data.DEFAULT or Path(given.data).exists())
     network = phase.place(load_checkpoint(folder), "cuda" if torch.cuda.is_available() else "cpu")
     labels = label_names(network)
-    test = _test_of_run(folder, labels) if given is None else data.load_test(given, labels)
+    task = task_of(network.config.problem_type)
+    test = _test_of_run(folder, labels) if given is None else data.load_test(given, labels, task)
     tokenizer = tokenizer_of(str(folder))
     evaluator = Evaluator(network, Tokens(test, tokenizer, max_length), tokenizer, progress)
-    accuracy = measured(evaluator, evaluator.clean(), samples, tuple(radii), steps)
     return {
         "checkpoint": str(folder),
         "data": None if given is None else given.data,
         "attack": {"method": "PGD", "steps": steps, "norm": "l2", "scope": "sample", "step_size": "radius / 4"},
-        "accuracy": accuracy,
+        "accuracy": evaluator.measure(samples, radii, steps),
         "hardware": device_name(str(evaluator.device)),
         "versions": versions(),
     }

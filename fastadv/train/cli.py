@@ -71,6 +71,7 @@ def train(
     if not resume:
         shared.check_extra(context)
     from fastadv.train import report, run, tables
+    from fastadv.train.announce import announce
     from fastadv.train.job import prepare
     from fastadv.train.log import read_log
 
@@ -84,6 +85,7 @@ def train(
         settings = make(method=method, extra=tuple(context.args))
     job = prepare(settings)
     print(f"{folder}: {len(job.samples.train):,} training and {len(job.samples.test):,} test samples, {job.model_path}")
+    announce(job)
     try:
         result = run.run(job, folder, command)
     except Interrupted as stopped:
@@ -104,6 +106,8 @@ def evaluate(
     ] = None,
     text_column: shared.TextColumn = "text",
     label_column: shared.LabelColumn = "label",
+    label_separator: shared.LabelSeparator = None,
+    skip_empty: shared.SkipEmpty = False,
     max_length: shared.MaxLength = 128,
     radii: shared.Radii = "0.05,0.1,0.2,0.4",
     attack_steps: Annotated[int, typer.Option("--attack-steps", "--steps", help="Steps of this attack.")] = 20,
@@ -120,7 +124,15 @@ def evaluate(
     from fastadv.train import tables
     from fastadv.train.data import DataSettings
 
-    given = None if data is None else DataSettings(data, text_column=text_column, label_column=label_column)
+    given = None
+    if data is not None:
+        given = DataSettings(
+            data,
+            text_column=text_column,
+            label_column=label_column,
+            label_separator=label_separator,
+            skip_empty=skip_empty,
+        )
     result = saved.evaluate(
         checkpoint,
         given,

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fastadv.train.errors import UserError, loading
+from fastadv.train.labels import CLASSIFICATION, PROBLEM_TYPES, Scale
+from fastadv.train.losses import losses
 from fastadv.train.sources import package_folder
 
 DEFAULT = "minilm-l6-v2"
@@ -65,7 +66,7 @@ class MeanPoolClassifier(PreTrainedModel):
         self.post_init()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> Answer:
-        """Compute logits [B, classes] from ids [B, T]; with labels [B], the cross entropy too: mean and per sample."""
+        """Compute logits [B, C] from ids [B, T]; with labels the loss too, mean and per sample: see `losses.losses`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
@@ -74,8 +75,8 @@ class MeanPoolClassifier(PreTrainedModel):
         logits = self.head(self.dropout(pooled))
         if labels is None:
             return Answer(logits=logits)
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return Answer(loss=F.cross_entropy(logits, labels), logits=logits, losses=losses)
+        loss, each = losses(self.config.problem_type, logits, labels)
+        return Answer(loss=loss, logits=logits, losses=each)
 
 
 def _without_pooler(config: Any) -> dict[str, bool]:
@@ -133,7 +134,7 @@ def encoder_config(name: str) -> Any:
     return config
 
 
-def build(name: str, labels: list[str], head_dropout: float) -> MeanPoolClassifier:
+def build(name: str, labels: list[str], head_dropout: float, task: str = CLASSIFICATION) -> MeanPoolClassifier:
     """Build a classifier around a pretrained encoder; the head is drawn from torch's generator."""
     inner = encoder_config(name)
     config = MeanPoolConfig(
@@ -141,11 +142,19 @@ def build(name: str, labels: list[str], head_dropout: float) -> MeanPoolClassifi
         head_dropout=head_dropout,
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
+        problem_type=PROBLEM_TYPES[task],
     )
     model = MeanPoolClassifier(config)
     with loading(f"the weights of --model {name} could not be loaded", "give a folder with a whole model"):
         model.encoder = AutoModel.from_pretrained(name, **_without_pooler(inner))
     return cast("MeanPoolClassifier", model.float())
+
+
+def unscale(model: MeanPoolClassifier, scale: Scale) -> None:
+    """Let a model that learned standardised numbers answer in their unit."""
+    with torch.no_grad():
+        model.head.weight.mul_(scale.deviation)
+        model.head.bias.mul_(scale.deviation).add_(scale.mean)
 
 
 def load_checkpoint(folder: Path) -> MeanPoolClassifier:

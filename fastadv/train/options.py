@@ -17,6 +17,7 @@ from fastadv.methods.options import options_of
 from fastadv.methods.radius_losses import SCALED, has_radius, is_number
 from fastadv.train import names
 from fastadv.train.errors import UserError
+from fastadv.train.labels import REGRESSION
 
 # The job decides these itself, or only a program can give them.
 INTERNAL = {"self", "model", "method", "parameters", "backward", "scaler", "atomic"}
@@ -43,6 +44,9 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "awp": {"gamma": 0.001},
     "bregmanproximal": {"decay": 0.99},
 }
+
+# How a method compares two answers, where they are no distribution over classes.
+DIVERGENCES = {REGRESSION: "mse"}
 
 # TrainingArguments of this job where it wants other defaults than transformers.
 TRAINING = {
@@ -85,7 +89,9 @@ def parameters(method: type[Method]) -> dict[str, Any]:
     return {name: default for name, default in options_of(cls).items() if name not in INTERNAL}
 
 
-def arguments(method: type[Method], given: Mapping[str, Any], radius: float | str | None = None) -> dict[str, Any]:
+def arguments(
+    method: type[Method], given: Mapping[str, Any], task: str, radius: float | str | None = None
+) -> dict[str, Any]:
     """Complete a method's arguments by this job's defaults. `radius`: the epsilon where none is given.
 
     Steps and starts that are not given keep their proportion to the radius, and with `auto` are fractions of it.
@@ -93,7 +99,7 @@ def arguments(method: type[Method], given: Mapping[str, Any], radius: float | st
     Raises:
         UserError: `auto` for a method without a radius, or beside a step or a start.
     """
-    defaults = METHOD_DEFAULTS.get(method.__name__.lower(), {})
+    defaults = {**METHOD_DEFAULTS.get(method.__name__.lower(), {}), **of_task(method, task)}
     found = {**defaults, **given}
     if not has_radius(method):
         return found
@@ -111,6 +117,12 @@ def arguments(method: type[Method], given: Mapping[str, Any], radius: float | st
 def usual_radius(method: type[Method]) -> Any:
     """Return the epsilon of this job for a method, found for MiniLM."""
     return {**parameters(method), **METHOD_DEFAULTS.get(method.__name__.lower(), {})}["epsilon"]
+
+
+def of_task(method: type[Method], task: str) -> dict[str, Any]:
+    """List the arguments that a task asks of a method: two numbers are compared by their squared difference."""
+    fits = task in DIVERGENCES and "divergence" in parameters(method)
+    return {"divergence": DIVERGENCES[task]} if fits else {}
 
 
 def literal(text: str | None) -> Any:

@@ -42,6 +42,7 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
         "command": command,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": job.description(),
+        "warnings": job.overview.warnings,
         "versions": versions(),
         "hardware": phase.device_name(models[PLAIN]["cost"]["device"]),
         "models": models,
