@@ -20,8 +20,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding, get_linear_schedule_with_warmup
 
 import fastadv
-from fastadv.train.data import LengthGrouped
 from fastadv.train.job import Settings, prepare
+from fastadv.train.tokens import LengthGrouped
 
 EPSILON, REPLAYS, RATE = 0.001, 4, 1e-4
 

@@ -25,9 +25,9 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 import fastadv
-from fastadv.train.data import LengthGrouped
 from fastadv.train.job import Settings, prepare
 from fastadv.train.phase import device_name
+from fastadv.train.tokens import LengthGrouped
 
 PGD = {"epsilon": 0.1, "step_size": 0.05, "steps": 3, "scope": "sample"}
 BF16 = {"probe_dtype": torch.bfloat16}

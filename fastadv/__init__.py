@@ -34,10 +34,12 @@ __all__ = [
     "Method",
     "NEFTune",
     "Pass",
+    "Radius",
     "Step",
     "StepResult",
     "__version__",
     "repeat",
+    "suggest_radius",
 ]
 
 try:

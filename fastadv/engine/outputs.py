@@ -19,7 +19,7 @@ def loss_of(output: Any) -> Tensor:
         TypeError: there is none.
         ValueError: it is not a scalar, or does not depend on anything that requires a gradient.
     """
-    loss = _find(output)
+    loss = find_loss(output)
     if not isinstance(loss, Tensor):
         raise TypeError(
             f"the closure must return {FORMS}; it returned {type(output).__name__}"
@@ -40,13 +40,13 @@ def loss_of(output: Any) -> Tensor:
 
 def loss_if_any(output: Any) -> Tensor | None:
     """The loss in what the closure returned; None where it returned an output without one: an unlabelled batch."""
-    unlabelled = not isinstance(output, Tensor) and output is not None and _find(output) is None
+    unlabelled = not isinstance(output, Tensor) and output is not None and find_loss(output) is None
     return None if unlabelled and find_logits(output) is not None else loss_of(output)
 
 
 def has_loss(output: Any) -> bool:
     """Whether what the closure returned has a loss."""
-    return _find(output) is not None
+    return find_loss(output) is not None
 
 
 def logits_of(output: Any, who: str) -> Tensor:
@@ -83,7 +83,7 @@ def losses_of(output: Any) -> Tensor:
         TypeError, ValueError: as `loss_of` does.
     """
     losses = output.get("losses") if isinstance(output, Mapping) else getattr(output, "losses", None)
-    found = losses if isinstance(losses, Tensor) else _find(output)
+    found = losses if isinstance(losses, Tensor) else find_loss(output)
     if not isinstance(found, Tensor) or found.dim() != 1 or not found.requires_grad or not found.is_floating_point():
         return loss_of(output).reshape(1)
     return found
@@ -93,7 +93,8 @@ def _described(output: Any) -> str:
     return "only a loss" if isinstance(output, Tensor) else f"{type(output).__name__} without logits"
 
 
-def _find(output: Any) -> Any:
+def find_loss(output: Any) -> Any:
+    """What stands where the loss is in what the closure returned, unchecked; None where there is nothing."""
     if isinstance(output, Tensor):
         return output
     if hasattr(output, "loss"):

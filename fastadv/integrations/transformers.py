@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from fastadv.integrations.adversary import Adversary, factory, refuse
+from fastadv.integrations.collapse import Collapse
 from fastadv.integrations.replay_loader import ReplayLoader
 from fastadv.integrations.tally import Tally
 from fastadv.methods import Method
@@ -43,10 +44,13 @@ class AdversarialMixin(_Trainer):
     """
 
     adversary: Method | None = None
+    warnings: list[str]
 
     def __init__(self, *args: Any, adversary: Adversary, **kwargs: Any) -> None:
         self._make_adversary, self._replays = factory(adversary)
         self._tally = Tally()
+        self._collapse = Collapse()
+        self.warnings = []
         self._adversarial_steps = 0
         self._attacking = False
         self._resumed: Path | None = None
@@ -93,6 +97,8 @@ class AdversarialMixin(_Trainer):
         if state is not None and state.exists():
             method.load_state_dict(load_file(state))
         self._tally = Tally()
+        self._collapse = Collapse()
+        self.warnings = []
         self._adversarial_steps = 0
         self._attacking = True
 
@@ -169,6 +175,7 @@ class AdversarialMixin(_Trainer):
         result = self.adversary.backward(closure, mask=self.adversarial_mask(inputs), step=step)
         self._adversarial_steps += 1
         self._tally.add(result, self.adversary, step)
+        self._collapse.add(result.output, inputs.get("labels"), result.loss)
         every = self.args.torch_empty_cache_steps
         if every is not None and step % every == 0:
             clear_device_cache()
@@ -212,6 +219,9 @@ class AdversarialMixin(_Trainer):
         if "loss" in logs and self.adversary is not None and self._tally.steps:
             logs.update(self._tally.read(self.accelerator, self.adversary))
             self._tally = Tally()
+            for message in self._collapse.read(self.adversary, self.state.global_step / max(1, self.state.max_steps)):
+                self.warnings.append(message)
+                warnings.warn(message, stacklevel=2)
         super().log(logs, start_time)
 
 
@@ -237,8 +247,12 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
         *args: what `Trainer` takes.
         **kwargs: what `Trainer` takes.
 
+    A classifier that gives one answer to everything, or whose loss stays that of guessing, is told while it trains,
+    with what to change.
+
     Attributes:
         adversary: the method, once `train()` has begun; closed when `train()` has ended.
+        warnings: what was told so.
 
     Raises:
         TypeError: `adversary` is neither.

@@ -14,6 +14,7 @@ from fastadv.methods.llr import LLR
 from fastadv.methods.neftune import NEFTune
 from fastadv.methods.pgd import PGD
 from fastadv.methods.proximal import BregmanProximal
+from fastadv.methods.radius import Radius, suggest_radius
 from fastadv.methods.repeat import repeat
 from fastadv.methods.smart import SMART
 from fastadv.methods.vat import VAT
@@ -36,7 +37,9 @@ __all__ = [
     "Method",
     "NEFTune",
     "Pass",
+    "Radius",
     "Step",
     "StepResult",
     "repeat",
+    "suggest_radius",
 ]

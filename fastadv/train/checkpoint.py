@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from fastadv.train import data, plots
-from fastadv.train.data import DataSettings, Sample, Tokens
+from fastadv.train.data import DataSettings, Sample
 from fastadv.train.errors import UserError
 from fastadv.train.evaluate import Evaluator
 from fastadv.train.folders import SETTINGS, models_of
 from fastadv.train.job import quiet, read_json, write_json
+from fastadv.train.labels import task_of
 from fastadv.train.model import label_names, load_where_it_runs, longest, tokenizer_of
-from fastadv.train.phase import device_name, measured
+from fastadv.train.phase import device_name
 from fastadv.train.run import settings_of, versions
+from fastadv.train.tokens import Tokens
 
 
 def evaluate(
@@ -27,7 +29,7 @@ def evaluate(
     max_length: int | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure clean accuracy over all test samples, and under PGD over the first `samples` of them (default: all).
+    """Measure a model on all test samples, and under PGD on the first `samples` of them (default: all).
 
     `folder` is a checkpoint, or a run: then every model in it is measured. `max_length`: as in training by default.
 
@@ -40,12 +42,12 @@ def evaluate(
     found = {}
     for name, checkpoint in models_of(folder).items():
         network = load_where_it_runs(checkpoint)
-        labels = label_names(network)
-        test = _test_of_run(checkpoint, labels) if given is None else data.load_test(given, labels)
+        labels, task = label_names(network), task_of(network.config.problem_type)
+        test = _test_of_run(checkpoint, labels) if given is None else data.load_test(given, labels, task)
         tokenizer = tokenizer_of(str(checkpoint))
         tokens = Tokens(test, tokenizer, longest(tokenizer, max_length))
         evaluator = Evaluator(network, tokens, tokenizer, progress)
-        found[name] = {"accuracy": measured(evaluator, evaluator.clean(), samples, tuple(radii), steps)}
+        found[name] = {"accuracy": evaluator.measure(samples, radii, steps)}
     return {
         "folder": str(folder),
         "data": None if given is None else given.data,

@@ -81,6 +81,7 @@ def train(
     if not resume:
         shared.check_extra(context)
     from fastadv.train import report, run, tables
+    from fastadv.train.announce import announce
     from fastadv.train.job import prepare
     from fastadv.train.log import read_log
 
@@ -94,6 +95,7 @@ def train(
         settings = make(method=method, extra=tuple(context.args))
     job = prepare(settings)
     print(f"{folder}: {len(job.samples.train):,} training and {len(job.samples.test):,} test samples, {job.model_path}")
+    announce(job)
     try:
         result = run.run(job, folder, command)
     except Interrupted as stopped:
@@ -114,6 +116,8 @@ def evaluate(
     ] = None,
     text_column: shared.TextColumn = "text",
     label_column: shared.LabelColumn = "label",
+    label_separator: shared.LabelSeparator = None,
+    skip_empty: shared.SkipEmpty = False,
     max_length: shared.AsTrained = None,
     radii: shared.Radii = "0.05,0.1,0.2,0.4",
     attack_steps: Annotated[int, typer.Option("--attack-steps", "--steps", help="Steps of this attack.")] = 20,
@@ -133,7 +137,15 @@ def evaluate(
     from fastadv.train import checkpoint, tables
     from fastadv.train.data import DataSettings
 
-    given = None if data is None else DataSettings(data, text_column=text_column, label_column=label_column)
+    given = None
+    if data is not None:
+        given = DataSettings(
+            data,
+            text_column=text_column,
+            label_column=label_column,
+            label_separator=label_separator,
+            skip_empty=skip_empty,
+        )
     result = checkpoint.evaluate(
         folder,
         given,
@@ -155,6 +167,7 @@ def predict(
         str | None, typer.Option(help="A file of texts, as in `fastadv train`; - is standard input, a text a line.")
     ] = None,
     text_column: shared.TextColumn = "text",
+    skip_empty: Annotated[bool, typer.Option("--skip-empty", help="Leave out rows without a text.")] = False,
     model: Annotated[Which | None, typer.Option(help="Which model of the run. Default: adversarial.")] = None,
     max_length: shared.AsTrained = None,
     output: Annotated[Path | None, typer.Option(help="File to write to. Default: standard output.")] = None,
@@ -163,7 +176,7 @@ def predict(
     chosen = folders.chosen(folder, None if model is None else model.value)
     from fastadv.train import predict as predicting
 
-    found = predicting.texts_of(texts or [], data, text_column)
+    found = predicting.texts_of(texts or [], data, text_column, skip_empty)
     predicting.write(predicting.Predictor(chosen, max_length)(found), output)
 
 

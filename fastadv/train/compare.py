@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from fastadv.train import options, plots, signatures
 from fastadv.train.errors import Interrupted
 from fastadv.train.job import Settings, write_json
+from fastadv.train.metrics import score
 from fastadv.train.sweep import Point, label, points, ready, train_all
 
 RESULT, PICTURE, TABLE = "compare.json", "compare.svg", "compare.md"
@@ -80,18 +81,18 @@ def write(result: dict[str, Any], folder: Path) -> list[Row]:
 def summary(runs: Iterable[dict[str, Any]]) -> list[Row]:
     """Summarise each setting in a row: plain training first, then by name."""
     runs = sorted(runs, key=lambda one: (one["method"] != "plain", one["method"]))
-    plain = {one["seed"]: one["accuracy"][0]["accuracy"] for one in runs if one["method"] == "plain"}
+    plain = {one["seed"]: score(one["accuracy"][0]) for one in runs if one["method"] == "plain"}
     rows = []
     for name in dict.fromkeys(label(one["method"], one["arguments"]) for one in runs):
         mine = [one for one in runs if label(one["method"], one["arguments"]) == name]
-        differences = [one["accuracy"][0]["accuracy"] - plain[one["seed"]] for one in mine if one["seed"] in plain]
+        differences = [score(one["accuracy"][0]) - plain[one["seed"]] for one in mine if one["seed"] in plain]
         radii = [cell["radius"] for cell in mine[0]["accuracy"]]
         memory = [one["peak_memory"] for one in mine if "peak_memory" in one]
         rows.append(
             Row(
                 name,
                 [one["seed"] for one in mine],
-                {radius: _spread([one["accuracy"][i]["accuracy"] for one in mine]) for i, radius in enumerate(radii)},
+                {radius: _spread([score(one["accuracy"][i]) for one in mine]) for i, radius in enumerate(radii)},
                 _spread(differences) if differences and mine[0]["method"] != "plain" else None,
                 _spread([one["seconds_per_step"] for one in mine]),
                 _spread(memory) if memory else None,

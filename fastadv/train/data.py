@@ -1,25 +1,25 @@
-"""Load labelled texts (default data, CSV, JSON Lines, hub data sets), and split them without leaks."""
+"""Load labelled texts (default data, files, hub data sets), and split them without leaks."""
 
 from __future__ import annotations
 
 import hashlib
-import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch.utils.data import Dataset, Sampler
-
+from fastadv.train import labels as reading
 from fastadv.train.errors import UserError
-from fastadv.train.sources import Row, default_rows, file_rows, hub_rows, is_file_name
+from fastadv.train.hub import hub_rows
+from fastadv.train.labels import CLASSIFICATION, REGRESSION, Label
+from fastadv.train.sources import Columns, Found, Row, default_rows, file_rows, is_file_name
+from fastadv.train.split import SPLIT_SEED, part, shuffler, split
 
 DEFAULT = "rotten-tomatoes"
-SPLIT_SEED = 0  # the split is part of the data, not of the experiment: every --seed is tested on the same samples
 
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Say where the samples come from and how they are split."""
+    """Say where the samples come from, what their labels are, and how they are split."""
 
     data: str = DEFAULT
     test_data: str | None = None
@@ -28,14 +28,31 @@ class DataSettings:
     group_column: str | None = None
     test_fraction: float = 0.2
     train_samples: int | None = None
+    task: str = reading.AUTO
+    label_separator: str | None = None
+    skip_empty: bool = False
+
+    @property
+    def columns(self) -> Columns:
+        """What to read of each row."""
+        return Columns(self.text_column, self.label_column, self.group_column, self.skip_empty)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Hold a text and the number of its label."""
+    """Hold a text and its label: the number of its class, a 1 or 0 per class, or a number to learn."""
 
     text: str
-    label: int
+    label: Label
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Count the rows that are neither trained nor tested on."""
+
+    empty: int = 0  # no text or label, with --skip-empty
+    repeated: int = 0  # the text again; or in the test file too
+    contradicting: int = 0  # of these, those with another label
 
 
 @dataclass(frozen=True)
@@ -44,8 +61,10 @@ class Samples:
 
     train: list[Sample]
     test: list[Sample]
-    labels: list[str]
+    labels: list[str]  # the classes; for regression, the column
     settings: DataSettings
+    task: str = CLASSIFICATION
+    left_out: LeftOut = LeftOut()
 
     def description(self) -> dict[str, Any]:
         """Describe the samples for settings.json, so that `evaluate` can find and recognise the same test samples."""
@@ -56,11 +75,6 @@ class Samples:
             "test_samples": len(self.test),
             "test_fingerprint": fingerprint(self.test),
         }
-
-
-def shuffler(seed: int | str) -> random.Random:
-    """Make a generator that nothing else draws from: the order of the data follows from `seed` alone."""
-    return random.Random(seed)  # noqa: S311 - not for secrets
 
 
 def fingerprint(samples: Sequence[Sample]) -> str:
@@ -75,52 +89,66 @@ def load(settings: DataSettings, labels: list[str] | None = None) -> Samples:
     """Read, check and split. `labels`: those of a checkpoint (default: the training data's).
 
     Raises:
-        UserError: a missing file or column, a row without a text or label, no rows, one class only,
-            a test label that no training sample has.
+        UserError: a missing file or column, a row without a text or label, a label that does not fit the task, no rows,
+            one class only, a test label that no training sample has.
     """
     if not 0 < settings.test_fraction < 1:
         raise UserError(f"--test-fraction must be between 0 and 1, not {settings.test_fraction}")
-    train_rows, test_rows = _read(settings)
-    if test_rows is None:
-        train_rows, test_rows = _split(_distinct(train_rows), settings.test_fraction)
+    found, test_found = _read(settings)
+    task = reading.choose_task(settings.task, found.rows, settings.label_separator)
+    rows = reading.read(found.rows, task, settings.label_separator, settings.data)
+    distinct = _distinct(rows)
+    if test_found is None:
+        train_rows, test_rows = split(distinct, settings.test_fraction)
     else:
+        test_rows = reading.read(test_found.rows, task, settings.label_separator, settings.test_data or settings.data)
         seen = {_key(row.text) for row in test_rows}
-        train_rows = [row for row in _distinct(train_rows) if _key(row.text) not in seen]
+        train_rows = [row for row in distinct if _key(row.text) not in seen]
     if not train_rows or not test_rows:
         raise UserError(f"{settings.data} leaves no samples to {'train' if test_rows else 'test'} on: give more data")
     shuffler(SPLIT_SEED).shuffle(train_rows)
+    used = len(train_rows) if test_found is not None else len(distinct)
     if settings.train_samples is not None:
-        train_rows = train_rows[: settings.train_samples]
-    names = labels or sorted({row.label for row in train_rows})
-    _check_labels(names, train_rows, test_rows, settings)
-    number = {name: index for index, name in enumerate(names)}
-    train, test = ([Sample(row.text, number[row.label]) for row in rows] for rows in (train_rows, test_rows))
-    return Samples(train, test, names, settings)
+        train_rows = part(train_rows, settings.train_samples)
+    names = labels or ([settings.label_column] if task == REGRESSION else reading.class_names(train_rows))
+    _check_labels(names, train_rows, test_rows, settings, task)
+    return Samples(
+        _samples(train_rows, names),
+        _samples(test_rows, names),
+        names,
+        settings,
+        task,
+        LeftOut(
+            found.skipped + (0 if test_found is None else test_found.skipped), len(rows) - used, _contradicting(rows)
+        ),
+    )
 
 
-def load_test(settings: DataSettings, labels: list[str]) -> list[Sample]:
+def load_test(settings: DataSettings, labels: list[str], task: str = CLASSIFICATION) -> list[Sample]:
     """Load all rows of one source as test samples, for a model that knows `labels`."""
-    rows, more = _read(settings)
-    rows = more if more is not None else rows
-    if not rows:
-        raise UserError(f"{settings.data} has no rows")
+    found, more = _read(settings)
+    rows = reading.read((more or found).rows, task, settings.label_separator, settings.data)
     _check_known(labels, rows, settings)
-    return [Sample(row.text, labels.index(row.label)) for row in rows]
+    return _samples(rows, labels)
 
 
-def _read(settings: DataSettings) -> tuple[list[Row], list[Row] | None]:
+def _read(settings: DataSettings) -> tuple[Found, Found | None]:
     """Read training rows, and test rows where the source has its own."""
     if settings.data == DEFAULT:
-        return default_rows(), None
-    columns = (settings.text_column, settings.label_column, settings.group_column)
+        return Found(default_rows()), None
+    test: Found | None = None
     if is_file_name(settings.data):
-        rows: list[Row] = file_rows(settings.data, *columns)
-        test = None
+        found = file_rows(settings.data, settings.columns)
     else:
-        rows, test = hub_rows(settings.data, *columns)
+        found, test = hub_rows(settings.data, settings.columns)
     if settings.test_data is not None:
-        test = file_rows(settings.test_data, *columns)
-    return rows, test
+        test = file_rows(settings.test_data, settings.columns)
+    return found, test
+
+
+def _samples(rows: list[Row], names: list[str]) -> list[Sample]:
+    numbers = {name: index for index, name in enumerate(names)}
+    return [Sample(row.text, reading.encode(row, numbers)) for row in rows]
 
 
 def _key(text: str) -> str:
@@ -135,91 +163,28 @@ def _distinct(rows: list[Row]) -> list[Row]:
     return list(first.values())
 
 
-def _split(rows: list[Row], fraction: float) -> tuple[list[Row], list[Row]]:
-    """Put whole groups on one side; a row without a group is its own."""
-    names = [row.text if row.group is None else row.group for row in rows]
-    groups = sorted(set(names))
-    generator = shuffler(SPLIT_SEED)
-    generator.shuffle(groups)
-    held_out = set(groups[: max(1, round(len(groups) * fraction))])
-    train = [row for row, name in zip(rows, names, strict=True) if name not in held_out]
-    test = [row for row, name in zip(rows, names, strict=True) if name in held_out]
-    generator.shuffle(test)
-    return train, test
+def _contradicting(rows: list[Row]) -> int:
+    """Count the rows that give a text another label than the row that is kept."""
+    first: dict[str, Any] = {}
+    return sum(first.setdefault(_key(row.text), row.label) != row.label for row in rows)
 
 
-def _check_labels(names: list[str], train: list[Row], test: list[Row], settings: DataSettings) -> None:
-    if len({row.label for row in train}) < 2:
+def _check_labels(names: list[str], train: list[Row], test: list[Row], settings: DataSettings, task: str) -> None:
+    distinct = {row.label for row in train}
+    if len(distinct) < 2:
+        needs = "numbers to learn must differ" if task == REGRESSION else "a classifier needs two classes"
         raise UserError(
-            f"every training sample of {settings.data} has the label {train[0].label!r}: a classifier needs two "
-            f"classes. Is --label-column {settings.label_column!r} the right one?"
+            f"every training sample of {settings.data} has the label {train[0].label!r}: {needs}. Is --label-column "
+            f"{settings.label_column!r} the right one?"
         )
     _check_known(names, train, settings)
     _check_known(names, test, settings)
 
 
 def _check_known(names: list[str], rows: list[Row], settings: DataSettings) -> None:
-    unknown = sorted({row.label for row in rows} - set(names))
+    unknown = sorted({name for row in rows for name in reading.classes_of(row)} - set(names))
     if unknown:
         raise UserError(
             f"{settings.test_data or settings.data} has the label {unknown[0]!r}, which was not seen in training "
             f"(known: {', '.join(map(repr, names[:10]))}): remove those rows, or train on data that have it"
         )
-
-
-class Tokens(Dataset[dict[str, Any]]):
-    """Tokenise samples for the Trainer; the collator pads, batch by batch."""
-
-    def __init__(self, samples: Sequence[Sample], tokenizer: Any, max_length: int) -> None:
-        encoded = tokenizer([sample.text for sample in samples], truncation=True, max_length=max_length)
-        self.items = [
-            {"input_ids": ids, "attention_mask": mask, "labels": sample.label}
-            for sample, ids, mask in zip(samples, encoded["input_ids"], encoded["attention_mask"], strict=True)
-        ]
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.items[index]
-
-    def lengths(self) -> list[int]:
-        """Count the tokens of each sample."""
-        return [len(item["input_ids"]) for item in self.items]
-
-
-class LengthGrouped(Sampler[int]):
-    """Draw batches of similar length, in random order.
-
-    The order follows from the seed and the epoch alone: two runs see the same batches whatever else they draw from
-    torch's generator, and a resumed one continues where it stopped.
-    """
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, pool: int = 50) -> None:
-        self.lengths = lengths
-        self.batch_size = batch_size
-        self.seed = seed
-        self.pool = pool
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the order of an epoch; the data loader calls this at its beginning."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = shuffler(f"{self.seed} {self.epoch}")
-        order = list(range(len(self.lengths)))
-        generator.shuffle(order)
-        size = self.batch_size
-        pools = [order[start : start + size * self.pool] for start in range(0, len(order), size * self.pool)]
-        batches: list[list[int]] = []
-        for pool in pools:
-            pool.sort(key=self.lengths.__getitem__)
-            batches += [pool[start : start + size] for start in range(0, len(pool), size)]
-        short = [batch for batch in batches if len(batch) < size]
-        batches = [batch for batch in batches if len(batch) == size]
-        generator.shuffle(batches)
-        return iter([index for batch in batches + short for index in batch])

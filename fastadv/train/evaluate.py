@@ -1,11 +1,9 @@
 # mypy: disable-error-code="no-untyped-call"
-"""Measure the accuracy of a classifier, clean and under an attack on its word embeddings."""
+"""Measure a model, clean and under an attack on its word embeddings."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,47 +11,13 @@ from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from fastadv import PGD
-from fastadv.train.data import Tokens
+from fastadv.train import metrics
+from fastadv.train.labels import CLASSIFICATION, task_of
+from fastadv.train.losses import losses
 from fastadv.train.modeling_mean_pool import MeanPoolClassifier
+from fastadv.train.tokens import Tokens
 
 BATCH = 64
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """Count correct answers out of `total`, under an attack of radius `radius` (0: none)."""
-
-    radius: float
-    correct: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """Share of correct answers."""
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % interval by Wilson's formula."""
-        return wilson(self.correct, self.total)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Lay it out for result.json."""
-        low, high = self.interval
-        counts = {"radius": self.radius, "correct": self.correct, "total": self.total}
-        return {**counts, "accuracy": self.value, "low": low, "high": high}
-
-
-def wilson(correct: int, total: int, z: float = 1.959964) -> tuple[float, float]:
-    r"""Compute Wilson's score interval of a share.
-
-    .. math:: \frac{p + z^2/2n \pm z \sqrt{p(1-p)/n + z^2/4n^2}}{1 + z^2/n}
-    """
-    p = correct / total
-    middle = p + z * z / (2 * total)
-    spread = z * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
-    scale = 1 + z * z / total
-    return max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale)
 
 
 class Evaluator:
@@ -62,44 +26,77 @@ class Evaluator:
     def __init__(self, model: MeanPoolClassifier, data: Tokens, tokenizer: Any, progress: bool = True) -> None:
         self.model = model.eval()
         self.data = data
+        self.task = task_of(model.config.problem_type)
+        self.targets = torch.tensor([item["labels"] for item in data.items])
         self.pad = tokenizer.pad_token_id
         self.device = next(model.parameters()).device
         self.progress = progress
 
-    def clean(self) -> list[int]:
-        """List the samples that the model classifies correctly."""
-        right: list[int] = []
-        with torch.inference_mode(), self._bar("clean", len(self.data)) as bar:
-            for indices, batch in self._batches(range(len(self.data))):
-                logits = self.model(batch["input_ids"], batch["attention_mask"]).logits
-                right += _kept(indices, logits, batch["labels"])
-                bar.update(len(indices))
-        return right
+    def measure(self, samples: int | None, radii: Sequence[float], steps: int) -> list[dict[str, Any]]:
+        """Measure all samples without an attack, and the first `samples` (None: all) under PGD at each radius.
 
-    def attacked(self, right: Sequence[int], total: int, radii: Sequence[float], steps: int) -> list[Accuracy]:
-        """Measure accuracy under PGD at each radius over `total` samples. `right`: those correct without an attack.
-
-        The ball is each sample's: the l2 norm over its tokens. PGD starts at zero, and takes steps of radius / 4.
-        A sample that is wrong already needs no attack, and what an attack of a smaller radius found lies inside the
-        larger ball too: both count as wrong, and only the others are attacked.
+        A dict per radius, the one without an attack first: see `metrics.cell`.
         """
-        results = []
-        for radius in sorted(radii):
-            right = self._survivors(right, radius, steps)
-            results.append(Accuracy(radius, len(right), total))
-        return results
+        outputs = self.clean()
+        total = len(self.data) if samples is None else min(samples, len(self.data))
+        clean = metrics.cell(self.task, 0.0, outputs, self.targets, self._right(outputs, self.targets))
+        return [clean, *self.attacked(outputs[:total], radii, steps)]
 
-    def _survivors(self, right: Sequence[int], radius: float, steps: int) -> list[int]:
+    def clean(self) -> Tensor:
+        """Compute the answers [N, C] to all samples, in their order."""
+        with torch.inference_mode():
+            found = self._answers(range(len(self.data)), "clean", self._logits)
+        return found.clone()  # outside of inference mode, a tensor like any other
+
+    def attacked(self, outputs: Tensor, radii: Sequence[float], steps: int) -> list[dict[str, Any]]:
+        """Measure the first samples under PGD at each radius. `outputs`: the answers to them without an attack.
+
+        The ball is each sample's: the l2 norm over its tokens. PGD starts at zero, and takes steps of radius / 4. What
+        an attack of a smaller radius found lies inside the larger ball too, so the answer of the highest loss counts.
+        A sample whose class is wrong already needs no attack: only the others are attacked.
+        """
+        answers, targets = outputs.clone(), self.targets[: len(outputs)]
+        right = self._right(answers, targets)
+        cells = []
+        for radius in sorted(radii):
+            chosen = right.nonzero()[:, 0] if self.task == CLASSIFICATION else torch.arange(len(targets))
+            moved = self._under_attack(chosen.tolist(), radius, steps)
+            right[chosen] &= self._right(moved, targets[chosen])
+            answers[chosen] = self._worse(moved, answers[chosen], targets[chosen])
+            cells.append(metrics.cell(self.task, radius, answers, targets, right))
+        return cells
+
+    def _right(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return metrics.right(self.task, outputs, targets)
+
+    def _worse(self, moved: Tensor, before: Tensor, targets: Tensor) -> Tensor:
+        """Keep of each sample's two answers the one of the higher loss; of classes, the one after the attack."""
+        if self.task == CLASSIFICATION:
+            return moved
+        kind = self.model.config.problem_type
+        (_, new), (_, old) = (losses(kind, one, targets) for one in (moved, before))
+        return torch.where((new > old)[:, None], moved, before)
+
+    def _under_attack(self, chosen: Sequence[int], radius: float, steps: int) -> Tensor:
         attack = PGD(self.model, epsilon=radius, step_size=radius / 4, steps=steps, norm="l2", scope="sample")
-        kept: list[int] = []
         try:
-            with self._bar(f"PGD-{steps}, radius {radius:g}", len(right)) as bar:
-                for indices, batch in self._batches(right):
-                    kept += _kept(indices, self._attack(attack, batch), batch["labels"])
-                    bar.update(len(indices))
+            return self._answers(chosen, f"PGD-{steps}, radius {radius:g}", lambda batch: self._attack(attack, batch))
         finally:
             attack.close()
-        return kept
+
+    def _answers(self, chosen: Sequence[int], what: str, answer: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        """Put the answers to the batches back into the order of `chosen`."""
+        rows: dict[int, Tensor] = {}
+        with self._bar(what, len(chosen)) as bar:
+            for indices, batch in self._batches(chosen):
+                rows.update(zip(indices, answer(batch).float().cpu(), strict=True))
+                bar.update(len(indices))
+        width = self.model.config.num_labels
+        return torch.stack([rows[index] for index in chosen]) if rows else torch.zeros(0, width)
+
+    def _logits(self, batch: dict[str, Tensor]) -> Tensor:
+        logits: Tensor = self.model(batch["input_ids"], batch["attention_mask"]).logits
+        return logits
 
     def _attack(self, attack: PGD, batch: dict[str, Tensor]) -> Tensor:
         """Compute the logits at the perturbation that the attack finds."""
@@ -109,8 +106,7 @@ class Evaluator:
             return output * len(batch["labels"])  # the sum: no sample's gradient shrinks with the batch
 
         with attack.perturbed(loss, mask=batch["attention_mask"]), torch.no_grad():
-            logits: Tensor = self.model(batch["input_ids"], batch["attention_mask"]).logits
-        return logits
+            return self._logits(batch)
 
     def _batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         items = self.data.items
@@ -133,8 +129,3 @@ class Evaluator:
 
     def _bar(self, what: str, total: int) -> Any:
         return tqdm(total=total, desc=f"  {what}", unit="sample", disable=not self.progress, leave=False)
-
-
-def _kept(indices: list[int], logits: Tensor, labels: Tensor) -> list[int]:
-    right = (logits.argmax(-1) == labels).tolist()
-    return [index for index, ok in zip(indices, right, strict=True) if ok]

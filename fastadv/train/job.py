@@ -9,17 +9,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
 from fastadv.methods import Method
-from fastadv.train import data, model, options
-from fastadv.train.data import DataSettings, Samples, Tokens
+from fastadv.methods.radius_losses import scaled
+from fastadv.train import data, model, options, overview
+from fastadv.train.data import DataSettings, Sample, Samples
 from fastadv.train.errors import UserError
+from fastadv.train.labels import REGRESSION, Scale
 from fastadv.train.modeling_mean_pool import MeanPoolClassifier
+from fastadv.train.overview import Overview
+from fastadv.train.tokens import Tokens
 
 METHOD = "fgm"
 TRAIN_SAMPLES = 3200  # of the default data: two trainings and their evaluations then fit into ten minutes on two cores
@@ -54,22 +58,17 @@ class Job:
     method: type[Method]
     method_arguments: dict[str, Any]
     training: dict[str, str | None]
+    overview: Overview
+    scale: Scale | None = None  # of regression: the numbers of `train` are standardised by it
 
     def arguments(self, folder: Path, **fixed: Any) -> Any:
         """Make the TrainingArguments of one training."""
-        given = {name: value for name, value in self.training.items() if name not in fixed}
-        if not torch.accelerator.is_available():
-            given.setdefault("use_cpu", "True")  # else bf16 is refused
-            given.setdefault("dataloader_pin_memory", "False")  # else every epoch warns
-        args = options.training_arguments(given, output_dir=folder, disable_tqdm=True, **fixed)
-        # One process trains on one device; nn.DataParallel would run the embedding in several threads at once.
-        args._n_gpu = min(args.n_gpu, 1)
-        return args
+        return training_arguments(self.training, folder, **fixed)
 
     def build(self, seed: int) -> MeanPoolClassifier:
         """Build the classifier at the start of training: the same for the same seed."""
         set_seed(seed)
-        return model.build(self.model_path, self.samples.labels, self.settings.head_dropout)
+        return model.build(self.model_path, self.samples.labels, self.settings.head_dropout, self.samples.task)
 
     @property
     def adversary(self) -> tuple[type[Method], dict[str, Any]]:
@@ -82,8 +81,10 @@ class Job:
         Raises:
             UserError: the method refuses its arguments.
         """
+        given = self.method_arguments
+        sized = scaled(given, options.usual_radius(self.method)) if given.get("epsilon") == options.AUTO else given
         try:
-            self.method(self.build(seed), **self.method_arguments).close()
+            self.method(self.build(seed), **sized).close()
         except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
             raise UserError(f"{self.method.__name__}: {error}") from None
 
@@ -94,10 +95,24 @@ class Job:
         return {
             **settings,
             "data": self.samples.description(),
+            "task": self.samples.task,
+            "overview": self.overview.as_dict(),
             "method": self.method.__name__,
             "method_arguments": self.method_arguments,
             "training_arguments": {**options.TRAINING, **self.training},
         }
+
+
+def training_arguments(training: dict[str, str | None], folder: Path, **fixed: Any) -> Any:
+    """Make the TrainingArguments of one process on one device."""
+    given = {name: value for name, value in training.items() if name not in fixed}
+    if not torch.accelerator.is_available():
+        given.setdefault("use_cpu", "True")  # else bf16 is refused
+        given.setdefault("dataloader_pin_memory", "False")  # else every epoch warns
+    args = options.training_arguments(given, output_dir=folder, disable_tqdm=True, **fixed)
+    # One process trains on one device; nn.DataParallel would run the embedding in several threads at once.
+    args._n_gpu = min(args.n_gpu, 1)
+    return args
 
 
 def prepare(settings: Settings) -> Job:
@@ -115,21 +130,35 @@ def prepare(settings: Settings) -> Job:
     if settings.data.data == data.DEFAULT and settings.data.train_samples is None:
         settings = replace(settings, data=replace(settings.data, train_samples=TRAIN_SAMPLES))
     samples = data.load(settings.data)
+    scale, to_learn = standardised(samples)
     tokenizer = model.tokenizer_of(folder)
     tokenizer.model_max_length = settings.max_length  # saved with the models: who loads them truncates as training did
+    train, test = (Tokens(some, tokenizer, settings.max_length) for some in (to_learn, samples.test))
+    args = training_arguments(extra.training, Path("unused"))
     job = Job(
         settings,
         folder,
         samples,
         tokenizer,
-        Tokens(samples.train, tokenizer, settings.max_length),
-        Tokens(samples.test, tokenizer, settings.max_length),
+        train,
+        test,
         method,
-        {**options.METHOD_DEFAULTS.get(settings.method.lower(), {}), **extra.method},
+        options.arguments(method, extra.method, samples.task, options.AUTO),
         extra.training,
+        overview.of(samples, train, tokenizer, args, settings.max_length),
+        scale,
     )
-    job.check_adversary(job.arguments(Path("unused")).seed)
+    job.check_adversary(args.seed)
     return job
+
+
+def standardised(samples: Samples) -> tuple[Scale | None, list[Sample]]:
+    """Standardise the numbers of a regression's training samples; classes stay as they are."""
+    if samples.task != REGRESSION:
+        return None, samples.train
+    numbers = [(sample, float(cast("float", sample.label))) for sample in samples.train]
+    scale = Scale.of([number for _, number in numbers])
+    return scale, [replace(sample, label=scale.standardised(number)) for sample, number in numbers]
 
 
 def _check(settings: Settings) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from fastadv.train.configuration_mean_pool import MeanPoolConfig
 from fastadv.train.errors import UserError, loading
+from fastadv.train.labels import CLASSIFICATION, PROBLEM_TYPES, Scale
 from fastadv.train.modeling_mean_pool import MeanPoolClassifier, without_pooler
 from fastadv.train.sources import package_folder
 
@@ -72,7 +73,7 @@ def encoder_config(name: str) -> Any:
     return config
 
 
-def build(name: str, labels: list[str], head_dropout: float) -> MeanPoolClassifier:
+def build(name: str, labels: list[str], head_dropout: float, task: str = CLASSIFICATION) -> MeanPoolClassifier:
     """Build a classifier around a pretrained encoder; the head is drawn from torch's generator."""
     inner = encoder_config(name)
     config = MeanPoolConfig(
@@ -80,11 +81,19 @@ def build(name: str, labels: list[str], head_dropout: float) -> MeanPoolClassifi
         head_dropout=head_dropout,
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
+        problem_type=PROBLEM_TYPES[task],
     )
     model = MeanPoolClassifier(config)
     with loading(f"the weights of --model {name} could not be loaded", "give a folder with a whole model"):
         model.encoder = AutoModel.from_pretrained(name, **without_pooler(inner))
     return cast("MeanPoolClassifier", model.float())
+
+
+def unscale(model: MeanPoolClassifier, scale: Scale) -> None:
+    """Let a model that learned standardised numbers answer in their unit."""
+    with torch.no_grad():
+        model.head.weight.mul_(scale.deviation)
+        model.head.bias.mul_(scale.deviation).add_(scale.mean)
 
 
 def load_checkpoint(folder: Path) -> MeanPoolClassifier:

@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-call"
 """The main job's classifier: an encoder of transformers, a masked mean over tokens, a linear layer.
 
-`save_pretrained` copies this file beside the weights, so it imports nothing of fastadv: where fastadv is not
-installed, `from_pretrained(folder, trust_remote_code=True)` runs the copy.
+`save_pretrained` copies this file and its neighbours beside the weights, so they import nothing else of fastadv: where
+fastadv is not installed, `from_pretrained(folder, trust_remote_code=True)` runs the copies.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_mean_pool import MeanPoolConfig
+from .losses import losses
 
 
 @dataclass
@@ -60,7 +60,7 @@ class MeanPoolClassifier(PreTrainedModel):
         labels: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> Answer:
-        """Compute logits [B, classes] from ids [B, T]; with labels [B], the cross entropy too: mean and per sample."""
+        """Compute logits [B, C] from ids [B, T]; with labels the loss too, mean and per sample: see `losses.losses`."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}  # not every encoder takes them
@@ -70,8 +70,8 @@ class MeanPoolClassifier(PreTrainedModel):
         logits = self.head(self.dropout(pooled))
         if labels is None:
             return Answer(logits=logits)
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        return Answer(loss=F.cross_entropy(logits, labels), logits=logits, losses=losses)
+        loss, each = losses(self.config.problem_type, logits, labels)
+        return Answer(loss=loss, logits=logits, losses=each)
 
 
 def without_pooler(config: Any) -> dict[str, bool]:

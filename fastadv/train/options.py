@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import fastadv
 from fastadv.train import names, signatures
 from fastadv.train.errors import UserError
+from fastadv.train.labels import REGRESSION
 
 if TYPE_CHECKING:  # torch comes with a method, and not before
     from fastadv.methods import Method
@@ -27,6 +28,8 @@ TAKEN = dict.fromkeys((
 # By commands that train several times.
 TAKEN_BY_SEVERAL = {"seed": "give --seeds, with commas between", "save_strategy": "it keeps no models"}
 
+AUTO = "auto"  # the epsilon that suggest_radius finds
+
 # Parameters of a method where this job wants others than the method's own: a ball around each sample, so that the
 # strength does not depend on the batch, and the radius and steps that the sweep in docs/training.md chose.
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -39,6 +42,9 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "awp": {"gamma": 0.001},
     "bregmanproximal": {"decay": 0.99},
 }
+
+# How a method compares two answers, where they are no distribution over classes.
+DIVERGENCES = {REGRESSION: "mse"}
 
 # TrainingArguments of this job where it wants other defaults than transformers.
 TRAINING = {
@@ -87,6 +93,44 @@ def parameters(method: type[Method] | str) -> dict[str, Any]:
     """List a method's options that a command line can give, with their defaults."""
     found = signature_of(method if isinstance(method, str) else method.__name__).options
     return {name: default for name, default in found.items() if name not in INTERNAL}
+
+
+def arguments(
+    method: type[Method], given: Mapping[str, Any], task: str, radius: float | str | None = None
+) -> dict[str, Any]:
+    """Complete a method's arguments by this job's defaults. `radius`: the epsilon where none is given.
+
+    Steps and starts that are not given keep their proportion to the radius, and with `auto` are fractions of it.
+
+    Raises:
+        UserError: `auto` for a method without a radius, or beside a step or a start.
+    """
+    from fastadv.methods.radius_losses import SCALED, has_radius, is_number
+
+    defaults = {**METHOD_DEFAULTS.get(method.__name__.lower(), {}), **of_task(method, task)}
+    found = {**defaults, **given}
+    if not has_radius(method):
+        return found
+    if radius is not None:
+        found["epsilon"] = given.get("epsilon", radius)
+    epsilon, usual = found.get("epsilon"), usual_radius(method)
+    both = [names.option(name) for name in SCALED if name in given]
+    if epsilon == AUTO and both:
+        raise UserError(f"--epsilon {AUTO} sets {' and '.join(both)} too: leave it out, or give a number for --epsilon")
+    part = 1.0 if epsilon == AUTO else epsilon
+    mine = [name for name in SCALED if name not in given and is_number(found.get(name)) and is_number(part)]
+    return {**found, **{name: round(part * found[name] / usual, 12) for name in mine}}
+
+
+def usual_radius(method: type[Method]) -> Any:
+    """Return the epsilon of this job for a method, found for MiniLM."""
+    return {**parameters(method), **METHOD_DEFAULTS.get(method.__name__.lower(), {})}["epsilon"]
+
+
+def of_task(method: type[Method], task: str) -> dict[str, Any]:
+    """List the arguments that a task asks of a method: two numbers are compared by their squared difference."""
+    fits = task in DIVERGENCES and "divergence" in parameters(method)
+    return {"divergence": DIVERGENCES[task]} if fits else {}
 
 
 def literal(text: str | None) -> Any:

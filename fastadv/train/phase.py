@@ -15,14 +15,14 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fastadv.integrations.adversary import Adversary
 from fastadv.integrations.transformers import AdversarialMixin
-from fastadv.train.data import LengthGrouped, Tokens
 from fastadv.train.errors import Interrupted
 from fastadv.train.evaluate import Evaluator
 from fastadv.train.job import Job
 from fastadv.train.log import JsonLines, Progress, Stop, read_log, rewind
 from fastadv.train.memory import PeakMemory
-from fastadv.train.model import check_same_model
+from fastadv.train.model import check_same_model, unscale
 from fastadv.train.modeling_mean_pool import MeanPoolClassifier
+from fastadv.train.tokens import LengthGrouped, Tokens
 
 
 @dataclass(frozen=True)
@@ -91,28 +91,17 @@ def train(
         progress.close()
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(f"{title}: stopped after step {trainer.state.global_step} of {trainer.state.max_steps}")
+    if job.scale is not None:
+        unscale(model, job.scale)
     seconds = [value for row in read_log(log, title) for value in row["step_seconds"]]
     return model, Cost(trainer.state.global_step, statistics.median(seconds), memory.peak, str(args.device))
 
 
 def measure(job: Job, model: MeanPoolClassifier, *, progress: bool = True) -> list[dict[str, Any]]:
-    """Measure accuracy over all test samples, then under the attack at each radius over the first of them."""
+    """Measure a model on all test samples, then under the attack at each radius on the first of them."""
+    settings = job.settings
     evaluator = Evaluator(model, job.test, job.tokenizer, progress)
-    right = evaluator.clean()
-    return measured(evaluator, right, job.settings.attack_samples, job.settings.attack_radii, job.settings.attack_steps)
-
-
-def measured(
-    evaluator: Evaluator, right: list[int], samples: int | None, radii: tuple[float, ...], steps: int
-) -> list[dict[str, Any]]:
-    """Measure the accuracy at each radius, and lay it out with the clean one for result.json."""
-    from fastadv.train.evaluate import Accuracy
-
-    total = len(evaluator.data)
-    attacked = total if samples is None else min(samples, total)
-    clean = Accuracy(0.0, len(right), total)
-    first = [index for index in right if index < attacked]
-    return [accuracy.as_dict() for accuracy in [clean, *evaluator.attacked(first, attacked, radii, steps)]]
+    return evaluator.measure(settings.attack_samples, settings.attack_radii, settings.attack_steps)
 
 
 def cost_dict(cost: Cost) -> dict[str, Any]:

@@ -13,6 +13,8 @@ mpl.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fastadv.train.metrics import score
+
 COLOURS = {"plain": "#6b7280", "adversarial": "#1d5fbf", "attacked": "#c2410c"}
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
@@ -55,9 +57,9 @@ def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
     def draw(axes: Axes) -> None:
         for index, (name, cells) in enumerate(models.items()):
             x = [cell["radius"] for cell in cells]
-            y = [100 * cell["accuracy"] for cell in cells]
-            below = [100 * (cell["accuracy"] - cell["low"]) for cell in cells]
-            above = [100 * (cell["high"] - cell["accuracy"]) for cell in cells]
+            y = [100 * score(cell) for cell in cells]
+            below = [100 * (score(cell) - cell["low"]) for cell in cells]
+            above = [100 * (cell["high"] - score(cell)) for cell in cells]
             colour = (COLOURS["plain"], COLOURS["adversarial"])[index % 2]
             if len(models) == 1:
                 colour = COLOURS["adversarial"]

@@ -17,14 +17,14 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from fastadv.train.errors import UserError
 from fastadv.train.job import quiet
 from fastadv.train.model import label_names, load_where_it_runs, longest, tokenizer_of
-from fastadv.train.sources import file_rows
+from fastadv.train.sources import Columns, file_rows
 
 BATCH = 64
 POOL = 32 * BATCH  # so many texts are sorted by length before they are cut into batches
 STDIN = "-"
 
 
-def texts_of(given: Sequence[str], data: str | None, column: str) -> list[str]:
+def texts_of(given: Sequence[str], data: str | None, column: str, skip_empty: bool = False) -> list[str]:
     """List the texts of the command line, or of a file; `data` "-" is standard input, a text a line.
 
     Raises:
@@ -35,7 +35,8 @@ def texts_of(given: Sequence[str], data: str | None, column: str) -> list[str]:
     if data == STDIN:
         texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
     elif data is not None:
-        texts = [row.text for row in file_rows(data, column, column)]  # a label is not needed
+        columns = Columns(text=column, label=column, skip_empty=skip_empty)  # no label is needed
+        texts = [row.text for row in file_rows(data, columns).rows]
     else:
         texts = list(given)
     if not texts:

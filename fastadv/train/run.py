@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import platform
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import fastadv
-from fastadv.train import phase
+from fastadv.train import phase, radius
 from fastadv.train.data import DataSettings
 from fastadv.train.errors import Interrupted, UserError
 from fastadv.train.folders import ADVERSARIAL, PLAIN, SETTINGS
@@ -20,6 +20,7 @@ from fastadv.train.job import Job, Settings, read_json, write_json
 from fastadv.train.model import load_checkpoint, place
 
 RESULT, REPORT, LOG, DONE = "result.json", "report.html", "log.jsonl", "phase.json"
+RADIUS = "radius.json"
 
 
 def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
@@ -33,6 +34,7 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
         settings = {"command": command, "settings": asdict(job.settings), "data": job.samples.description()}
         write_json(folder / SETTINGS, settings)
     try:
+        job, found = _with_radius(job, folder)
         models = {name: _phase(job, folder, name) for name in (PLAIN, ADVERSARIAL)}
     except KeyboardInterrupt:
         raise Interrupted("stopped") from None
@@ -40,12 +42,26 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
         "command": command,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": job.description(),
+        "warnings": job.overview.warnings,
         "versions": versions(),
         "hardware": phase.device_name(models[PLAIN]["cost"]["device"]),
         "models": models,
+        "radius": found,
     }
     write_json(folder / RESULT, result)
     return result
+
+
+def _with_radius(job: Job, folder: Path) -> tuple[Job, dict[str, Any] | None]:
+    """Choose the radius, or read what was chosen when this run began."""
+    saved = read_json(folder / RADIUS)
+    if saved is not None:
+        return replace(job, method_arguments=saved["method_arguments"]), saved["radius"]
+    job, found = radius.chosen(job, job.arguments(folder).seed)
+    if found is not None:
+        print(radius.describe(found))
+        write_json(folder / RADIUS, {"method_arguments": job.method_arguments, "radius": found})
+    return job, found
 
 
 def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:

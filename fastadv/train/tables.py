@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastadv.train.folders import ADVERSARIAL, PLAIN
+from fastadv.train.metrics import score
 
 
 class Line(NamedTuple):
@@ -32,8 +33,9 @@ def lines(result: dict[str, Any]) -> list[Line]:
     steps = result["settings"]["attack_steps"]
     found = []
     for a, b in zip(plain["accuracy"], adversarial["accuracy"], strict=True):
-        points = 100 * (b["accuracy"] - a["accuracy"])
-        found.append(Line(measure(a, steps), accuracy(a), accuracy(b), f"{points:+.1f} points"))
+        gap = score(b) - score(a)
+        difference = f"{100 * gap:+.1f} points" if "accuracy" in a else f"{gap:+.3f}"
+        found.append(Line(measure(a, steps), accuracy(a), accuracy(b), difference))
     seconds = [model["cost"]["seconds_per_step"] for model in (plain, adversarial)]
     memory = [model["cost"]["peak_memory"] for model in (plain, adversarial)]
     times = [f"{value:.3g} s" for value in seconds]
@@ -46,12 +48,14 @@ def lines(result: dict[str, Any]) -> list[Line]:
 def measure(cell: dict[str, Any], steps: int) -> str:
     """Name an accuracy."""
     if cell["radius"] == 0:
-        return f"clean accuracy ({cell['total']:,} samples)"
+        return f"clean {cell.get('metric', 'accuracy')} ({cell['total']:,} samples)"
     return f"under PGD-{steps}, radius {cell['radius']:g} ({cell['total']:,} samples)"
 
 
 def accuracy(cell: dict[str, Any]) -> str:
-    """Format an accuracy with its 95 % interval."""
+    """Format an accuracy, or a correlation, with its 95 % interval."""
+    if "accuracy" not in cell:
+        return f"{score(cell):.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
     return f"{100 * cell['accuracy']:.1f} % [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from fastadv.train import data
-from fastadv.train.data import DataSettings, LengthGrouped
+from fastadv.train.data import DataSettings
 from fastadv.train.errors import UserError
-from fastadv.train.sources import default_rows, file_rows
+from fastadv.train.sources import Columns, default_rows, file_rows
+from fastadv.train.tokens import LengthGrouped
 from tests.train.conftest import texts, write_csv
 
 
@@ -67,7 +68,7 @@ def test_train_samples_are_a_part(table: Path) -> None:
 def test_csv_with_quotes_newlines_and_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "odd.csv"
     path.write_bytes('\ufefftext,label\n"a, ""b""\nc",x\nd,y\n'.encode())
-    assert [(row.text, row.label) for row in file_rows(str(path), "text", "label")] == [('a, "b"\nc', "x"), ("d", "y")]
+    assert [(row.text, row.label) for row in file_rows(str(path), Columns()).rows] == [('a, "b"\nc', "x"), ("d", "y")]
 
 
 def test_a_folder_of_files_through_datasets(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_csv_errors(tmp_path: Path, content: str | bytes, message: str) -> None:
         ('{"text": "fine", "label": 1}\nnot json\n', "line 2: not JSON"),
         ("[1, 2]\n", "line 1: one JSON object a line is expected, not list"),
         ('{"text": "fine"}\n', "has no column 'label'"),
-        ('{"text": 3, "label": 1}\n', "line 1: no text"),
+        ('{"text": 3, "label": 1}\n', "line 1: the text is 3, which is none"),
         ('{"text": "fine", "label": null}\n', "line 1: no label"),
     ],
 )

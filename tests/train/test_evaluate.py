@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from fastadv.train import model
-from fastadv.train.data import Sample, Tokens
-from fastadv.train.evaluate import Accuracy, Evaluator, wilson
+from fastadv.train.data import Sample
+from fastadv.train.evaluate import Evaluator
+from fastadv.train.metrics import wilson
+from fastadv.train.tokens import Tokens
 from tests.train.conftest import texts
 
 LABELS = ["bad", "good"]
@@ -36,6 +38,12 @@ def test_wilson() -> None:
     assert wilson(0, 10)[0] == pytest.approx(0, abs=1e-12)
 
 
+def right(evaluator: Evaluator) -> list[int]:
+    """The samples that are classified as they should be."""
+    hits: list[int] = (evaluator.clean().argmax(-1) == evaluator.targets).nonzero()[:, 0].tolist()
+    return hits
+
+
 def test_clean(evaluator: Evaluator) -> None:
     """One sample at a time, without padding, gives the same answers."""
     expected = []
@@ -44,7 +52,7 @@ def test_clean(evaluator: Evaluator) -> None:
             logits = evaluator.model(torch.tensor([item["input_ids"]])).logits
         if int(logits.argmax()) == item["labels"]:
             expected.append(index)
-    assert sorted(evaluator.clean()) == expected
+    assert right(evaluator) == expected
     assert 0 < len(expected) < 90
 
 
@@ -67,9 +75,9 @@ def pgd(network: Any, item: dict[str, Any], radius: float, steps: int) -> torch.
 
 def test_attack_is_pgd_around_each_sample(evaluator: Evaluator) -> None:
     """In padded batches as one by one; radius after radius, what is turned stays turned."""
-    right = evaluator.clean()
+    clean = right(evaluator)
     radii = (0.05, 0.2)
-    expected, alive = [], right
+    expected, alive = [], clean
     for radius in radii:
         alive = [
             index
@@ -78,16 +86,19 @@ def test_attack_is_pgd_around_each_sample(evaluator: Evaluator) -> None:
             == evaluator.data.items[index]["labels"]
         ]
         expected.append(len(alive))
-    found = evaluator.attacked(right, 90, radii[::-1], steps=5)
-    assert [(cell.radius, cell.correct, cell.total) for cell in found] == list(
+    found = evaluator.attacked(evaluator.clean(), radii[::-1], steps=5)
+    assert [(cell["radius"], cell["correct"], cell["total"]) for cell in found] == list(
         zip(radii, expected, [90, 90], strict=True)
     )
-    assert len(right) > expected[0] > expected[1], "the attack must turn some samples at each radius"
+    assert len(clean) > expected[0] > expected[1], "the attack must turn some samples at each radius"
+    marks = found[1]["right"]
+    assert [index for index, mark in enumerate(marks) if mark == "1"] == sorted(alive), "in the order of the samples"
+    assert len(marks) == 90
 
 
 def test_the_attack_leaves_the_model_alone(evaluator: Evaluator) -> None:
     before = {name: value.clone() for name, value in evaluator.model.state_dict().items()}
-    evaluator.attacked(evaluator.clean()[:8], 8, (0.1,), steps=2)
+    evaluator.attacked(evaluator.clean()[:8], (0.1,), steps=2)
     assert all(torch.equal(value, before[name]) for name, value in evaluator.model.state_dict().items())
     assert all(parameter.grad is None for parameter in evaluator.model.parameters())
     assert "forward" not in vars(evaluator.model.get_input_embeddings())
@@ -95,4 +106,6 @@ def test_the_attack_leaves_the_model_alone(evaluator: Evaluator) -> None:
 
 
 def test_nothing_left_to_attack(evaluator: Evaluator) -> None:
-    assert evaluator.attacked([], 9, (0.1,), steps=2) == [Accuracy(0.1, 0, 9)]
+    wrong = F.one_hot(1 - evaluator.targets[:9]).float()
+    (cell,) = evaluator.attacked(wrong, (0.1,), steps=2)
+    assert (cell["correct"], cell["total"], cell["right"]) == (0, 9, "0" * 9)

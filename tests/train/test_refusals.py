@@ -67,7 +67,7 @@ def test_what_is_refused(
         ("evaluate", "--attack-step", "--attack-steps or --steps"),
         ("evaluate", "--samples", "--attack-samples"),
         ("evaluate", "--output", "--output-dir"),
-        ("evaluate", "--label", "--label-column"),
+        ("evaluate", "--label", "--label-column or --label-separator"),
     ],
 )
 def test_an_unknown_option_is_answered_with_one_of_this_command(
