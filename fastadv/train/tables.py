@@ -74,7 +74,7 @@ def comparison(result: dict[str, Any]) -> Table:
 
 def evaluation(result: dict[str, Any]) -> Table:
     """Make the table of the models of an evaluation."""
-    table = _table(f"{result['folder']}: accuracy, 95 % intervals", ["", *result["models"]])
+    table = _table(f"{result['folder']}, with 95 % intervals", ["", *result["models"]])
     for cells in zip(*(model["accuracy"] for model in result["models"].values()), strict=True):
         table.add_row(measure(cells[0], result["attack"]["steps"]), *map(accuracy, cells))
     return table

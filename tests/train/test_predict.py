@@ -93,6 +93,18 @@ def test_a_single_number_is_a_score() -> None:
     assert predict.answer(torch.tensor([2.5]), ["value"], "regression") == {"score": 2.5}
 
 
+def test_a_model_of_numbers_answers_with_one(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    network = model.build(str(encoder), ["stars"], 0.1, "regression").eval()
+    network.save_pretrained("stars")
+    tokenizer = model.tokenizer_of(str(encoder))
+    tokenizer.save_pretrained("stars")
+    write_csv(Path("texts.csv"), [("a fine film", "x"), ("", "y")])
+    main_ok("predict", "stars", "--data", "texts.csv", "--skip-empty")
+    (found,) = lines(capsys.readouterr().out)
+    expected = network(tokenizer("a fine film", return_tensors="pt")["input_ids"]).logits.item()
+    assert found == {"text": "a fine film", "score": pytest.approx(expected, abs=1e-6)}
+
+
 def test_what_is_refused(run: Path, encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = str(write_csv(Path("texts.csv"), [("a film", "x")]))
     for arguments, message in (
