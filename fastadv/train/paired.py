@@ -1,0 +1,62 @@
+"""The difference of two models that were tested on the same samples, with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from fastadv.train.evaluate import wilson
+
+
+class Difference(NamedTuple):
+    """Hold a difference of accuracies, the second model's minus the first's, with its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+    samples: int
+
+
+def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference | None:
+    """Compare two cells of result.json sample by sample. None: a cell does not say which samples were right."""
+    one, other = first.get("right"), second.get("right")
+    if not one or not other or len(one) != len(other):
+        return None
+    pairs = Counter(zip(one, other, strict=True))
+    low, high = newcombe(pairs["1", "1"], pairs["0", "1"], pairs["1", "0"], pairs["0", "0"])
+    return Difference((other.count("1") - one.count("1")) / len(one), low, high, len(one))
+
+
+def newcombe(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
+    r"""Compute the 95 % interval of the difference of two paired shares.
+
+    Method 10 of Newcombe 1998 (Statistics in Medicine 17, 2635-2650): the Wilson intervals of both shares, combined by
+    the correlation of the pairs, which is corrected for continuity. Of `both + gained` and `both + lost` successes:
+
+    .. math:: \Delta - \sqrt{a^2 - 2 \varphi a b + b^2}, \quad a = p_1 - l_1, \quad b = u_2 - p_2
+
+    and upwards with the other ends.
+    """
+    total = both + gained + lost + neither
+    p, q = (both + gained) / total, (both + lost) / total
+    (p_low, p_high), (q_low, q_high) = (wilson(both + count, total) for count in (gained, lost))
+    phi = _correlation(both, gained, lost, neither)
+    below = _combined(p - p_low, q_high - q, phi)
+    above = _combined(p_high - p, q - q_low, phi)
+    return max(-1.0, p - q - below), min(1.0, p - q + above)
+
+
+def _combined(a: float, b: float, phi: float) -> float:
+    return math.sqrt(max(0.0, a * a - 2 * phi * a * b + b * b))
+
+
+def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
+    product = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
+    if product == 0:
+        return 0.0
+    agreement = both * neither - gained * lost
+    if agreement > 0:
+        agreement = max(0.0, agreement - (both + gained + lost + neither) / 2)
+    return agreement / math.sqrt(product)
