@@ -26,23 +26,24 @@ def test_the_published_examples(counts: tuple[int, int, int, int], interval: tup
     assert newcombe(*counts) == pytest.approx(interval, abs=1e-4)
 
 
+@pytest.mark.parametrize("samples", [60, 500])
 @pytest.mark.parametrize(
     "truth",
     [
         (0.48, 0.11, 0.05, 0.36),  # attacked models: +6 points
         (0.75, 0.05, 0.05, 0.15),  # clean accuracy: no difference
-        (0.20, 0.01, 0.00, 0.79),  # nearly everything turned
+        (0.20, 0.02, 0.00, 0.78),  # nearly everything turned
     ],
 )
-@pytest.mark.parametrize("samples", [60, 500])
 def test_coverage(truth: tuple[float, ...], samples: int) -> None:
-    """Of 4,000 test sets 95 % of the intervals hold the true difference, within a point and a half below."""
+    """Of 4,000 test sets 95 % hold the true difference or more, by intervals that are hardly wider than needed."""
     tables = np.random.default_rng(0).multinomial(samples, truth, size=4000)
     interval = functools.cache(newcombe)
     bounds = np.array([interval(*map(int, table)) for table in tables])
     delta = truth[1] - truth[2]
-    covered = ((bounds[:, 0] <= delta) & (delta <= bounds[:, 1])).mean()
-    assert 0.935 < covered < 0.995
+    assert ((bounds[:, 0] <= delta) & (delta <= bounds[:, 1])).mean() > 0.94
+    exact = 2 * 1.96 * np.sqrt((truth[1] + truth[2] - delta**2) / samples)
+    assert (bounds[:, 1] - bounds[:, 0]).mean() < (1.75 if samples == 60 else 1.35) * exact
 
 
 def test_pairs_know_more_than_two_samples() -> None:
