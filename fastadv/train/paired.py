@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from fastadv.train.evaluate import wilson
+from fastadv.train.metrics import wilson
+
+Correlation = tuple[float, float, float]  # with its interval
 
 
 class Difference(NamedTuple):
-    """Hold a difference of accuracies, the second model's minus the first's, with its 95 % interval."""
+    """Hold a difference, the second model's minus the first's, with its 95 % interval."""
 
     value: float
     low: float
@@ -20,13 +23,25 @@ class Difference(NamedTuple):
 
 
 def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference | None:
-    """Compare two cells of result.json sample by sample. None: a cell does not say which samples were right."""
-    one, other = first.get("right"), second.get("right")
-    if not one or not other or len(one) != len(other):
-        return None
+    """Compare two cells of result.json sample by sample. None: the cells do not say what each sample got."""
+    for key, compare in (("right", _shares), ("predicted", _correlations)):
+        if first.get(key) and len(first[key]) == len(second.get(key, ())):
+            return compare(first, second)
+    return None
+
+
+def _shares(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
+    one, other = first["right"], second["right"]
     pairs = Counter(zip(one, other, strict=True))
     low, high = newcombe(pairs["1", "1"], pairs["0", "1"], pairs["1", "0"], pairs["0", "0"])
     return Difference((other.count("1") - one.count("1")) / len(one), low, high, len(one))
+
+
+def _correlations(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference:
+    one, other = ((cell["pearson"], cell["low"], cell["high"]) for cell in (first, second))
+    between = statistics.correlation(first["predicted"], second["predicted"])
+    low, high = zou(other, one, between)
+    return Difference(other[0] - one[0], low, high, len(first["predicted"]))
 
 
 def newcombe(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
@@ -56,7 +71,28 @@ def _correlation(both: int, gained: int, lost: int, neither: int) -> float:
     product = (both + gained) * (lost + neither) * (both + lost) * (gained + neither)
     if product == 0:
         return 0.0
-    agreement = both * neither - gained * lost
+    agreement = float(both * neither - gained * lost)
     if agreement > 0:
         agreement = max(0.0, agreement - (both + gained + lost + neither) / 2)
     return agreement / math.sqrt(product)
+
+
+def zou(one: Correlation, other: Correlation, between: float) -> tuple[float, float]:
+    r"""Compute the 95 % interval of the difference of two correlations with the same numbers.
+
+    Zou 2007 (Psychological Methods 12, 399-413), as in `newcombe` with Fisher's intervals of the two and
+
+    .. math:: \varphi = \frac{(r_{12} - r_1 r_2 / 2)(1 - r_1^2 - r_2^2 - r_{12}^2) + r_{12}^3}{(1 - r_1^2)(1 - r_2^2)}
+
+    Args:
+        one: a correlation and the ends of its interval.
+        other: the one that is taken off it.
+        between: the correlation of what the two models predict.
+    """
+    (r, r_low, r_high), (q, q_low, q_high) = one, other
+    scale = (1 - r * r) * (1 - q * q)
+    joint = (between - r * q / 2) * (1 - r * r - q * q - between * between) + between**3
+    phi = joint / scale if scale > 0 else 0.0
+    below = _combined(r - r_low, q_high - q, phi)
+    above = _combined(r_high - r, q - q_low, phi)
+    return r - q - below, r - q + above

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fastadv
-from fastadv.train import phase
+from fastadv.train import examples, phase
 from fastadv.train.data import DataSettings
 from fastadv.train.errors import Interrupted, UserError
 from fastadv.train.job import Job, Settings, read_json, write_json
@@ -44,6 +44,7 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
         "versions": versions(),
         "hardware": phase.device_name(models[PLAIN]["cost"]["device"]),
         "models": models,
+        "examples": examples.of_run(job, folder, models),
     }
     write_json(folder / RESULT, result)
     return result
@@ -65,6 +66,7 @@ def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
         network = phase.place(load_checkpoint(mine), record["cost"]["device"])
     if "accuracy" not in record:
         record["accuracy"] = phase.measure(job, network)
+        record["only_answer"] = phase.only_answer(job, record["accuracy"][0])
         write_json(mine / DONE, record)
     return dict(record)
 

@@ -7,7 +7,7 @@ import functools
 import numpy as np
 import pytest
 
-from fastadv.train.paired import difference, newcombe
+from fastadv.train.paired import difference, newcombe, zou
 
 # Newcombe 1998, table III, method 10.
 PUBLISHED = {
@@ -62,3 +62,39 @@ def test_cells_of_a_result() -> None:
     assert (found.low, found.high) == newcombe(20, 10, 0, 10)
     assert difference({}, adversarial) is None, "as older versions wrote them"
     assert difference({"right": "10"}, adversarial) is None, "other samples"
+
+
+def fisher(r: float, samples: int) -> tuple[float, float, float]:
+    middle, spread = np.arctanh(r), 1.959964 / np.sqrt(samples - 3)
+    return r, float(np.tanh(middle - spread)), float(np.tanh(middle + spread))
+
+
+def test_the_published_example_of_correlations() -> None:
+    """Zou 2007, the overlapping case: r = 0.396 and 0.179, 0.088 between the two, 66 people."""
+    assert zou(fisher(0.396, 66), fisher(0.179, 66), 0.088) == pytest.approx((-0.093, 0.517), abs=5e-4)
+
+
+def test_coverage_of_correlations() -> None:
+    """Two models that predict the same numbers with errors of their own: 2,000 test sets of 100."""
+    generator = np.random.default_rng(0)
+    covered = 0
+    truth = 1 / np.sqrt(1.25) - 1 / np.sqrt(2)  # errors of deviation 0.5 and 1
+    for _ in range(2000):
+        target, *errors = generator.standard_normal((3, 100))
+        one, other = target + 0.5 * errors[0], target + errors[1]
+        r, q, between = (np.corrcoef(a, b)[0, 1] for a, b in ((one, target), (other, target), (one, other)))
+        low, high = zou(fisher(r, 100), fisher(q, 100), between)
+        covered += low <= truth <= high
+    assert 0.935 < covered / 2000 < 0.97
+
+
+def test_cells_of_numbers() -> None:
+    one, other = np.arange(9.0), np.array([0, 2, 1, 3, 5, 4, 6, 8, 7.0])
+    cells = [
+        {"metric": "pearson", "pearson": r, "low": low, "high": high, "predicted": predicted.tolist()}
+        for (r, low, high), predicted in ((fisher(0.6, 9), one), (fisher(0.8, 9), other))
+    ]
+    found = difference(*cells)
+    assert found is not None
+    assert found.value == pytest.approx(0.2)
+    assert found.low < 0.2 < found.high
