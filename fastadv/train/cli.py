@@ -80,7 +80,7 @@ def train(
     """
     if not resume:
         shared.check_extra(context)
-    from fastadv.train import report, run, tables
+    from fastadv.train import report, run, tables, verdict
     from fastadv.train.announce import announce
     from fastadv.train.job import prepare
     from fastadv.train.log import read_log
@@ -102,6 +102,7 @@ def train(
         raise Interrupted(f"{stopped}; to continue: fastadv train --resume --output-dir {folder}") from None
     report.write(result, read_log(folder / run.LOG), folder / run.REPORT)
     tables.show(tables.comparison(result))
+    print("\n".join(verdict.sentences(result)))
     print(f"{folder / run.REPORT}\n{folder / run.RESULT}")
 
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import platform
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fastadv.integrations.adversary import Adversary
 from fastadv.integrations.transformers import AdversarialMixin
+from fastadv.train.conditions import Conditions, Watch, processor
 from fastadv.train.errors import Interrupted
 from fastadv.train.evaluate import Evaluator
 from fastadv.train.job import Job
@@ -33,6 +33,7 @@ class Cost:
     seconds_per_step: float  # the median
     peak_memory: int  # bytes
     device: str
+    conditions: Conditions | None = None
 
 
 class PlainTrainer(Trainer):
@@ -85,7 +86,7 @@ def train(
     trainer = PlainTrainer(**common) if adversary is None else AdversarialPhaseTrainer(**common, adversary=adversary)
     trainer.remove_callback(PrinterCallback)
     try:
-        with stop, PeakMemory(args.device) as memory:
+        with stop, PeakMemory(args.device) as memory, Watch(resumed=checkpoint is not None) as watch:
             trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         progress.close()
@@ -94,7 +95,8 @@ def train(
     if job.scale is not None:
         unscale(model, job.scale)
     seconds = [value for row in read_log(log, title) for value in row["step_seconds"]]
-    return model, Cost(trainer.state.global_step, statistics.median(seconds), memory.peak, str(args.device))
+    median = statistics.median(seconds)
+    return model, Cost(trainer.state.global_step, median, memory.peak, str(args.device), watch.conditions)
 
 
 def measure(job: Job, model: MeanPoolClassifier, *, progress: bool = True) -> list[dict[str, Any]]:
@@ -102,6 +104,17 @@ def measure(job: Job, model: MeanPoolClassifier, *, progress: bool = True) -> li
     settings = job.settings
     evaluator = Evaluator(model, job.test, job.tokenizer, progress)
     return evaluator.measure(settings.attack_samples, settings.attack_radii, settings.attack_steps)
+
+
+def only_answer(job: Job, clean: dict[str, Any]) -> str | None:
+    """Name the class that the model answers whatever it reads: it is right on that class alone, and always there."""
+    labels = [sample.label for sample in job.samples.test]
+    right = [mark == "1" for mark in clean.get("right", "")]
+    if len(set(labels)) > 1:
+        for number, name in enumerate(job.samples.labels):
+            if right == [label == number for label in labels] and any(right):
+                return name
+    return None
 
 
 def cost_dict(cost: Cost) -> dict[str, Any]:
@@ -114,13 +127,4 @@ def device_name(device: str) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(torch.device(device))
     threads = torch.get_num_threads()
-    return f"{_processor()}, {threads} thread{'s' if threads > 1 else ''}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"

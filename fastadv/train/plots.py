@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -12,7 +13,9 @@ import matplotlib as mpl
 mpl.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
+from fastadv.train import cells
 from fastadv.train.metrics import score
 
 COLOURS = {"plain": "#6b7280", "adversarial": "#1d5fbf", "attacked": "#c2410c"}
@@ -34,6 +37,7 @@ def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
     """Draw training losses against steps: of both trainings, and the adversarial loss of the second."""
 
     def draw(axes: Axes) -> None:
+        highest = 0.0
         for phase, key, colour, style, name in (
             ("plain", "loss", COLOURS["plain"], "-", "plain training"),
             ("adversarial", "loss", COLOURS["adversarial"], "-", f"{method}: without perturbation"),
@@ -43,10 +47,17 @@ def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
             if points:
                 marker = "o" if len(points) == 1 else None
                 axes.plot(*zip(*points, strict=True), color=colour, ls=style, lw=1.6, marker=marker, label=name)
+                highest = max([highest, *(loss for _, loss in points if math.isfinite(loss))])
         axes.set(xlabel="step", ylabel="training loss")
-        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         if axes.lines:
+            axes.set_ylim(0, 1.1 * highest or 1)
             axes.legend()
+        else:
+            axes.set(xticks=[], yticks=[])
+            note = "no loss was logged: give a smaller --logging-steps"
+            axes.text(0.5, 0.5, note, ha="center", transform=axes.transAxes)
 
     return svg(_axes(draw), "losses")
 
@@ -55,18 +66,23 @@ def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
     """Draw accuracy against the radius of the attack, with 95 % intervals."""
 
     def draw(axes: Axes) -> None:
-        for index, (name, cells) in enumerate(models.items()):
-            x = [cell["radius"] for cell in cells]
-            y = [100 * score(cell) for cell in cells]
-            below = [100 * (score(cell) - cell["low"]) for cell in cells]
-            above = [100 * (cell["high"] - score(cell)) for cell in cells]
+        first = next(iter(models.values()))[0]
+        scale = 100 if cells.is_share(first) else 1
+        for index, (name, measured) in enumerate(models.items()):
+            x = [cell["radius"] for cell in measured]
+            y = [scale * score(cell) for cell in measured]
+            # An end that rounding puts on the wrong side is at the value.
+            below = [max(0.0, scale * (score(cell) - cell["low"])) for cell in measured]
+            above = [max(0.0, scale * (cell["high"] - score(cell))) for cell in measured]
             colour = (COLOURS["plain"], COLOURS["adversarial"])[index % 2]
             if len(models) == 1:
                 colour = COLOURS["adversarial"]
             axes.errorbar(x, y, yerr=[below, above], color=colour, lw=1.6, marker="o", ms=4, capsize=3, label=name)
-        axes.set(xlabel=f"radius of the PGD-{steps} attack (l2 norm per sample)", ylabel="accuracy, %")
-        axes.set_ylim(0, 102)
-        axes.set_xticks(sorted({cell["radius"] for cells in models.values() for cell in cells}))
+        axes.set(xlabel=f"radius of the PGD-{steps} attack (l2 norm per sample)", ylabel=cells.name(first))
+        if cells.is_share(first):
+            axes.set_ylabel("accuracy, %")
+            axes.set_ylim(0, 102)
+        axes.set_xticks(sorted({cell["radius"] for measured in models.values() for cell in measured}))
         axes.legend()
 
     return svg(_axes(draw), "radii")

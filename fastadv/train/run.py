@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fastadv
-from fastadv.train import phase, radius
+from fastadv.train import examples, phase, radius
 from fastadv.train.data import DataSettings
 from fastadv.train.errors import Interrupted, UserError
 from fastadv.train.folders import ADVERSARIAL, PLAIN, SETTINGS
@@ -47,6 +47,7 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
         "hardware": phase.device_name(models[PLAIN]["cost"]["device"]),
         "models": models,
         "radius": found,
+        "examples": examples.of_run(job, folder, models),
     }
     write_json(folder / RESULT, result)
     return result
@@ -80,6 +81,7 @@ def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
         network = place(load_checkpoint(mine), record["cost"]["device"])
     if "accuracy" not in record:
         record["accuracy"] = phase.measure(job, network)
+        record["only_answer"] = phase.only_answer(job, record["accuracy"][0])
         write_json(mine / DONE, record)
     return dict(record)
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
 
+from fastadv.train import cells
+from fastadv.train.cells import Cell
+from fastadv.train.conditions import obstacles
 from fastadv.train.folders import ADVERSARIAL, PLAIN
-from fastadv.train.metrics import score
+from fastadv.train.paired import difference
 
 
 class Line(NamedTuple):
@@ -21,42 +24,57 @@ class Line(NamedTuple):
     difference: str
 
 
-def method_label(settings: dict[str, Any]) -> str:
+def method_label(settings: Mapping[str, Any]) -> str:
     """Spell the method and its arguments on one line."""
     arguments = ", ".join(f"{name}={value}" for name, value in settings["method_arguments"].items())
     return f"{settings['method']}({arguments})"
 
 
-def lines(result: dict[str, Any]) -> list[Line]:
+def difference_heading(result: Mapping[str, Any]) -> str:
+    """Name the column of differences, with the unit of the first lines."""
+    return "difference, points" if cells.is_share(result["models"][PLAIN]["accuracy"][0]) else "difference"
+
+
+def intervals(first: Cell, second: Cell) -> str:
+    """Name the methods that made the intervals of two cells."""
+    alone, paired = ("Wilson's", "Newcombe's") if cells.is_share(first) else ("Fisher's", "Zou's")
+    if difference(first, second) is None:
+        return f"by {alone} formula"
+    return f"by {alone} formula and, of differences on the same samples, by {paired} for pairs"
+
+
+def lines(result: Mapping[str, Any]) -> list[Line]:
     """List the measures of a comparison."""
     plain, adversarial = (result["models"][name] for name in (PLAIN, ADVERSARIAL))
     steps = result["settings"]["attack_steps"]
-    found = []
-    for a, b in zip(plain["accuracy"], adversarial["accuracy"], strict=True):
-        gap = score(b) - score(a)
-        difference = f"{100 * gap:+.1f} points" if "accuracy" in a else f"{gap:+.3f}"
-        found.append(Line(measure(a, steps), accuracy(a), accuracy(b), difference))
-    seconds = [model["cost"]["seconds_per_step"] for model in (plain, adversarial)]
-    memory = [model["cost"]["peak_memory"] for model in (plain, adversarial)]
+    pairs = list(zip(plain["accuracy"], adversarial["accuracy"], strict=True))
+    found = [Line(measure(a, steps), cells.with_interval(a), cells.with_interval(b), cells.gap(a, b)) for a, b in pairs]
+    found += _more(*pairs[0])
+    costs = [model["cost"] for model in (plain, adversarial)]
+    seconds, memory = ([cost[key] for cost in costs] for key in ("seconds_per_step", "peak_memory"))
     times = [f"{value:.3g} s" for value in seconds]
-    found.append(Line("seconds per step, median", times[0], times[1], f"x {seconds[1] / seconds[0]:.2f}"))
+    ratio = "not compared" if obstacles(*costs) else f"x {seconds[1] / seconds[0]:.2f}"
+    found.append(Line("seconds per step, median", times[0], times[1], ratio))
     sizes = [size(value) for value in memory]
     found.append(Line("peak memory", sizes[0], sizes[1], f"x {memory[1] / memory[0]:.2f}"))
     return found
 
 
-def measure(cell: dict[str, Any], steps: int) -> str:
-    """Name an accuracy."""
+def _more(plain: Cell, adversarial: Cell) -> list[Line]:
+    """List what else is known of clean answers."""
+    known = {"f1": "clean F1, macro", "f1_micro": "clean F1, micro", "mse": "clean mean squared error"}
+    return [
+        Line(name, f"{plain[key]:.3f}", f"{adversarial[key]:.3f}", f"{adversarial[key] - plain[key]:+.3f}")
+        for key, name in known.items()
+        if key in plain
+    ]
+
+
+def measure(cell: Cell, steps: int) -> str:
+    """Name a measure."""
     if cell["radius"] == 0:
-        return f"clean {cell.get('metric', 'accuracy')} ({cell['total']:,} samples)"
+        return f"clean {cells.name(cell)} ({cell['total']:,} samples)"
     return f"under PGD-{steps}, radius {cell['radius']:g} ({cell['total']:,} samples)"
-
-
-def accuracy(cell: dict[str, Any]) -> str:
-    """Format an accuracy, or a correlation, with its 95 % interval."""
-    if "accuracy" not in cell:
-        return f"{score(cell):.3f} [{cell['low']:.3f}, {cell['high']:.3f}]"
-    return f"{100 * cell['accuracy']:.1f} % [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]"
 
 
 def size(count: float) -> str:
@@ -64,9 +82,11 @@ def size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
-def comparison(result: dict[str, Any]) -> Table:
+def comparison(result: Mapping[str, Any]) -> Table:
     """Make the table that `fastadv train` ends with."""
-    table = _table("accuracy in %, with 95 % intervals", ["", "plain", result["settings"]["method"], "difference"])
+    first = result["models"][PLAIN]["accuracy"][0]
+    headings = ["", "plain", result["settings"]["method"], difference_heading(result)]
+    table = _table(f"{cells.name(first)}, with 95 % intervals", headings)
     for line in lines(result):
         table.add_row(*line)
     return table
@@ -74,9 +94,11 @@ def comparison(result: dict[str, Any]) -> Table:
 
 def evaluation(result: dict[str, Any]) -> Table:
     """Make the table of the models of an evaluation."""
-    table = _table(f"{result['folder']}, with 95 % intervals", ["", *result["models"]])
-    for cells in zip(*(model["accuracy"] for model in result["models"].values()), strict=True):
-        table.add_row(measure(cells[0], result["attack"]["steps"]), *map(accuracy, cells))
+    found = result["models"]
+    first = next(iter(found.values()))["accuracy"]
+    table = _table(f"{result['folder']}: {cells.name(first[0])}, 95 % intervals", ["", *found])
+    for row in zip(*(model["accuracy"] for model in found.values()), strict=True):
+        table.add_row(measure(row[0], result["attack"]["steps"]), *map(cells.with_interval, row))
     return table
 
 

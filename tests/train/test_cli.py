@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastadv.train import verdict
 from fastadv.train.log import read_log
 from tests.train.command import main_ok, refused, train
 from tests.train.conftest import texts, write_csv
@@ -53,6 +54,7 @@ def test_train_and_evaluate(encoder: Path, table: Path, capsys: pytest.CaptureFi
         assert not list((run / name).glob("checkpoint-*"))
         share = f"{100 * model['accuracy'][0]['accuracy']:.1f} %"
         assert share in printed
+        assert "only_answer" in model
     check_log(run)
     check_page(run, result)
     check_evaluate(run, result, capsys)
@@ -77,9 +79,23 @@ def check_page(run: Path, result: dict[str, Any]) -> None:
     assert "url(" not in re.sub(r"url\(#\w+\)", "", text)
     assert page.tags.count("svg") == 2
     assert result["command"] in page.text
+    for sentence in verdict.sentences(result):
+        assert sentence in page.text
+    check_examples(page, result)
     for name in ("plain", "adversarial"):
         cell = result["models"][name]["accuracy"][1]
         assert f"{100 * cell['accuracy']:.1f} % [{100 * cell['low']:.1f}, {100 * cell['high']:.1f}]" in page.text
+
+
+def check_examples(page: Page, result: dict[str, Any]) -> None:
+    found = result["examples"]
+    assert sum(found["counts"].values()) == 24, "of every attacked sample"
+    assert found["samples"]
+    for sample in found["samples"]:
+        right = [result["models"][name]["accuracy"][1]["right"][sample["index"]] for name in ("plain", "adversarial")]
+        answers = [sample["models"][name]["attacked"]["answer"] for name in ("plain", "adversarial")]
+        assert [mark == "1" for mark in right] == [answer == sample["label"] for answer in answers]
+        assert f"Right answer: {sample['label']}" in page.text
 
 
 def check_evaluate(run: Path, result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
