@@ -129,9 +129,12 @@ def _warnings(found: Overview, samples: Samples, max_length: int) -> Iterator[st
 
 
 def _about_classes(found: Overview, samples: Samples) -> Iterator[str]:
-    sizes = found.train
-    largest = max(sizes, key=lambda name: sizes[name])
-    share = sizes[largest] / len(samples.train)
+    sizes, tested = ({n: c for n, c in side.items() if n not in MISSING} for side in (found.train, found.test))
+    missing = [name for name in found.train if name in MISSING]
+    if missing:
+        yield f"{_named(missing)} is a class now: where it stands for a missing label, leave it out with --skip-empty"
+    largest = max(found.train, key=lambda name: found.train[name])
+    share = found.train[largest] / len(samples.train)
     if share > LARGEST and samples.task == CLASSIFICATION:
         yield (
             f"{share:.1%} of the training samples are {largest!r}: a model that always answers so is right as often. "
@@ -140,12 +143,9 @@ def _about_classes(found: Overview, samples: Samples) -> Iterator[str]:
     few = [name for name, size in sizes.items() if size < FEW]
     if few:
         yield f"fewer than {FEW} training samples: {_named(few)}. Collect more, or join such classes with others"
-    untested = [name for name, size in found.test.items() if size == 0]
+    untested = [name for name, size in tested.items() if size == 0]
     if untested:
         yield f"no test samples: {_named(untested)}. How well these are told apart is not measured"
-    missing = [name for name in sizes if name in MISSING]
-    if missing:
-        yield f"{_named(missing)} is a class now: where it stands for a missing label, leave it out with --skip-empty"
     if samples.task == MULTI_LABEL and share > LARGEST:
         yield f"{share:.1%} of the training samples are in {largest!r}: it tells little. Leave it out"
 
