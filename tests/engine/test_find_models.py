@@ -28,11 +28,12 @@ SIZES: dict[str, Any] = {
     "num_attention_heads": 2,
     "intermediate_size": 16,
 }
+WORDS = {**SIZES, "vocab_size": 40, "max_position_embeddings": 16}
 IMAGES = {**SIZES, "image_size": 8, "patch_size": 4}
 
 
 def bert(**changes: Any) -> BertModel:
-    return BertModel(BertConfig(vocab_size=40, max_position_embeddings=16, **SIZES, **changes))
+    return BertModel(BertConfig(**WORDS, **changes))
 
 
 class Around(nn.Module):
@@ -77,7 +78,13 @@ def test_the_words_of_a_model_of_texts_and_images() -> None:
     """CLIP names no embedding, its image tower names the layer of its patches: the words are taken."""
     model = CLIPModel(
         CLIPConfig(
-            text_config={**SIZES, "vocab_size": 40, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2},
+            text_config={
+                **SIZES,
+                "vocab_size": 40,
+                "max_position_embeddings": 16,
+                "bos_token_id": 1,
+                "eos_token_id": 2,
+            },
             vision_config=IMAGES,
             projection_dim=8,
         )

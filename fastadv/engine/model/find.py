@@ -42,8 +42,8 @@ def is_compiled(model: nn.Module) -> bool:
 def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
     """The modules whose outputs carry the perturbation.
 
-    `None` asks the model (`get_input_embeddings`, as transformers has it), then the outermost modules inside it that can
-    be asked, then takes the only `nn.Embedding`.
+    `None` asks the model (`get_input_embeddings`, as transformers has it), then the outermost modules inside it that
+    can be asked, then takes the only `nn.Embedding`.
 
     Raises:
         ValueError: none or several fit; the message lists the candidates.
