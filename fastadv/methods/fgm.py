@@ -53,7 +53,7 @@ class FGM(ClassicFGM, EmbeddingMethod):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
-        >>> adv = fastadv.FGM(model, epsilon=0.5, scope="sample")
+        >>> adv = fastadv.FGM(model, epsilon=0.1, scope="sample")
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
         >>> bool(result.adv_loss > result.loss)

@@ -65,11 +65,11 @@ class PGD(ClassicPGD, EmbeddingMethod):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
-        >>> adv = fastadv.PGD(model, epsilon=0.5, step_size=0.2, steps=3, scope="sample")
+        >>> adv = fastadv.PGD(model, epsilon=0.1, step_size=0.05, steps=3, scope="sample")
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
         >>> round(float(adv.perturbation_norm), 4)
-        0.5
+        0.1
     """
 
     def __init__(
