@@ -3,8 +3,8 @@
 The perturbation maximises what `attack` returns; training minimises what the closure returns.
 """
 
-import toy
 import torch
+import toy
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastadv
@@ -28,7 +28,7 @@ def main() -> toy.Score:
         optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.reviews)
+    test = toy.unseen(toy.reviews)
     return toy.accuracy(model.eval()(**test).logits.argmax(-1), test["labels"])
 
 

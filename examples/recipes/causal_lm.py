@@ -3,8 +3,8 @@
 The labels are the inputs, -100 at padding (and at the prompt, where only the answer is to be learnt).
 """
 
-import toy
 import torch
+import toy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastadv
@@ -22,7 +22,7 @@ def main() -> toy.Score:
         optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.chains)
+    test = toy.unseen(toy.chains)
     answers = model.eval()(**test).logits.argmax(-1)
     return toy.accuracy(answers[:, :-1], test["labels"][:, 1:])  # the answer at a word is the next one
 

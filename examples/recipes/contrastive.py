@@ -3,8 +3,8 @@
 Each call has a perturbation and a mask of its own: give the masks in the order of the calls.
 """
 
-import toy
 import torch
+import toy
 from transformers import BertConfig, BertModel
 
 import fastadv
@@ -33,7 +33,7 @@ def main() -> toy.Score:
     adv.close()
 
     model.eval()
-    return toy.accuracy(similarities(*toy.test_batch(toy.synonyms, rows=32)).argmax(-1), right)
+    return toy.accuracy(similarities(*toy.unseen(toy.synonyms, rows=32)).argmax(-1), right)
 
 
 if __name__ == "__main__":

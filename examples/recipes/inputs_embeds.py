@@ -4,8 +4,8 @@ Perturbed is the output of a module that the closure calls, so name that module:
 from `model.get_input_embeddings()(ids)`, call that inside the closure; it is found by itself.
 """
 
-import toy
 import torch
+import toy
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastadv
@@ -29,7 +29,7 @@ def main() -> toy.Score:
         optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.reviews)
+    test = toy.unseen(toy.reviews)
     model.eval()
     return toy.accuracy(run(test).logits.argmax(-1), test["labels"])
 

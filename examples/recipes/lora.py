@@ -3,8 +3,8 @@
 The embedding is frozen and perturbed all the same: nothing is written to it.
 """
 
-import toy
 import torch
+import toy
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -30,7 +30,7 @@ def main() -> toy.Score:
             optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.chains)
+    test = toy.unseen(toy.chains)
     return toy.accuracy(model.eval()(**test).logits.argmax(-1)[:, :-1], test["labels"][:, 1:])
 
 

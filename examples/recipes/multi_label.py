@@ -3,8 +3,8 @@
 The labels are floats [B, classes] and `problem_type` says so: the model then takes the binary cross entropy.
 """
 
-import toy
 import torch
+import toy
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastadv
@@ -23,7 +23,7 @@ def main() -> toy.Score:
         optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.topics)
+    test = toy.unseen(toy.topics)
     return toy.accuracy((model.eval()(**test).logits > 0).long(), test["labels"].long())
 
 

@@ -3,8 +3,8 @@
 A batch without labels has an output without a loss: VAT then trains on the divergence alone.
 """
 
-import toy
 import torch
+import toy
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastadv
@@ -25,7 +25,7 @@ def main() -> toy.Score:
         optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.reviews)
+    test = toy.unseen(toy.reviews)
     return toy.accuracy(model.eval()(**test).logits.argmax(-1), test["labels"])
 
 

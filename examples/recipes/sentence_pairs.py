@@ -3,8 +3,8 @@
 One lookup, one perturbation: its norm is over both sentences of a pair.
 """
 
-import toy
 import torch
+import toy
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastadv
@@ -22,7 +22,7 @@ def main() -> toy.Score:
         optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.pairs)
+    test = toy.unseen(toy.pairs)
     return toy.accuracy(model.eval()(**test).logits.argmax(-1), test["labels"])
 
 

@@ -3,8 +3,8 @@
 So `mask` has two entries, one per lookup in their order: the source's, and the decoder's input's (None: all of it).
 """
 
-import toy
 import torch
+import toy
 from transformers import T5Config, T5ForConditionalGeneration
 
 import fastadv
@@ -22,7 +22,7 @@ def main() -> toy.Score:
         optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.verdicts)
+    test = toy.unseen(toy.verdicts)
     source = {key: test[key] for key in ("input_ids", "attention_mask")}
     written = model.eval().generate(**source, max_new_tokens=1, do_sample=False)[:, 1:]
     return toy.accuracy(written, test["labels"])

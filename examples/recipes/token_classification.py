@@ -3,8 +3,8 @@
 The mask keeps padding unperturbed; the labels of padding are -100, which the loss leaves out.
 """
 
-import toy
 import torch
+import toy
 from transformers import BertConfig, BertForTokenClassification
 
 import fastadv
@@ -22,7 +22,7 @@ def main() -> toy.Score:
         optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.names)
+    test = toy.unseen(toy.names)
     return toy.accuracy(model.eval()(**test).logits.argmax(-1), test["labels"])
 
 

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification
 
 WORDS, LENGTH = 64, 12  # word 0 is padding
+END = 63
 BERT = {
     "vocab_size": WORDS,
     "hidden_size": 32,
@@ -19,7 +21,7 @@ BERT = {
     "intermediate_size": 64,
     "max_position_embeddings": 32,
 }
-LLAMA = {**BERT, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+LLAMA = {**BERT, "num_key_value_heads": 2, "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 T5 = {
     "vocab_size": WORDS,
     "d_model": 32,
@@ -29,6 +31,9 @@ T5 = {
     "num_heads": 2,
     "decoder_start_token_id": 0,
 }
+
+SIZE = {key: BERT[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+IMAGES = {**SIZE, "image_size": 16, "patch_size": 4, "num_channels": 1}
 
 Batch = dict[str, Tensor]
 Task = Callable[[int, torch.Generator], Batch]
@@ -49,7 +54,7 @@ def batches(task: Task, steps: int = 80, rows: int = 32, seed: int = 0) -> Itera
         yield task(rows, generator)
 
 
-def test_batch(task: Task, rows: int = 256) -> Batch:
+def unseen(task: Task, rows: int = 256) -> Batch:
     """Samples that no training has seen."""
     return next(batches(task, 1, rows, seed=1))
 
@@ -133,19 +138,29 @@ def synonyms(rows: int, generator: torch.Generator) -> tuple[Batch, Batch]:
 
 
 def images(rows: int, generator: torch.Generator) -> Batch:
-    """Images of 16 x 16: in which quarter is the bright spot?"""
-    labels = torch.randint(0, 4, (rows,), generator=generator)
-    pixels = torch.randn(rows, 1, 16, 16, generator=generator)
-    top, left = labels // 2 * 8, labels % 2 * 8
-    for row in range(rows):
-        pixels[row, 0, top[row] + 2 : top[row] + 6, left[row] + 2 : left[row] + 6] += 2
-    return {"pixel_values": pixels, "labels": labels}
+    """Images of 16 x 16: which quarter is bright? As many of each."""
+    labels = torch.arange(rows) % 4
+    quarters = torch.nn.functional.one_hot(labels, 4).view(rows, 1, 2, 2).float()
+    bright = torch.nn.functional.interpolate(quarters, scale_factor=8)
+    return {"pixel_values": bright + 0.5 * torch.randn(rows, 1, 16, 16, generator=generator), "labels": labels}
 
 
 def captions(rows: int, generator: torch.Generator) -> Batch:
-    """Images, and sentences that name the quarter (word 1, 2, 3 or 4, somewhere)."""
+    """Images, and sentences that name the quarter: word 1, 2, 3 or 4, second in the sentence. The last word is END."""
     batch, said = images(rows, generator), sentences(rows, generator)
-    ids = said["input_ids"] + 4
+    ids, mask = said["input_ids"].clamp_min(5), said["attention_mask"]
     ids[:, 1] = 1 + batch["labels"]
-    mask = said["attention_mask"]
-    return {"input_ids": ids.clamp_max(WORDS - 1) * mask, "attention_mask": mask, **batch}
+    ids[torch.arange(rows), mask.sum(1) - 1] = END
+    return {**batch, "input_ids": ids * mask, "attention_mask": mask}
+
+
+def pretrained() -> BertForSequenceClassification:
+    """A model that has learnt good words from bad ones, and its head again as it was drawn."""
+    model = BertForSequenceClassification(BertConfig(**BERT, num_labels=2))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for batch in batches(reviews, steps=60):
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.classifier.reset_parameters()
+    return model

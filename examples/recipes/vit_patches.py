@@ -3,8 +3,8 @@
 `get_input_embeddings` of a ViT is the layer that embeds patches. It has no table: the radius is in its output's units.
 """
 
-import toy
 import torch
+import toy
 from transformers import ViTConfig, ViTForImageClassification
 
 import fastadv
@@ -12,8 +12,7 @@ import fastadv
 
 def main() -> toy.Score:
     torch.manual_seed(0)
-    size = {key: value for key, value in toy.BERT.items() if key not in ("vocab_size", "max_position_embeddings")}
-    model = ViTForImageClassification(ViTConfig(**size, image_size=16, patch_size=4, num_channels=1, num_labels=4))
+    model = ViTForImageClassification(ViTConfig(**toy.IMAGES, num_labels=4))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
 
     adv = fastadv.FGM(model, epsilon=0.1, scope="sample")
@@ -23,7 +22,7 @@ def main() -> toy.Score:
         optimizer.zero_grad()
     adv.close()
 
-    test = toy.test_batch(toy.images)
+    test = toy.unseen(toy.images)
     return toy.accuracy(model.eval()(**test).logits.argmax(-1), test["labels"])
 
 
