@@ -146,10 +146,9 @@ def images(rows: int, generator: torch.Generator) -> Batch:
 
 
 def captions(rows: int, generator: torch.Generator) -> Batch:
-    """Images, and sentences that name the quarter: word 1, 2, 3 or 4, second in the sentence. The last word is END."""
+    """Images, and sentences about the bright quarter, for each of which there are fifteen words. The last is END."""
     batch, said = images(rows, generator), sentences(rows, generator)
-    ids, mask = said["input_ids"].clamp_min(5), said["attention_mask"]
-    ids[:, 1] = 1 + batch["labels"]
+    ids, mask = 15 * batch["labels"].unsqueeze(1) + said["input_ids"] % 15 + 1, said["attention_mask"]
     ids[torch.arange(rows), mask.sum(1) - 1] = END
     return {**batch, "input_ids": ids * mask, "attention_mask": mask}
 
