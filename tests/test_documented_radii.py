@@ -1,6 +1,6 @@
 """Readers copy examples, not sweeps: what the pages and docstrings construct trains MiniLM.
 
-Its first three layers, for twenty steps of sixteen short snippets: enough to tell a radius at which FGM and PGD answer
+Its first three layers, for 24 steps of sixteen short snippets: enough to tell a radius at which FGM and PGD answer
 one class for everything from one at which they learn.
 """
 
@@ -24,7 +24,7 @@ from tests.documented import Construction, documented
 pytestmark = pytest.mark.slow
 
 LAYERS, LONGEST = 3, 12  # of MiniLM, and tokens of a snippet
-STEPS, ROWS, RATE = 20, 16, 3e-4
+STEPS, ROWS, RATE = 24, 16, 3e-4
 UNSEEN = 128
 LEAST_SHARE = 0.05  # of the answers that have to be of either class
 LEAST_RIGHT = 0.58

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples/recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "toy")
 NEEDS = {"lightning_loop": "lightning", "lora": "peft", "prompt_tuning": "peft"}
-SLOW = {"another_attack", "clip_text", "contrastive", "lora", "prompt_tuning", "semi_supervised", "sentence_pairs"}
+SLOW = {"another_attack", "contrastive", "lora", "prompt_tuning", "semi_supervised", "sentence_pairs"}
 LONGEST = 30
 
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
 WORDS, LENGTH = 64, 12  # word 0 is padding
-END = 63
 BERT = {
     "vocab_size": WORDS,
     "hidden_size": 32,
@@ -143,14 +142,6 @@ def images(rows: int, generator: torch.Generator) -> Batch:
     quarters = torch.nn.functional.one_hot(labels, 4).view(rows, 1, 2, 2).float()
     bright = torch.nn.functional.interpolate(quarters, scale_factor=8)
     return {"pixel_values": bright + 0.5 * torch.randn(rows, 1, 16, 16, generator=generator), "labels": labels}
-
-
-def captions(rows: int, generator: torch.Generator) -> Batch:
-    """Images, and sentences about the bright quarter, for each of which there are fifteen words. The last is END."""
-    batch, said = images(rows, generator), sentences(rows, generator)
-    ids, mask = 15 * batch["labels"].unsqueeze(1) + said["input_ids"] % 15 + 1, said["attention_mask"]
-    ids[torch.arange(rows), mask.sum(1) - 1] = END
-    return {**batch, "input_ids": ids * mask, "attention_mask": mask}
 
 
 def pretrained() -> BertForSequenceClassification:
