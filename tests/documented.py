@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,27 +14,27 @@ from typing import Any
 from torch import nn
 
 from fastadv.methods import Method
+from fastadv.methods.options import options_of
 from fastadv.train.options import methods
 from tests.pages import RUNNABLE, run
 
-OF_THE_MODEL = ("split", "backward", "scaler", "start_step")  # what says nothing of a radius
+OF_THE_MODEL = ("split", "backward", "scaler", "start_step", "probe_dtype")  # what says nothing of a radius
 
 
 @dataclass(frozen=True)
 class Construction:
-    """A method's class, and what it was given besides the model."""
+    """A method's class, and what it was given besides the model and the defaults."""
 
     method: type[Method]
-    arguments: tuple[Any, ...]
     options: dict[str, Any]
 
     def around(self, model: nn.Module) -> Method:
         inner = {key: value.around(model) for key, value in self.options.items() if isinstance(value, Construction)}
-        return self.method(model, *self.arguments, **{**self.options, **inner})
+        return self.method(model, **{**self.options, **inner})
 
     def __str__(self) -> str:
-        shown = [*map(repr, self.arguments), *(f"{key}={_shown(value)}" for key, value in sorted(self.options.items()))]
-        return f"{self.method.__name__}({', '.join(shown)})"
+        shown = ", ".join(f"{key}={_shown(value)}" for key, value in sorted(self.options.items()))
+        return f"{self.method.__name__}({shown})"
 
 
 def _shown(value: Any) -> str:
@@ -58,9 +59,11 @@ def _recorded() -> Iterator[list[Construction]]:
 
     def record(cls: type[Method], *arguments: Any, **options: Any) -> Method:
         method = new(cls, *arguments, **options)
-        kept = {key: made[id(value)][1] if id(value) in made else value for key, value in options.items()}
-        kept = {key: value for key, value in kept.items() if key not in OF_THE_MODEL}
-        made[id(method)] = method, Construction(cls, arguments[1:], kept)
+        kept = {
+            key: made[id(value)][1] if id(value) in made else value
+            for key, value in _unusual(cls, arguments[1:], options).items()
+        }
+        made[id(method)] = method, Construction(cls, kept)
         found.append(made[id(method)][1])
         return method
 
@@ -69,3 +72,14 @@ def _recorded() -> Iterator[list[Construction]]:
         yield found
     finally:
         Method.__new__ = new
+
+
+def _unusual(cls: type[Method], arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """The options by name, without those that say nothing of a radius or what is the default anyway."""
+    names = list(inspect.signature(cls.__init__).parameters)[2:]
+    given, defaults = {**dict(zip(names, arguments, strict=False)), **options}, options_of(cls)
+    return {
+        name: value
+        for name, value in given.items()
+        if name not in OF_THE_MODEL and not (name in defaults and defaults[name] == value)
+    }

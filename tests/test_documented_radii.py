@@ -98,4 +98,4 @@ BAD: list[tuple[Any, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("method", "options"), BAD, ids=["FGM 0.5", "PGD 0.3"])
 def test_a_radius_that_trains_nothing_is_refused(method: Any, options: dict[str, Any]) -> None:
-    assert refusal(Construction(method, (), options))
+    assert refusal(Construction(method, options))
