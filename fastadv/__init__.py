@@ -5,7 +5,7 @@
 
 Examples:
     >>> import fastadv  # doctest: +SKIP
-    >>> adv = fastadv.PGD(model, epsilon=1.0, step_size=0.3, steps=3)  # doctest: +SKIP
+    >>> adv = fastadv.PGD(model, epsilon=0.1, step_size=0.05, scope="sample")  # doctest: +SKIP
     >>> adv.backward(lambda: model(**batch).loss, mask=batch["attention_mask"])  # doctest: +SKIP
 """
 

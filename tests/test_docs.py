@@ -66,6 +66,7 @@ def test_plain_loop(capsys: pytest.CaptureFixture[str]) -> None:
     losses = [float(value) for value in re.findall(r"loss ([\d.]+)", printed)]
     assert losses[-1] < losses[0]
     assert "attacked 300 steps; groups skipped for a non-finite gradient: 0" in printed
+    assert float(re.search(r"accuracy ([\d.]+),", printed)[1]) > 0.8
 
 
 def test_classic_script(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,27 +11,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, BertConfig, BertForSequenceClassification, TrainingArguments
+from transformers import AutoModel
 
 import fastadv
-from fastadv.train.model import DEFAULT, build, resolve, tokenizer_of
-from tests.train.conftest import save_encoder
-
-ROOT = Path(__file__).parent.parent
-DOCS = sorted((ROOT / "docs").rglob("*.md"))
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(page for page in DOCS if "results" not in page.parts)]
-GENERATED = "<!-- results"  # what bench/report has written
-CODE = re.compile(r"^```(python|diff)\n(.*?)^```", re.DOTALL | re.MULTILINE)
-RUN = "runs/DATE-TIME/adversarial"
-RUNNABLE = [page for page in PAGES if CODE.search(page.read_text())]
-
-
-def name(page: Path) -> str:
-    return str(page.relative_to(ROOT))
+from fastadv.train.model import DEFAULT, resolve
+from tests.pages import PAGES, ROOT, RUNNABLE, name, run
 
 
 @pytest.mark.parametrize("page", RUNNABLE, ids=name)
@@ -39,52 +26,7 @@ def test_code_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """From top to bottom, as a reader would paste it, on a BERT of two layers."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     monkeypatch.chdir(tmp_path)
-    if RUN in page.read_text():
-        save_run(Path(RUN))
-    names = surroundings(tmp_path)
-    for language, block in CODE.findall(page.read_text()):
-        if language == "diff":
-            block = "".join(line[1:] for line in block.splitlines(keepends=True) if not line.startswith("-"))
-        if "adv.capture(" in block and not torch.cuda.is_available():
-            compile(block, page.name, "exec")
-        else:
-            exec(compile(block, page.name, "exec"), names)
-
-
-def save_run(folder: Path) -> None:
-    """A model as `fastadv train` leaves it."""
-    encoder = save_encoder(Path())
-    build(str(encoder), ["bad", "good"], 0.1).save_pretrained(folder)
-    tokenizer_of(str(encoder)).save_pretrained(folder)
-
-
-def surroundings(folder: Path) -> dict[str, Any]:
-    """What the pages take as given."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=2
-    )
-    model = BertForSequenceClassification(config)
-    ids = torch.randint(1, 50, (4, 6))
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1])}
-
-    def losses(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        return torch.nn.functional.cross_entropy(model(**batch).logits, batch["labels"], reduction="none")
-
-    return {
-        "fastadv": fastadv,
-        "torch": torch,
-        "model": model,
-        "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
-        "loader": [batch, batch],
-        "batch": batch,
-        "labelled": batch,
-        "unlabelled": {key: value for key, value in batch.items() if key != "labels"},
-        "losses": losses,
-        "args": TrainingArguments(str(folder), max_steps=2, use_cpu=True, report_to="none", save_strategy="no"),
-        "data": [{key: value[row] for key, value in batch.items()} for row in range(4)],
-        "accelerator": type("Accelerator", (), {"backward": staticmethod(torch.Tensor.backward)}),
-    }
+    run(page, tmp_path)
 
 
 def test_every_public_name_is_on_the_page_of_the_api() -> None:
@@ -105,6 +47,9 @@ def test_tables_have_headers(page: Path) -> None:
     lines = list(prose(page))
     headers = [above for above, line in itertools.pairwise(lines) if re.fullmatch(r"[| :-]*---[| :-]*", line)]
     assert all(cell.strip() for header in headers for cell in header.strip("|").split("|"))
+
+
+GENERATED = "<!-- results"  # what bench/report has written
 
 
 def prose(page: Path) -> Iterator[str]:

@@ -22,7 +22,7 @@ from fastadv.engine.perturb.rows import RowPerturbation
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
 from fastadv.engine.profile import span
-from fastadv.engine.results import Closure, Term
+from fastadv.engine.results import Closure, Term, check_closure
 from fastadv.engine.safety import rng
 from fastadv.engine.safety.dropout import dropout
 from fastadv.engine.safety.guard import Guard
@@ -51,6 +51,7 @@ class Engine:
         tied: "both" moves the tables themselves.
         perturbs: False: nothing at any module.
         ignore_padding: no mask follows from an embedding's `padding_idx`.
+        refusal: why no step can be run, where that is known already.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Engine:
         tied: str = "lookup",
         perturbs: bool = True,
         ignore_padding: bool = False,
+        refusal: str = "",
     ) -> None:
         self.model = model
+        self.refusal = refusal
         self.modules = find.find(model, embedding) if perturbs else []
         self.parallelism = Parallelism(model)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
@@ -148,6 +151,10 @@ class Engine:
         The seed of `start` is drawn now, before the state that dropout="same" replays, so that every step starts
         elsewhere.
         """
+        if self.refusal:
+            raise ValueError(self.refusal)
+        for function in (closure, *([] if attack is None else [attack])):
+            check_closure(function)
         if self._busy:
             raise RuntimeError(BUSY)
         if self.entrance.forward is not None:

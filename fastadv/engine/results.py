@@ -10,6 +10,15 @@ from torch import Tensor
 Closure = Callable[[], Any]
 
 
+def check_closure(closure: object) -> None:
+    """Raises TypeError for what is no function: most often the loss itself."""
+    if not callable(closure):
+        was = "the loss" if isinstance(closure, Tensor) else type(closure).__name__
+        raise TypeError(
+            f"backward takes a function that computes the loss, not {was}: adv.backward(lambda: model(**batch).loss)"
+        )
+
+
 class Pass(NamedTuple):
     """One pass over the model: with its graph as `forward` returns it, detached as `descend` does."""
 

@@ -64,7 +64,7 @@ class AWP(Method):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
-        >>> adv = fastadv.AWP(model, gamma=0.01)
+        >>> adv = fastadv.AWP(model, gamma=0.001)
         >>> result = adv.backward(lambda: model(torch.ones(2, 4)).square().mean())  # instead of loss.backward()
         >>> bool(result.adv_loss > result.loss)
         True

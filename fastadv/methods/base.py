@@ -19,6 +19,7 @@ from fastadv.engine.perturb.start import Draw
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.dropout import MODES
 from fastadv.engine.step import Step
+from fastadv.methods import given
 from fastadv.methods.options import Dropout, StepOptions, check_module, check_options, number, one_of
 from fastadv.methods.schedule import Schedule
 from fastadv.native import flags
@@ -33,12 +34,20 @@ class Method:
 
     _dropout: Dropout = "fresh"  # the default of `dropout=`
     _places: Mapping[str, Any] = MappingProxyType({"perturbs": False})  # where the engine perturbs the model
+    _given: given.Given  # the constructor's arguments
 
     if not TYPE_CHECKING:  # a type checker reads the constructor's own options
 
-        def __new__(cls, *_: Any, **options: Any) -> Self:
-            check_options(cls, options)
-            return super().__new__(cls)
+        def __new__(cls, *args: Any, **options: Any) -> Self:
+            check_options(cls, {name: value for name, value in options.items() if name != "model"})
+            method = super().__new__(cls)
+            method._given = args, options
+            return method
+
+        def __getattr__(self, name: str) -> Any:
+            if given.thaw(self):
+                return getattr(self, name)
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def __init__(self, model: nn.Module, **options: Unpack[StepOptions]) -> None:
         check_module(model)
@@ -164,6 +173,13 @@ class Method:
     def close(self) -> None:
         """Take the method out of the model."""
         self._engine.close()
+
+    def __repr__(self) -> str:
+        return f"{given.described(self)} on {given.model_name(self.model)}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle and copy with the model and the state; the copy is attached to the model's copy."""
+        return given.reduced(self)
 
     def __enter__(self) -> Self:
         return self

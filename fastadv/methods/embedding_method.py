@@ -63,6 +63,7 @@ class EmbeddingMethod(Method):
         one_of("norm", norm, self._norms)
         one_of("scope", scope, SCOPES)
         tied, embedding = options.pop("tied", "lookup"), options.pop("embedding", None)
+        embedding = self._places.get("embedding", embedding)
         one_of("tied", tied, ("lookup", "both"))
         if tied == "both" and (scope not in TABLE_SCOPES or random_start is not False):
             raise ValueError(

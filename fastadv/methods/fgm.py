@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from typing_extensions import Unpack
 
-from fastadv.classic import ClassicFGM
+from fastadv.classic import ClassicFGM, by_position, places
 from fastadv.engine.perturb.start import RandomStart
 from fastadv.engine.results import StepResult
 from fastadv.engine.step import Step
@@ -27,11 +27,14 @@ class FGM(ClassicFGM, EmbeddingMethod):
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        *classic: `emb_name` and `epsilon` by position, in either order, as the classic scripts have them.
         epsilon: length of the perturbation; in the embedding's own units.
         norm: "l2" or "linf".
         scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
         random_start: begin elsewhere than at zero, as in `fastadv.PGD`; then epsilon is also the radius of the ball.
         clean_weight, adv_weight: weights of the clean and the adversarial gradient.
+        emb_name: the scripts' option: part of the names of the parameters that `attack` moves, and of the embedding
+            that `backward` perturbs where there is no `embedding`.
         direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
@@ -50,7 +53,7 @@ class FGM(ClassicFGM, EmbeddingMethod):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
-        >>> adv = fastadv.FGM(model, epsilon=0.5, scope="sample")
+        >>> adv = fastadv.FGM(model, epsilon=0.1, scope="sample")
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
         >>> bool(result.adv_loss > result.loss)
@@ -60,17 +63,22 @@ class FGM(ClassicFGM, EmbeddingMethod):
     def __init__(
         self,
         model: nn.Module,
-        *,
+        *classic: str | float,
         epsilon: float = 1.0,
         norm: Norm = "l2",
         scope: Scope = "table",
         random_start: RandomStart = False,
         clean_weight: float = 1.0,
         adv_weight: float = 1.0,
+        emb_name: str | None = None,
         **options: Unpack[TiedOptions],
     ) -> None:
+        named = by_position(type(self), classic)
+        epsilon, self._emb_name = named.get("epsilon", epsilon), named.get("emb_name", emb_name)
         if epsilon is None:
             raise ValueError("FGM's step has length epsilon: it cannot be None")
+        if options.get("embedding") is None:
+            self._places = places(model, self._emb_name)
         self.clean_weight = number("clean_weight", clean_weight)
         self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(

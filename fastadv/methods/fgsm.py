@@ -55,11 +55,11 @@ class FGSM(EmbeddingMethod):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
-        >>> adv = fastadv.FGSM(model, epsilon=0.01)
+        >>> adv = fastadv.FGSM(model, epsilon=0.002)
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
         >>> round(float(adv.perturbation_norm), 4)
-        0.01
+        0.002
     """
 
     _norms: ClassVar[dict[str, tuple[str, str]]] = {"linf": ("sign", "linf")}

@@ -72,13 +72,13 @@ class FreeAT(EmbeddingMethod):
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> adv = fastadv.FreeAT(model, epsilon=0.01, replays=4)
+        >>> adv = fastadv.FreeAT(model, epsilon=0.001, replays=4)
         >>> for ids in fastadv.repeat([torch.tensor([[1, 2, 3]])], adv.replays):
         ...     result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
         ...     optimizer.step()
         ...     optimizer.zero_grad()
         >>> round(float(adv.perturbation_norm), 4)
-        0.01
+        0.001
     """
 
     replays: int = 4

@@ -55,7 +55,7 @@ class FreeLB(EmbeddingMethod):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
-        >>> adv = fastadv.FreeLB(model, step_size=0.1, steps=3)
+        >>> adv = fastadv.FreeLB(model, epsilon=0.1, step_size=0.05, random_start=0.05)
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
         >>> bool(result.adv_loss > result.loss)  # the last pass's loss, the mean over the three

@@ -77,7 +77,7 @@ class LLR(EmbeddingMethod):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
-        >>> adv = fastadv.LLR(model, epsilon=0.1)
+        >>> adv = fastadv.LLR(model, epsilon=0.002)
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
         >>> bool(result.adv_loss > 0)  # what is added to the loss

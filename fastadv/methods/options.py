@@ -98,34 +98,58 @@ class TiedOptions(EmbeddingOptions, total=False):
     tied: Tied
 
 
-def check_options(method: type, given: typing.Iterable[str]) -> None:
-    """Raise TypeError for an option that `method` does not take: with the nearest, and all that it takes."""
+def check_options(method: type, given: Mapping[str, Any]) -> None:
+    """Raise TypeError for an option that `method` does not take: with the right line, and all that it takes."""
     accepted = options_of(method)
+    known = {*accepted, *getattr(method, "_classic", ())}
+    meant = {name: name if name in known else _meant(name, accepted) for name in given}
     for name in given:
-        if name not in accepted:
-            near = (
-                [ELSEWHERE[name]] if ELSEWHERE.get(name) in accepted else difflib.get_close_matches(name, accepted, 1)
+        if name not in known:
+            hint = f": did you mean {meant[name]!r}?" if meant[name] else "."
+            right = ", ".join(f"{meant[one]}={shown(value)}" for one, value in given.items() if meant[one])
+            line = f" Write fastadv.{method.__name__}(model, {right})." if meant[name] else ""
+            raise TypeError(
+                f"{method.__name__} has no option {name!r}{hint}{line} It takes {', '.join(sorted(accepted))}."
             )
-            hint = f": did you mean {near[0]!r}?" if near else "."
-            raise TypeError(f"{method.__name__} has no option {name!r}{hint} It takes {', '.join(sorted(accepted))}.")
+
+
+def _meant(name: str, accepted: Mapping[str, Any]) -> str:
+    """The option that another code calls `name`, or that is spelt nearly so; "" where there is none."""
+    known = ELSEWHERE.get(name, "")
+    for option in (known, "epsilon" if known == "step_size" else ""):  # FGM's step is epsilon
+        if option in accepted:
+            return option
+    return next(iter(difflib.get_close_matches(name, accepted, 1)), "")
+
+
+def shown(value: object) -> str:
+    """An option's value as a user would write it; an object that is no plain value, by its kind."""
+    if isinstance(value, (str, int, float, type(None), torch.dtype)):
+        return repr(value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(shown, value))}]"
+    return f"<{getattr(value, '__name__', type(value).__name__)}>"
 
 
 def options_of(method: Any) -> Mapping[str, Any]:
-    """The options that a method's constructor takes, with their defaults."""
+    """The options that a method's constructor takes, with their defaults; not the classic scripts' names for them."""
     found: dict[str, Any] = {}
     for cls in method.__mro__:
         if "__init__" not in cls.__dict__ or cls is object:
             continue
         parameters = list(inspect.signature(cls.__init__).parameters.values())[2:]
-        named = {p.name: p.default for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD}
+        variadic = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        named = {p.name: p.default for p in parameters if p.kind not in variadic}
         found = {**named, **found}
         table = _table(cls)
         if table is not None:
             found |= {name: SHARED[name] for name in typing.get_type_hints(table)}
-        if table is not None or len(named) == len(parameters):
+        if table is not None or all(p.kind is not inspect.Parameter.VAR_KEYWORD for p in parameters):
             break
     if "dropout" in found:
         found["dropout"] = getattr(method, "_dropout", "fresh")
+    for name in getattr(method, "_classic", ()):
+        found.pop(name, None)
     return MappingProxyType(found)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 from typing_extensions import Unpack
 
-from fastadv.classic import ClassicPGD
+from fastadv.classic import ClassicPGD, by_position, places
 from fastadv.engine.perturb.start import RandomStart
 from fastadv.engine.results import StepResult
 from fastadv.engine.step import Step
@@ -31,6 +31,7 @@ class PGD(ClassicPGD, EmbeddingMethod):
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
+        *classic: `emb_name`, `epsilon` and `alpha` by position, as the classic scripts have them.
         epsilon: radius of the ball; None: no ball.
         step_size: length of one ascent step, alpha.
         steps: number of ascent steps, K.
@@ -39,6 +40,9 @@ class PGD(ClassicPGD, EmbeddingMethod):
         random_start: False; True (magnitude epsilon); a magnitude; or a callable `(shape, mask) -> tensor`. l2 draws
             U(-1, 1) * magnitude / sqrt(length * D), linf U(-magnitude, magnitude). Masked, not projected.
         clean_weight, adv_weight: weights of the clean and the adversarial gradient.
+        emb_name: the scripts' option: part of the names of the parameters that `attack` moves, and of the embedding
+            that `backward` perturbs where there is no `embedding`.
+        alpha: the scripts' name for step_size.
         direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
@@ -61,17 +65,17 @@ class PGD(ClassicPGD, EmbeddingMethod):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 1))
-        >>> adv = fastadv.PGD(model, epsilon=0.5, step_size=0.2, steps=3, scope="sample")
+        >>> adv = fastadv.PGD(model, epsilon=0.1, step_size=0.05, steps=3, scope="sample")
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
         >>> round(float(adv.perturbation_norm), 4)
-        0.5
+        0.1
     """
 
     def __init__(
         self,
         model: nn.Module,
-        *,
+        *classic: str | float,
         epsilon: float | None = 1.0,
         step_size: float = 0.3,
         steps: int = 3,
@@ -80,15 +84,22 @@ class PGD(ClassicPGD, EmbeddingMethod):
         random_start: RandomStart = False,
         clean_weight: float = 1.0,
         adv_weight: float = 1.0,
+        emb_name: str | None = None,
+        alpha: float | None = None,
         **options: Unpack[TiedOptions],
     ) -> None:
+        named = by_position(type(self), classic)
+        epsilon, self._emb_name = named.get("epsilon", epsilon), named.get("emb_name", emb_name)
+        step_size = named.get("step_size", step_size if alpha is None else alpha)
+        if options.get("embedding") is None:
+            self._places = places(model, self._emb_name)
         self.clean_weight = number("clean_weight", clean_weight)
         self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(
             model,
             epsilon=epsilon,
             step_size=step_size,
-            steps=steps,
+            steps=named.get("steps", steps),
             norm=norm,
             scope=scope,
             random_start=random_start,

@@ -62,7 +62,7 @@ class BregmanProximal(Method):
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> adv = fastadv.BregmanProximal(model, 1.0, 0.99, method=fastadv.SMART(model, epsilon=0.1)).attach(optimizer)
+        >>> adv = fastadv.BregmanProximal(model, 1.0, 0.99, method=fastadv.SMART(model)).attach(optimizer)
         >>> ids, labels = torch.tensor([[1, 2, 3]]), torch.tensor([1])
         >>> def closure():
         ...     logits = model(ids)

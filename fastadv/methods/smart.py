@@ -71,7 +71,7 @@ class SMART(EmbeddingMethod):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
-        >>> adv = fastadv.SMART(model, epsilon=0.1)
+        >>> adv = fastadv.SMART(model, epsilon=0.005)
         >>> ids, labels = torch.tensor([[1, 2, 3]]), torch.tensor([1])
         >>> def closure():
         ...     logits = model(ids)

@@ -71,11 +71,11 @@ class VAT(EmbeddingMethod):
     Examples:
         >>> import fastadv, torch
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(12, 2))
-        >>> adv = fastadv.VAT(model, epsilon=0.5)
+        >>> adv = fastadv.VAT(model, epsilon=0.3)
         >>> ids = torch.tensor([[1, 2, 3]])  # without a label
         >>> result = adv.backward(lambda: {"logits": model(ids)})  # instead of loss.backward()
         >>> bool(result.adv_loss > 0), round(float(adv.perturbation_norm), 4)
-        (True, 0.5)
+        (True, 0.3)
     """
 
     _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "none"), "linf": ("sign", "none")}

@@ -59,7 +59,7 @@ class YOPO(FreeLB):
         >>> import fastadv, torch
         >>> first, rest = torch.nn.Linear(4, 4), torch.nn.Linear(12, 1)
         >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), first, torch.nn.Tanh(), torch.nn.Flatten(), rest)
-        >>> adv = fastadv.YOPO(model, steps=3, inner_steps=3, split=first)
+        >>> adv = fastadv.YOPO(model, epsilon=0.1, step_size=0.02, random_start=0.03, split=first)
         >>> ids = torch.tensor([[1, 2, 3]])
         >>> result = adv.backward(lambda: model(ids).square().mean())  # instead of loss.backward()
         >>> bool(result.adv_loss > result.loss)

@@ -13,10 +13,11 @@ from torch import nn
 
 import fastadv
 from fastadv.methods.options import options_of
-from tests.every import EVERY
+from tests.every import EVERY, waves
 from tests.models import TinyModel
 from tests.support import assert_close, ready, record, seeded
 
+WORDS = "word_embeddings"
 NAMES = ("FGSM", "FGM", "PGD", "FreeAT", "YOPO", "FreeLB", "SMART", "LLR", "VAT", "NEFTune", "AWP")
 METHODS = [getattr(fastadv, name) for name in NAMES]
 METHODS.append(fastadv.BregmanProximal)
@@ -37,8 +38,17 @@ def test_a_misspelt_option_is_told_with_the_nearest(method: Any, wrong: str, rig
                          ("adv_lr", "step_size"), ("emb_name", "embedding"), ("adv_init_mag", "random_start")]
 )  # fmt: skip
 def test_names_of_other_codes_are_known(wrong: str, right: str) -> None:
-    with pytest.raises(TypeError, match=f"did you mean '{right}'"):
-        fastadv.PGD(seeded(TinyModel), **{wrong: 1.0})  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=f"did you mean '{right}'. Write fastadv.FreeLB\\(model, {right}=1.0\\)"):
+        fastadv.FreeLB(seeded(TinyModel), **{wrong: 1.0})  # type: ignore[arg-type]
+
+
+def test_the_right_line_has_the_other_options_too() -> None:
+    model = seeded(TinyModel)
+    right = r"Write fastadv.PGD\(model, epsilon=0.1, alpha=0.05, steps=3, embedding=<Embedding>\)"
+    with pytest.raises(TypeError, match=right):
+        fastadv.PGD(model, eps=0.1, alpha=0.05, K=3, embedding=model.word_embeddings)  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match=r"Write fastadv.FGM\(model, epsilon=0.1\)"):  # whose step is epsilon
+        fastadv.FGM(model, adv_lr=0.1)  # type: ignore[call-arg]
 
 
 def test_an_option_of_another_method() -> None:
@@ -71,12 +81,16 @@ def test_a_type_checker_knows_every_option(tmp_path: Path) -> None:
         '    fastadv.FreeLB(model, dropout="sometimes")\n'
         "    fastadv.FGM(model, steps=3)\n"
         "    fastadv.AWP(model, norm=2)\n"
+        '    fastadv.FGM(model, nn.ReLU())\n'
+        '    fastadv.PGD(model, "emb", 1.0, 0.3).attack(True)\n'
+        '    fastadv.PGD(model, emb_name="emb", epsilon=1.0, alpha=0.3).attack(is_first_attack=True)\n'
+        '    fastadv.FGM(model, 1.0, emb_name="emb").attack()\n'
     )
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", str(script)], capture_output=True, text=True, check=False
     )
     lines = [int(line.split(":")[1]) for line in done.stdout.splitlines() if ": error:" in line]
-    assert sorted(set(lines)) == [7, 8, 9, 10, 11, 12], done.stdout
+    assert sorted(set(lines)) == [7, 8, 9, 10, 11, 12, 13], done.stdout
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -91,6 +105,7 @@ def test_public_names_are_few() -> None:
     adv = fastadv.PGD(seeded(TinyModel), embedding="word_embeddings")
     names = [name for name in dir(adv) if not name.startswith("_")]
     assert len(names) <= 26, names
+    assert "emb_name" not in names
     assert {"epsilon", "step_size", "steps", "backward", "find", "perturbed", "attack", "restore"} <= set(names)
 
 
@@ -98,6 +113,23 @@ def test_public_names_are_few() -> None:
 def test_ancestors_are_few(method: Any) -> None:
     between = [cls for cls in method.__mro__[1:] if cls.__module__.startswith("fastadv")]
     assert len(between) <= 4, between
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda model: fastadv.PGD(model, WORDS, 0.1, 0.05),
+         "PGD(epsilon=0.1, step_size=0.05, steps=3, norm='l2', scope='table') on TinyModel"),
+        (lambda model: fastadv.FreeLB(model, embedding=model.word_embeddings, dropout="off", random_start=waves),
+         "FreeLB(epsilon=None, step_size=0.1, steps=3, norm='l2', scope='sample', random_start=<waves>, dropout='off', "
+         "embedding=<Embedding>) on TinyModel"),
+        (lambda model: fastadv.AWP(model), "AWP(gamma=0.01, epsilon=None, steps=1) on TinyModel"),
+        (lambda model: fastadv.BregmanProximal(model, 2.0, method=fastadv.FGM(model, 0.5, WORDS)),
+         "BregmanProximal(weight=2.0, decay=0.999, method=FGM(epsilon=0.5, norm='l2', scope='table')) on TinyModel"),
+    ],
+)  # fmt: skip
+def test_repr_tells_how_strong_it_is_and_what_is_not_the_default(make: Any, text: str) -> None:
+    assert repr(make(seeded(TinyModel))) == text
 
 
 def test_a_with_block_closes_it() -> None:

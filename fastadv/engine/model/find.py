@@ -42,7 +42,8 @@ def is_compiled(model: nn.Module) -> bool:
 def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
     """The modules whose outputs carry the perturbation.
 
-    `None` asks the model (`get_input_embeddings`, as transformers has it), then takes the only `nn.Embedding`.
+    `None` asks the model (`get_input_embeddings`, as transformers has it), then the outermost modules inside it that
+    can be asked, then takes the only `nn.Embedding`.
 
     Raises:
         ValueError: none or several fit; the message lists the candidates.
@@ -60,16 +61,33 @@ def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
 def _default(model: nn.Module) -> list[nn.Module]:
     inner = unwrap(model)
     asked, found = _ask(inner), _candidates(inner)
-    if asked is not None:  # an encoder and a decoder may each have a module around the table of the one that is told
-        table = table_of(asked)
-        return [asked, *(part for part in found.values() if part is not asked and table_of(part) is table)]
+    answers = _answers(inner) if asked is None else {"": asked}
+    tables = {id(table_of(one)) for one in answers.values()}
+    if len(tables) == 1:  # an encoder and a decoder may each have a module around the table of the one that is told
+        told = dict.fromkeys(answers.values())
+        shared = (part for part in found.values() if id(table_of(part)) in tables)
+        return list(dict.fromkeys((*told, *shared)))
     if len(found) == 1:
         return list(found.values())
     problem = "has several embeddings" if found else "has no nn.Embedding"
+    if answers:
+        problem += f" ({', '.join(answers)} have one each)"
     raise ValueError(
         f"{type(inner).__name__} {problem}: say which module's output to perturb, embedding=NAME or embedding=MODULE. "
         f"{_listed(inner)}"
     )
+
+
+def _answers(model: nn.Module, prefix: str = "") -> dict[str, nn.Module]:
+    """The input embeddings of the outermost modules inside `model` that name one, by the module that does.
+
+    Tables of words alone, where there are any: an image tower answers with the layer that projects its patches.
+    """
+    found: dict[str, nn.Module] = {}
+    for name, part in model.named_children():
+        asked = _ask(part)
+        found |= _answers(part, f"{prefix}{name}.") if asked is None else {prefix + name: asked}
+    return {name: one for name, one in found.items() if isinstance(one, nn.Embedding)} or found
 
 
 def _ask(model: nn.Module) -> nn.Module | None:
