@@ -13,13 +13,17 @@ from accelerate.utils.memory import clear_device_cache  # type: ignore[import-un
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from fastadv.integrations.adversary import Adversary, factory, refuse
 from fastadv.integrations.collapse import Collapse
+from fastadv.integrations.counters import Counters
+from fastadv.integrations.events import Events
 from fastadv.integrations.replay_loader import ReplayLoader
 from fastadv.integrations.tally import Tally
+from fastadv.integrations.unlabelled import KEY as SEEN
+from fastadv.integrations.unlabelled import Unlabelled
 from fastadv.methods import Method
 
 Masks = Tensor | list[Tensor | None] | None
@@ -46,16 +50,17 @@ class AdversarialMixin(_Trainer):
     adversary: Method | None = None
     warnings: list[str]
 
-    def __init__(self, *args: Any, adversary: Adversary, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, adversary: Adversary, unlabelled: Any = None, **kwargs: Any) -> None:
         self._make_adversary, self._replays = factory(adversary)
+        self._unlabelled_data = unlabelled
+        self._unlabelled: Unlabelled | None = None
         self._tally = Tally()
-        self._collapse = Collapse()
         self.warnings = []
         self._adversarial_steps = 0
         self._attacking = False
         self._resumed: Path | None = None
         super().__init__(*args, **kwargs)
-        self.add_callback(_Events(self))
+        self.add_callback(Events(self))
 
     # The method's life
 
@@ -93,9 +98,12 @@ class AdversarialMixin(_Trainer):
                 f"must know before it counts its steps: give adversary=(fastadv.{type(method).__name__}, {{...}}), "
                 "not a callable"
             )
-        state = self._state_file(self._resumed)
-        if state is not None and state.exists():
-            method.load_state_dict(load_file(state))
+        file = self._state_file(self._resumed)
+        state = load_file(file) if file is not None and file.exists() else {}
+        if state:
+            method.load_state_dict(state)
+        if self._unlabelled_data is not None:
+            self._unlabelled = Unlabelled(self, self._unlabelled_data, method, int(state.get(SEEN, 0)))
         self._tally = Tally()
         self._collapse = Collapse()
         self.warnings = []
@@ -108,7 +116,8 @@ class AdversarialMixin(_Trainer):
         state = self._state_file(checkpoint)
         if self.adversary is not None and state is not None:
             state.parent.mkdir(parents=True, exist_ok=True)
-            save_file(self.adversary.state_dict(), state)
+            seen = {} if self._unlabelled is None else self._unlabelled.state()
+            save_file({**self.adversary.state_dict(), **seen}, state)
 
     def _state_file(self, checkpoint: Path | None) -> Path | None:
         """Name the state's file: each process has its own part of every batch, and so its own state."""
@@ -165,10 +174,11 @@ class AdversarialMixin(_Trainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             cast(Any, self.optimizer).train()
-        inputs = cast("dict[str, Any]", self._prepare_inputs(inputs))
+        inputs, counters = cast("dict[str, Any]", self._prepare_inputs(inputs)), Counters(self)
 
         def closure() -> dict[str, Any]:
-            return self._adversarial_pass(model, inputs, num_items_in_batch)
+            with counters.one_pass():
+                return self._adversarial_pass(model, inputs, num_items_in_batch)
 
         self.adversary.share = 1 / self.current_gradient_accumulation_steps
         step = self.state.global_step
@@ -176,6 +186,8 @@ class AdversarialMixin(_Trainer):
         self._adversarial_steps += 1
         self._tally.add(result, self.adversary, step)
         self._collapse.add(result.output, inputs.get("labels"), result.loss)
+        if self._unlabelled is not None and result.adv_loss is not None:
+            self._tally.add(self._unlabelled.train(self.adversary, model, step), self.adversary, step)
         every = self.args.torch_empty_cache_steps
         if every is not None and step % every == 0:
             clear_device_cache()
@@ -241,9 +253,18 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
     repeated, group by group under gradient accumulation. `num_train_epochs` counts replays, so the number of optimizer
     steps stays the same. Every checkpoint holds the method's state (adversary.safetensors), and resuming reads it.
 
+    With `unlabelled` every attacked micro-batch is followed by one of unlabelled samples, whose divergence is added:
+    L(labelled) + w D(labelled) + w D(unlabelled) for `fastadv.VAT`.
+
+    The figures that a Trainer keeps as attributes (numbers, lists, dicts: a subclass's metrics and token counts) count
+    each batch once: what `compute_loss` writes to them in the passes after the first is taken back.
+
     Args:
         adversary: a method class with its options, `(fastadv.FGM, {"epsilon": 0.1})`, or a callable that takes the
             model and returns the method.
+        unlabelled: a data set without labels, or whose labels are not to be looked at; for `fastadv.VAT`, alone or in a
+            `fastadv.BregmanProximal`. Its loader has the Trainer's collator, batch size and seed, begins again in
+            another order when it is through, and goes on where it was when training is resumed.
         *args: what `Trainer` takes.
         **kwargs: what `Trainer` takes.
 
@@ -257,8 +278,9 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
     Raises:
         TypeError: `adversary` is neither.
         ValueError: from `train()`, before the first step: the backward cannot run twice in a step (DeepSpeed, LOMO);
-            the model runs in several threads (`nn.DataParallel`); a method with replays was given as a callable; or an
-            epoch has fewer batches than `gradient_accumulation_steps`, so none can be replayed.
+            the model runs in several threads (`nn.DataParallel`); a method with replays was given as a callable; an
+            epoch has fewer batches than `gradient_accumulation_steps`, so none can be replayed; or `unlabelled` was
+            given with a method that needs a loss.
 
     Examples:
         >>> import fastadv
@@ -271,23 +293,6 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
         ... )
         >>> trainer.train()  # doctest: +SKIP
     """
-
-
-class _Events(TrainerCallback):
-    """Tell the mixin about the training's course."""
-
-    def __init__(self, trainer: AdversarialMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Begin: the one event between the wrapping of the model and its first call."""
-        self.trainer.begin_adversary()
-
-    def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-        self.trainer.begin_epoch()
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self.trainer.save_adversary()
 
 
 def _field(output: Any, name: str) -> Any:

@@ -34,6 +34,7 @@ class Method:
 
     _dropout: Dropout = "fresh"  # the default of `dropout=`
     _places: Mapping[str, Any] = MappingProxyType({"perturbs": False})  # where the engine perturbs the model
+    _takes_unlabelled: bool = False  # whether a batch may come without a loss: an output with logits alone
     _given: given.Given  # the constructor's arguments
 
     if not TYPE_CHECKING:  # a type checker reads the constructor's own options

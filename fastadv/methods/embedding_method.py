@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -75,7 +76,8 @@ class EmbeddingMethod(Method):
         self.steps = whole("steps", steps, 1)
         self.scope = scope
         self._direction, self._ball = self._directed(norm, options)
-        self._unit = mean_row_norm(model, embedding) if options.pop("relative", False) else 1.0
+        self._relative, self._random_start = options.pop("relative", False), random_start
+        self._unit = mean_row_norm(model, embedding) if self._relative else 1.0
         self._start = self._resolve(random_start)
         self._places = {"embedding": embedding, "scope": scope, "tied": tied, **self._places}
         super().__init__(model, **options)  # type: ignore[misc]  # the others have been taken out
@@ -122,6 +124,18 @@ class EmbeddingMethod(Method):
         """Find the perturbation of one batch and apply it to every forward inside the block: `find` and `applied`."""
         with self.find(closure, mask).applied():
             yield
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The method's state, and the unit of relative radii."""
+        unit = {"unit": torch.tensor(self._unit, dtype=torch.float64)} if self._relative else {}
+        return {**super().state_dict(), **unit}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where another run was when `state_dict` was called."""
+        super().load_state_dict(state)
+        if self._relative and "unit" in state:
+            self._unit = float(state["unit"])
+            self._start = self._resolve(self._random_start)
 
     @property
     def rule(self) -> Rule:

@@ -49,8 +49,9 @@ class BregmanProximal(Method):
         weight: of the proximal term, w.
         decay: of the average, beta: 0 follows the weights exactly, 1 never moves.
         method: the method that it holds, made with the same model; None: plain training.
-        divergence: "symmetric_kl", "kl" (from the teacher's answer), "js", "mse" for regression, or a callable
-            `(logits, teacher_logits) -> 0-d tensor`.
+        divergence: "symmetric_kl", "kl" (from the teacher's answer), "js", "mse" for regression, "symmetric_bernoulli"
+            or "bernoulli" for several labels at once, or a callable `(logits, teacher_logits) -> 0-d tensor`. None: by
+            the model's `config.problem_type`, as for `fastadv.SMART`.
         start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype: without a method, as plain training
             takes them; with one they are the method's, and must not be given here.
 
@@ -84,14 +85,14 @@ class BregmanProximal(Method):
         decay: float = 0.999,
         *,
         method: Method | None = None,
-        divergence: Divergence = "symmetric_kl",
+        divergence: Divergence | None = None,
         **options: Unpack[StepOptions],
     ) -> None:
         self.weight = number("weight", weight)
         self.decay = number("decay", decay)
         if self.decay > 1:
             raise ValueError(f"decay is a share of the old average, at most 1, not {decay}")
-        self.compare = Comparison(divergence, "BregmanProximal")
+        self.compare = Comparison(divergence, "BregmanProximal", model)
         self.method = _held(model, method, options)
         self.model, self._engine, self._schedule = model, self.method._engine, self.method._schedule
         if self._engine.parallelism.sharded:
@@ -111,6 +112,7 @@ class BregmanProximal(Method):
         self.distance = torch.zeros((), device=self._engine.device)  # D of the last step
         self._attached: Any = None
         self.replays = getattr(self.method, "replays", 1)  # more than one with FreeAT
+        self._takes_unlabelled = self.method._takes_unlabelled
         self._engine.new_term = lambda step: TeacherTerm(_Teacher(self), step)
 
     def _check_resolution(self) -> None:

@@ -14,6 +14,7 @@ from fastadv.engine.step import Step
 from fastadv.methods.comparison import Comparison, Divergence
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, one_of
+from fastadv.ops.divergence import BERNOULLI, two_classes
 
 UPDATES = ("paper", "mt-dnn")
 STEP, DEVIATION, GUARD = 1e-3, 1e-5, 1e-6  # of the public code
@@ -28,9 +29,9 @@ class SMART(EmbeddingMethod):
         g_t = \nabla_\delta D\big(f(x + \delta_t), f(x)\big), \quad \delta_0 \sim N(0, \epsilon^2 / 100)
 
     Two full passes and K probes a step; the ball and the norms are each token's own. D is the symmetric KL divergence
-    of the two answers for classification and the squared error for regression, and both of its sides are trained. The
-    gradient at zero is zero, so the ascent needs its random start. The other half of the paper is
-    `fastadv.BregmanProximal`.
+    of the two answers for classification (summed over the labels, where a text may have several) and the squared error
+    for regression, and both of its sides are trained. The gradient at zero is zero, so the ascent needs its random
+    start. The other half of the paper is `fastadv.BregmanProximal`.
 
     `update="mt-dnn"` reproduces the authors' public code: delta <- (delta + 0.001 g) / largest, with noise of 1e-5 and
     a stand-in for the KL divergence in the search. Its step adds some 1e-6 to noise that is then brought to length one,
@@ -47,8 +48,9 @@ class SMART(EmbeddingMethod):
         norm: "linf" (steps by g / max|g|, then clips) or "l2".
         scope: what the norm is over: "token", "sample", "batch", "row", "table".
         weight: of the penalty, w.
-        divergence: "symmetric_kl", "kl" (from the clean answer), "js", "mse" for regression, or a callable
-            `(perturbed_logits, clean_logits) -> 0-d tensor`.
+        divergence: "symmetric_kl", "kl" (from the clean answer), "js", "mse" for regression, "symmetric_bernoulli" or
+            "bernoulli" for several labels at once, or a callable `(perturbed_logits, clean_logits) -> 0-d tensor`.
+            None: by the model's `config.problem_type`: "symmetric_bernoulli", "mse", or else "symmetric_kl".
         search: what the ascent maximises where that is not `divergence`; the clean logits are detached there.
         update: "paper" or "mt-dnn".
         random_start: True: normal with a tenth of epsilon ("mt-dnn": 1e-5) as standard deviation; that deviation; or a
@@ -95,7 +97,7 @@ class SMART(EmbeddingMethod):
         norm: Norm = "linf",
         scope: Scope = "token",
         weight: float = 1.0,
-        divergence: Divergence = "symmetric_kl",
+        divergence: Divergence | None = None,
         search: Divergence | None = None,
         update: Literal["paper", "mt-dnn"] = "paper",
         random_start: RandomStart = True,
@@ -106,10 +108,11 @@ class SMART(EmbeddingMethod):
         one_of("update", update, UPDATES)
         self.update = update
         self.weight = number("weight", weight)
-        self.compare = Comparison(divergence, "SMART")
-        if search is None:
-            search = divergence if update == "paper" else squared_error if divergence == "mse" else stable_kl
-        self.search_by = Comparison(search, "SMART", "search")
+        self.compare = Comparison(divergence, "SMART", model)
+        if search is not None or update == "mt-dnn":
+            self.search_by = Comparison(search or self._stand_in, "SMART", model, option="search")
+        else:
+            self.search_by = self.compare
         if update == "mt-dnn":
             epsilon, step_size = 1.0, STEP if step_size is None else step_size
         super().__init__(
@@ -147,6 +150,14 @@ class SMART(EmbeddingMethod):
     def _distance(self, step: Step, answer: Tensor) -> Closure:
         """D(f(x + delta), f(x)) by delta: what the ascent maximises."""
         return lambda: self.search_by(self.search_by.logits(step.closure()), answer, step)
+
+    def _stand_in(self, logits: Tensor, target: Tensor) -> Tensor:
+        """What mt-dnn's search maximises in the place of its divergence."""
+        if self.compare.kind == "mse":
+            return squared_error(logits, target)
+        if self.compare.kind in BERNOULLI:
+            logits, target = two_classes(logits), two_classes(target)
+        return stable_kl(logits, target)
 
     def _aim(self, step: Step) -> None:
         step.maximise(self._distance(step, self.compare.logits(step.look())))

@@ -49,8 +49,9 @@ class VAT(EmbeddingMethod):
         norm: "l2"; "linf" takes the sign of the gradient in place of its direction.
         scope: what the norm is over: "sample", "token", "batch", "row", "table".
         weight: of the divergence, w.
-        divergence: "kl", "symmetric_kl", "js", "mse" for regression, or a callable
-            `(perturbed_logits, clean_logits) -> 0-d tensor`.
+        divergence: "kl", "symmetric_kl", "js", "mse" for regression, "bernoulli" or "symmetric_bernoulli" for several
+            labels at once, or a callable `(perturbed_logits, clean_logits) -> 0-d tensor`. None: by the model's
+            `config.problem_type`: "bernoulli", "mse", or else "kl".
         random_start: True: a uniformly random direction of length xi; such a length; or a callable
             `(shape, mask) -> tensor`.
         direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
@@ -81,6 +82,7 @@ class VAT(EmbeddingMethod):
     _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "none"), "linf": ("sign", "none")}
 
     _dropout = "same"
+    _takes_unlabelled = True
 
     def __init__(
         self,
@@ -92,7 +94,7 @@ class VAT(EmbeddingMethod):
         norm: Norm = "l2",
         scope: Scope = "sample",
         weight: float = 1.0,
-        divergence: Divergence = "kl",
+        divergence: Divergence | None = None,
         random_start: RandomStart = True,
         tied: Literal["lookup"] = "lookup",
         **options: Unpack[EmbeddingOptions],
@@ -104,7 +106,7 @@ class VAT(EmbeddingMethod):
             raise ValueError("xi must be above 0: at a distance of 0 the divergence has no gradient")
         if random_start is False or random_start == 0:
             raise ValueError("VAT needs a random start: at zero the divergence has no gradient")
-        self.compare = Comparison(divergence, "VAT")
+        self.compare = Comparison(divergence, "VAT", model, "kl")
         super().__init__(
             model,
             epsilon=number("epsilon", epsilon),

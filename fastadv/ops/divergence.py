@@ -11,6 +11,10 @@ kind                D
 ``mse``             sum (logits - target)^2 / C, of the logits as they are
 ==================  =====================================================================
 
+Where each label is a question of its own (multi-label), ``bernoulli`` and ``symmetric_bernoulli`` are the sum over C of
+``kl`` and ``symmetric_kl`` between two Bernoulli distributions, with p = sigmoid(logits) and q = sigmoid(target). A
+sigmoid is the softmax of two logits, x and 0, so that they are the op's rows of two classes.
+
 Softmax and sums are in float32 (float64 for float64), whatever the logits' dtype; no probabilities are kept. A sum such
 as that of `kl` cancels where p is close to q; written as sum q (e^r - 1 - r), r = log p - log q, no term is negative,
 and a rounding error of the log-sum-exp counts by its square. A class that has no probability in either (-inf in both)
@@ -30,6 +34,9 @@ from fastadv.arguments.kinds import kind_code
 from fastadv.native.divergence import Result
 from fastadv.native.divergence import divergence as native_divergence
 from fastadv.ops.dispatch import Backend, Op, triton
+
+BERNOULLI = {"bernoulli": "kl", "symmetric_bernoulli": "symmetric_kl"}
+"""What the kinds of independent labels are of each label's two classes."""
 
 IMPOSSIBLE = -1e30  # a logit whose class has no probability, and whose difference to itself is zero
 
@@ -156,7 +163,8 @@ def divergence(
     Args:
         logits: [..., C], any floating dtype.
         target: of the same shape; detach it where it is to get no gradient.
-        kind: "symmetric_kl", "kl" (KL(target || logits)), "js" or "mse".
+        kind: "symmetric_kl", "kl" (KL(target || logits)), "js" or "mse"; "bernoulli" or "symmetric_bernoulli" for
+            labels that do not exclude each other.
         weights: [...], of the rows; one whose weight is zero is not read. None: 1 / N each, which gives the mean.
         fused: which backend.
 
@@ -174,6 +182,9 @@ def divergence(
         (tensor(0.1109), tensor([[ 0.2311, -0.2311]]))
     """
     _check(logits, target, kind, weights)
+    if kind in BERNOULLI:
+        kind, logits, target = BERNOULLI[kind], two_classes(logits), two_classes(target)
+        weights = _of_each_label(weights, logits)
     if logits.dtype != target.dtype:
         dtype = torch.promote_types(logits.dtype, target.dtype)
         logits, target = logits.to(dtype), target.to(dtype)
@@ -188,6 +199,19 @@ def divergence(
     return out
 
 
+def two_classes(logits: Tensor) -> Tensor:
+    """Logits of labels [..., C] as those of two classes each, the label and its absence: [..., C, 2]."""
+    return torch.stack((logits, torch.zeros_like(logits)), dim=-1)
+
+
+def _of_each_label(weights: Tensor | None, logits: Tensor) -> Tensor:
+    """A row's weight [...] for every one of its labels [..., C]: a row is their sum."""
+    if weights is None:
+        count = logits[..., 0, 0].numel()
+        return torch.full(logits.shape[:-1], 1 / max(count, 1), dtype=torch.float64, device=logits.device)
+    return weights.unsqueeze(-1).expand(logits.shape[:-1])
+
+
 def _flat(x: Tensor) -> Tensor:
     """[N, C], with each row in one piece."""
     x = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -195,7 +219,8 @@ def _flat(x: Tensor) -> Tensor:
 
 
 def _check(logits: Tensor, target: Tensor, kind: str, weights: Tensor | None) -> None:
-    kind_code(kind)
+    if kind not in BERNOULLI:
+        kind_code(kind)
     if logits.shape != target.shape or logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(
             f"divergence: logits and target must have one shape [..., C], not {tuple(logits.shape)} and "

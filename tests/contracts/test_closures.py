@@ -128,6 +128,17 @@ def returns(model: TinyModel, data: dict[str, Tensor]) -> dict[str, Callable[[],
     }
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_a_loss_in_place_of_a_closure(name: str) -> None:
+    """The classic mistake: the error shows the line as it should be."""
+    model, data = with_gradients(), batch()
+    adv, loss = EVERY[name](model, embedding=model.word_embeddings), model(**data).loss
+    right = ("not the loss", "adv.backward(lambda: model(**batch).loss)")
+    for call in (adv.backward, adv.find, lambda wrong: adv.perturbed(wrong).__enter__()):
+        refused(model, lambda: call(loss), TypeError, *right)  # noqa: B023
+    refused(model, lambda: adv.backward(3), TypeError, "not int", right[1])
+
+
 @pytest.mark.parametrize("form", ["output", "dict", "tuple", "list", "one-element"])
 def test_what_a_closure_may_return(form: str) -> None:
     model, data, _ = ready()

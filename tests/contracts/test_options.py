@@ -81,7 +81,7 @@ def test_a_type_checker_knows_every_option(tmp_path: Path) -> None:
         '    fastadv.FreeLB(model, dropout="sometimes")\n'
         "    fastadv.FGM(model, steps=3)\n"
         "    fastadv.AWP(model, norm=2)\n"
-        '    fastadv.FGM(model, nn.ReLU())\n'
+        "    fastadv.FGM(model, nn.ReLU())\n"
         '    fastadv.PGD(model, "emb", 1.0, 0.3).attack(True)\n'
         '    fastadv.PGD(model, emb_name="emb", epsilon=1.0, alpha=0.3).attack(is_first_attack=True)\n'
         '    fastadv.FGM(model, 1.0, emb_name="emb").attack()\n'
@@ -120,9 +120,10 @@ def test_ancestors_are_few(method: Any) -> None:
     [
         (lambda model: fastadv.PGD(model, WORDS, 0.1, 0.05),
          "PGD(epsilon=0.1, step_size=0.05, steps=3, norm='l2', scope='table') on TinyModel"),
-        (lambda model: fastadv.FreeLB(model, embedding=model.word_embeddings, dropout="off", random_start=waves),
-         "FreeLB(epsilon=None, step_size=0.1, steps=3, norm='l2', scope='sample', random_start=<waves>, dropout='off', "
-         "embedding=<Embedding>) on TinyModel"),
+        (lambda model: fastadv.FreeLB(model, embedding=model.word_embeddings),
+         "FreeLB(epsilon=None, step_size=0.1, steps=3, norm='l2', scope='sample', embedding=<Embedding>) on TinyModel"),
+        (lambda model: fastadv.PGD(model, WORDS, scope="sample", random_start=waves),
+         "PGD(epsilon=1.0, step_size=0.3, steps=3, norm='l2', scope='sample', random_start=<waves>) on TinyModel"),
         (lambda model: fastadv.AWP(model), "AWP(gamma=0.01, epsilon=None, steps=1) on TinyModel"),
         (lambda model: fastadv.BregmanProximal(model, 2.0, method=fastadv.FGM(model, 0.5, WORDS)),
          "BregmanProximal(weight=2.0, decay=0.999, method=FGM(epsilon=0.5, norm='l2', scope='table')) on TinyModel"),

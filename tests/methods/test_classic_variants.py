@@ -196,7 +196,7 @@ def test_a_name_of_several_embeddings() -> None:
         assert sum(before.moved()) == sum(name in key for key, _ in model.named_parameters())
         fgm.restore()
         assert before.unchanged()
-        closure = lambda: model(**data).loss  # noqa: E731, B023
+        closure = lambda: model(**data).loss  # noqa: E731
         for call in (fgm.backward, fgm.find):
             refused(model, lambda: call(closure), ValueError, problem, "embedding=NAME", WORDS)  # noqa: B023
 

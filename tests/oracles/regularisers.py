@@ -42,6 +42,16 @@ def symmetric_kl(a: Tensor, b: Tensor) -> Tensor:
     return kl(a, b) + kl(b, a)
 
 
+def bernoulli(p_logits: Tensor, q_logits: Tensor) -> Tensor:
+    """KL(p || q) of independent labels: the sum over labels, the mean over rows."""
+    p, q = p_logits.sigmoid(), q_logits.sigmoid()
+    return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum(-1).mean()
+
+
+def symmetric_bernoulli(a: Tensor, b: Tensor) -> Tensor:
+    return bernoulli(a, b) + bernoulli(b, a)
+
+
 def mse(a: Tensor, b: Tensor) -> Tensor:
     return (a - b).square().mean()
 
@@ -93,6 +103,7 @@ def vat(
     steps: int,
     weight: float,
     scope: str = "sample",
+    distance: Callable[[Tensor, Tensor], Tensor] = kl,
 ) -> Found:
     """`start` is xi times a direction."""
     constant = words.detach()
@@ -100,11 +111,11 @@ def vat(
     r = start * keep
     for left in reversed(range(steps)):
         r = r.detach().requires_grad_()
-        [g] = torch.autograd.grad(kl(fixed, answer_at(constant + keep * r)), r)
+        [g] = torch.autograd.grad(distance(fixed, answer_at(constant + keep * r)), r)
         size = norm2(g, scope)
         r = (xi if left else epsilon) * torch.where(size > 0, g / size, 0)
     r = (r * keep).detach()
-    penalty = kl(fixed, answer_at(words + r))
+    penalty = distance(fixed, answer_at(words + r))
     total = weight * penalty if loss_at is None else loss_at(words) + weight * penalty
     return Found(r, penalty.detach(), gradients_of(model, total))
 
