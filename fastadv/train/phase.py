@@ -6,7 +6,7 @@ from __future__ import annotations
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
@@ -14,6 +14,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from fastadv.integrations.adversary import Adversary
 from fastadv.integrations.transformers import AdversarialMixin
+from fastadv.train.behind import Behind
 from fastadv.train.conditions import Conditions, Watch, processor
 from fastadv.train.errors import Interrupted
 from fastadv.train.evaluate import Evaluator
@@ -34,6 +35,14 @@ class Cost:
     peak_memory: int  # bytes
     device: str
     conditions: Conditions | None = None
+
+
+class Trained(NamedTuple):
+    """Hold a trained model, what it cost, and what was said of it meanwhile."""
+
+    model: MeanPoolClassifier
+    cost: Cost
+    warnings: list[str]
 
 
 class PlainTrainer(Trainer):
@@ -61,7 +70,7 @@ def train(
     *,
     resume: bool = False,
     **fixed: Any,
-) -> tuple[MeanPoolClassifier, Cost]:
+) -> Trained:
     """Train one model; checkpoints go to `folder`, rows to `log`. `fixed`: TrainingArguments set by the command.
 
     Raises:
@@ -74,14 +83,14 @@ def train(
     if checkpoint is not None:
         check_same_model(Path(checkpoint), model)
     rewind(log, title, 0 if checkpoint is None else int(checkpoint.rpartition("-")[2]))
-    progress, stop = Progress(title), Stop()
+    progress, stop, behind = Progress(title), Stop(), Behind(log)
     common: dict[str, Any] = {
         "model": model,
         "args": args,
         "train_dataset": job.train,
         "processing_class": job.tokenizer,
         "data_collator": DataCollatorWithPadding(job.tokenizer),
-        "callbacks": [JsonLines(log, title), progress, stop],
+        "callbacks": [JsonLines(log, title), progress, stop, *([] if adversary is None else [behind])],
     }
     trainer = PlainTrainer(**common) if adversary is None else AdversarialPhaseTrainer(**common, adversary=adversary)
     trainer.remove_callback(PrinterCallback)
@@ -96,7 +105,8 @@ def train(
         unscale(model, job.scale)
     seconds = [value for row in read_log(log, title) for value in row["step_seconds"]]
     median = statistics.median(seconds)
-    return model, Cost(trainer.state.global_step, median, memory.peak, str(args.device), watch.conditions)
+    cost = Cost(trainer.state.global_step, median, memory.peak, str(args.device), watch.conditions)
+    return Trained(model, cost, [*getattr(trainer, "warnings", []), *behind.warnings])
 
 
 def measure(job: Job, model: MeanPoolClassifier, *, progress: bool = True) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
         "command": command,
         "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "settings": job.description(),
-        "warnings": job.overview.warnings,
+        "warnings": [*job.overview.warnings, *_said(found, models)],
         "versions": versions(),
         "hardware": phase.device_name(models[PLAIN]["cost"]["device"]),
         "models": models,
@@ -51,6 +51,12 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
     }
     write_json(folder / RESULT, result)
     return result
+
+
+def _said(found: dict[str, Any] | None, models: dict[str, Any]) -> list[str]:
+    """List what was said of the radius and of the trainings."""
+    radii = [found["warning"]] if found is not None and "warning" in found else []
+    return [*radii, *(warning for model in models.values() for warning in model.get("warnings", []))]
 
 
 def _with_radius(job: Job, folder: Path) -> tuple[Job, dict[str, Any] | None]:
@@ -71,10 +77,10 @@ def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
     record = read_json(mine / DONE)
     if record is None:
         adversary = job.adversary if name == ADVERSARIAL else None
-        network, cost = phase.train(job, name, mine, folder / LOG, adversary, resume=True)
+        network, cost, warnings = phase.train(job, name, mine, folder / LOG, adversary, resume=True)
         network.save_pretrained(mine)
         job.tokenizer.save_pretrained(mine)
-        record = {"phase": name, "cost": phase.cost_dict(cost)}
+        record = {"phase": name, "cost": phase.cost_dict(cost), "warnings": warnings}
         write_json(mine / DONE, record)
         _forget_checkpoints(job, mine)
     elif "accuracy" not in record:

@@ -124,13 +124,14 @@ def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) 
         adversary = mine.adversary
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"
-        model, cost = phase.train(job, title, Path(folder), log, adversary, seed=seed, save_strategy="no")
+        model, cost, warnings = phase.train(job, title, Path(folder), log, adversary, seed=seed, save_strategy="no")
         accuracy = phase.measure(job, model)
     return {
         "method": name,
         "arguments": arguments,
         "seed": seed,
         **({} if found is None else {"radius": found}),
+        **({"warnings": warnings} if warnings else {}),
         "seconds_per_step": cost.seconds_per_step,
         "peak_memory": cost.peak_memory,
         "steps": cost.steps,

@@ -13,6 +13,8 @@ from fastadv.train.metrics import score
 from fastadv.train.paired import Difference, difference
 
 SAME = 0.02  # an interval within two points of zero: the accuracy stays
+MUCH = 0.05  # of clean accuracy lost
+FAR = " That is far: the attack is too strong for this model. Take a smaller radius (--epsilon)."
 BLUNT = 0.05  # an interval that reaches further from its middle sees large differences only
 
 
@@ -57,7 +59,7 @@ def _clean(plain: Cell, adversarial: Cell) -> str:
     if found.low > 0:
         return f"{start} rises: {values} {shown}."
     if found.high < 0:
-        return f"{start} falls: {values} {shown}."
+        return f"{start} falls: {values} {shown}.{FAR if cells.is_share(plain) and found.value < -MUCH else ''}"
     if max(-found.low, found.high) <= SAME:
         return f"{start} stays: {values} {shown}."
     return f"{start} shows no sure difference: {values} {shown}."
