@@ -18,8 +18,8 @@ PATIENCE = {"one answer": 0.2, "chance": 0.4}  # part of the training after whic
 ANSWER = "the last {samples:.0f} samples got one answer, class {answer}, which {share:.0%} of them have"
 LOSS = "the loss over the last {samples:.0f} samples is {loss:.3g}: guessing has the labels' entropy, {entropy:.3g}"
 ADVICE = (
-    "{method}: {what}. The attack is too strong to learn under: lower the radius{radius} (fastadv.suggest_radius finds "
-    "one), or begin later with start_step="
+    "{method}: {what}. Is the attack too strong to learn under? Lower the radius{radius} (fastadv.suggest_radius finds "
+    "one), or begin later with start_step=. Plain training that does no better needs another learning rate"
 )
 
 

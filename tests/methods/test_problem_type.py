@@ -16,7 +16,7 @@ from tests.every import waves
 from tests.models import TinyModel
 from tests.oracles import regularisers as papers
 from tests.oracles.setting import EVERYWHERE, Setting
-from tests.support import assert_close, batch, gradients, refused, seeded
+from tests.support import assert_close, assert_gradients, batch, gradients, refused, seeded
 
 SMART_LIKE = {"multi_label_classification": "symmetric_bernoulli", "regression": "mse", None: "symmetric_kl",
               "single_label_classification": "symmetric_kl"}  # fmt: skip
@@ -116,8 +116,7 @@ def test_a_teacher_of_several_labels() -> None:
     found = gradients(here.model)
     here.model.zero_grad()
     (loss + 3 * want).backward()
-    for name, grad in gradients(here.model).items():
-        assert_close(found[name], grad, 1e-9, name)
+    assert_gradients(found, gradients(here.model), 1e-9)
 
 
 @pytest.mark.parametrize("kind", ["mse", "symmetric_bernoulli"])
