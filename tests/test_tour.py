@@ -38,8 +38,8 @@ def test_the_tour_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
     names: dict[str, Any] = {}
     for number, cell in enumerate(code(), 1):
         exec(compile("".join(cell["source"]), f"tour, cell {number}", "exec"), names)
-    assert names["plain_accuracy"][0] > 0.65
-    assert names["robust_accuracy"][0] > 0.65
+    assert names["plain_accuracy"][0] > 0.62
+    assert names["robust_accuracy"][0] > 0.62
     assert names["robust_accuracy"][1] > names["plain_accuracy"][1]
     assert names["same"]
     assert "the same answers: True" in capsys.readouterr().out
