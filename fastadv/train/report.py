@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastadv.train import cells, page, plots, report_examples, tables, verdict
+from fastadv.train import cells, page, plots, radius, report_examples, tables, verdict
 from fastadv.train.folders import ADVERSARIAL, PLAIN
 from fastadv.train.memory import WHAT
 
@@ -23,7 +23,7 @@ def compose(result: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> str:
     parts = [
         f"<h1>{page.text(title)}</h1>",
         page.paragraph(_introduction(result), "quiet"),
-        page.box(result.get("warnings") or [], "warnings"),
+        page.box(_warnings(result), "warnings"),
         page.box(verdict.sentences(result), "verdict"),
         "<h2>Result</h2>",
         page.table(["", "plain", method, tables.difference_heading(result)], tables.lines(result)),
@@ -37,6 +37,11 @@ def compose(result: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> str:
         f"<pre>{page.text(result['command'])}</pre>",
     ]
     return page.page(f"fastadv: {title}", parts)
+
+
+def _warnings(result: Mapping[str, Any]) -> list[str]:
+    found = (result.get("radius") or {}).get("warning")
+    return [*(result.get("warnings") or []), *([found] if found else [])]
 
 
 def _curves(result: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> str:
@@ -77,10 +82,10 @@ def _explanation(result: Mapping[str, Any]) -> str:
 def _configuration(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings = result["settings"]
     data = settings["data"]
-    radius = result.get("radius")
+    found = result.get("radius")
     return [
         ("method", tables.method_label(settings)),
-        *([("radius", radius if isinstance(radius, str) else _pairs(radius))] if radius else []),
+        *([("radius", radius.describe(found))] if found else []),
         ("model", f"{settings['model']}, masked mean pooling, dropout {settings['head_dropout']:g}, linear head"),
         ("labels", ", ".join(map(str, data["labels"]))),
         ("samples", f"{data['train_samples']:,} training, {data['test_samples']:,} test"),
