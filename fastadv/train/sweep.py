@@ -117,7 +117,7 @@ def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) 
     adversary = found = None
     if name != "plain":
         method = options.method_class(name)
-        mine = replace(job, method=method, method_arguments=options.arguments(method, arguments, job.samples.task))
+        mine = replace(job, method=method, method_arguments=options.arguments(method, arguments))
         mine.check_adversary(seed)
         mine, found = radius.chosen(mine, seed)
         adversary = mine.adversary

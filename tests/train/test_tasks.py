@@ -144,7 +144,7 @@ def test_multi_label_end_to_end(encoder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_sweep_of_a_regression(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SMART compares two numbers by their squared difference, by itself."""
+    """SMART and VAT compare two numbers by their squared difference, by themselves."""
     table = write_csv(Path("scores.csv"), scored(60))
     command = ["compare", "--model", str(encoder), "--data", str(table), "--output-dir", "out", "--max-steps", "2"]
     main_ok(*command, "--methods", "smart,vat", "--seeds", "0", "--radii", "0.1")
