@@ -95,7 +95,8 @@ def train(
         settings = make(method=method, extra=tuple(context.args))
     job = prepare(settings)
     print(f"{folder}: {len(job.samples.train):,} training and {len(job.samples.test):,} test samples, {job.model_path}")
-    announce(job)
+    if not resume:
+        announce(job)
     try:
         result = run.run(job, folder, command)
     except Interrupted as stopped:

@@ -143,7 +143,7 @@ def prepare(settings: Settings) -> Job:
         train,
         test,
         method,
-        options.arguments(method, extra.method, samples.task, options.AUTO),
+        options.arguments(method, extra.method, options.AUTO),
         extra.training,
         overview.of(samples, train, tokenizer, args, settings.max_length),
         scale,

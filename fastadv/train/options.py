@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, cast
 import fastadv
 from fastadv.train import names, signatures
 from fastadv.train.errors import UserError
-from fastadv.train.labels import REGRESSION
 
 if TYPE_CHECKING:  # torch comes with a method, and not before
     from fastadv.methods import Method
@@ -42,9 +41,6 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "awp": {"gamma": 0.001},
     "bregmanproximal": {"decay": 0.99},
 }
-
-# How a method compares two answers, where they are no distribution over classes.
-DIVERGENCES = {REGRESSION: "mse"}
 
 # TrainingArguments of this job where it wants other defaults than transformers.
 TRAINING = {
@@ -95,9 +91,7 @@ def parameters(method: type[Method] | str) -> dict[str, Any]:
     return {name: default for name, default in found.items() if name not in INTERNAL}
 
 
-def arguments(
-    method: type[Method], given: Mapping[str, Any], task: str, radius: float | str | None = None
-) -> dict[str, Any]:
+def arguments(method: type[Method], given: Mapping[str, Any], radius: float | str | None = None) -> dict[str, Any]:
     """Complete a method's arguments by this job's defaults. `radius`: the epsilon where none is given.
 
     Steps and starts that are not given keep their proportion to the radius, and with `auto` are fractions of it.
@@ -107,8 +101,7 @@ def arguments(
     """
     from fastadv.methods.radius_losses import SCALED, has_radius, is_number
 
-    defaults = {**METHOD_DEFAULTS.get(method.__name__.lower(), {}), **of_task(method, task)}
-    found = {**defaults, **given}
+    found = {**METHOD_DEFAULTS.get(method.__name__.lower(), {}), **given}
     if not has_radius(method):
         return found
     if radius is not None:
@@ -125,12 +118,6 @@ def arguments(
 def usual_radius(method: type[Method]) -> Any:
     """Return the epsilon of this job for a method, found for MiniLM."""
     return {**parameters(method), **METHOD_DEFAULTS.get(method.__name__.lower(), {})}["epsilon"]
-
-
-def of_task(method: type[Method], task: str) -> dict[str, Any]:
-    """List the arguments that a task asks of a method: two numbers are compared by their squared difference."""
-    fits = task in DIVERGENCES and "divergence" in parameters(method)
-    return {"divergence": DIVERGENCES[task]} if fits else {}
 
 
 def literal(text: str | None) -> Any:

@@ -28,11 +28,9 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
 
     Raises:
         Interrupted: stopped by its user; everything finished so far is in `folder`.
+        UserError: the data have changed since the run began.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / SETTINGS).exists():
-        settings = {"command": command, "settings": asdict(job.settings), "data": job.samples.description()}
-        write_json(folder / SETTINGS, settings)
+    _begin(job, folder, command)
     try:
         job, found = _with_radius(job, folder)
         models = {name: _phase(job, folder, name) for name in (PLAIN, ADVERSARIAL)}
@@ -57,6 +55,20 @@ def _said(found: dict[str, Any] | None, models: dict[str, Any]) -> list[str]:
     """List what was said of the radius and of the trainings."""
     radii = [found["warning"]] if found is not None and "warning" in found else []
     return [*radii, *(warning for model in models.values() for warning in model.get("warnings", []))]
+
+
+def _begin(job: Job, folder: Path, command: str) -> None:
+    """Write the settings of a new run. One that goes on must find the samples that it began with."""
+    data = job.samples.description()
+    saved = read_json(folder / SETTINGS)
+    if saved is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / SETTINGS, {"command": command, "settings": asdict(job.settings), "data": data})
+    elif saved["data"]["test_fingerprint"] != data["test_fingerprint"]:
+        raise UserError(
+            f"{job.settings.data.data} or its split has changed since {folder} began, and its two models would be "
+            "tested on different samples: train afresh, with another --output-dir"
+        )
 
 
 def _with_radius(job: Job, folder: Path) -> tuple[Job, dict[str, Any] | None]:

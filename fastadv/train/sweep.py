@@ -56,11 +56,9 @@ def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], folder: 
 
 
 def ready(settings: Settings, grid: Sequence[Point]) -> Job:
-    """Prepare the job, with the first of the methods in it, and print what it trains on."""
+    """Prepare the job, with the first of the methods in it."""
     first = next((name for name, _ in grid if name != "plain"), None)
-    job = prepare(settings if first is None else replace(settings, method=first))
-    announce(job)
-    return job
+    return prepare(settings if first is None else replace(settings, method=first))
 
 
 def common(job: Job) -> dict[str, Any]:
@@ -90,6 +88,7 @@ def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Pat
         raise UserError(
             f"{output} holds trainings with other settings ({', '.join(different)}): give another --output-dir"
         )
+    announce(job)
     everything = list(itertools.product(seeds, grid))
     for index, (seed, (name, arguments)) in enumerate(everything, 1):
         wanted = (name, as_read(arguments), seed)
@@ -118,7 +117,7 @@ def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) 
     adversary = found = None
     if name != "plain":
         method = options.method_class(name)
-        mine = replace(job, method=method, method_arguments=options.arguments(method, arguments, job.samples.task))
+        mine = replace(job, method=method, method_arguments=options.arguments(method, arguments))
         mine.check_adversary(seed)
         mine, found = radius.chosen(mine, seed)
         adversary = mine.adversary

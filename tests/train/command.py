@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,3 +37,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     lines = error.splitlines()
     assert len(lines) == 1, error
     return lines[0]
+
+
+def evaluated(folder: str) -> list[dict[str, Any]]:
+    """The cells of an evaluation.json of one model."""
+    (model,) = json.loads(Path(folder, "evaluation.json").read_text())["models"].values()
+    cells: list[dict[str, Any]] = model["accuracy"]
+    return cells

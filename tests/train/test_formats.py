@@ -13,7 +13,7 @@ from fastadv.train import data
 from fastadv.train.data import DataSettings
 from fastadv.train.errors import UserError
 from fastadv.train.sources import Columns, Found, file_rows
-from tests.train.command import main_ok, refused
+from tests.train.command import evaluated, main_ok, refused
 from tests.train.conftest import texts, write_csv
 
 
@@ -128,7 +128,7 @@ def test_skip_empty_says_how_many(encoder: Path, capsys: pytest.CaptureFixture[s
     assert "rows left out: 3 without a text or label" in capsys.readouterr().out
     main_ok("evaluate", "run/plain", "--radii", "0.1", "--attack-steps", "1")
     main_ok("evaluate", "run/plain", "--data", table, "--skip-empty", "--radii", "0.1", "--attack-steps", "1")
-    assert json.loads(Path("run/plain/evaluation.json").read_text())["accuracy"][0]["total"] == 60
+    assert evaluated("run/plain")[0]["total"] == 60
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "saved"])

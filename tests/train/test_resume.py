@@ -82,6 +82,22 @@ def test_resume_measures_a_model_that_is_trained_already(
     assert json.loads(Path("runs/a/result.json").read_text())["models"]["adversarial"]["accuracy"]
 
 
+def test_a_run_does_not_go_on_with_other_data(
+    encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(phase, "train", interrupted)
+    with pytest.raises(SystemExit):
+        main(["train", "--model", str(encoder), "--data", str(table), "--output-dir", "run", *FAST])
+    table.write_text(table.read_text() + "a fine film was here,good\n" * 9 + "and a dull one,bad\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--resume", "--output-dir", "run"])
+    assert left.value.code == 2
+    assert "or its split has changed since run began" in capsys.readouterr().err
+
+
 def test_settings_of_an_earlier_version_can_be_resumed() -> None:
     """settings.json as 0.1.0 wrote it: its keys stay, whatever the options are called."""
     data = {"data": "texts.csv", "test_data": None, "text_column": "text", "label_column": "label"}

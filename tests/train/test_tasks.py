@@ -19,7 +19,7 @@ from fastadv.train.evaluate import Evaluator
 from fastadv.train.losses import losses
 from fastadv.train.sources import Row
 from fastadv.train.tokens import Tokens
-from tests.train.command import main_ok, refused, train
+from tests.train.command import evaluated, main_ok, refused, train
 from tests.train.conftest import BAD, GOOD, texts, write_csv
 
 
@@ -119,10 +119,9 @@ def test_regression_end_to_end(encoder: Path, capsys: pytest.CaptureFixture[str]
     config = json.loads((run / "plain" / "config.json").read_text())
     assert config["problem_type"] == "regression"
     main_ok("evaluate", str(run / "plain"), "--radii", "0.1,0.2", "--attack-steps", "3")
-    found = json.loads((run / "plain" / "evaluation.json").read_text())
-    assert found["accuracy"] == result["models"]["plain"]["accuracy"]
+    assert evaluated("run/plain") == result["models"]["plain"]["accuracy"]
     main_ok("evaluate", str(run / "plain"), "--data", str(table), "--radii", "0.1", "--output-dir", "all")
-    assert json.loads(Path("all/evaluation.json").read_text())["accuracy"][0]["total"] == 100
+    assert evaluated("all")[0]["total"] == 100
 
 
 def test_multi_label_end_to_end(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,11 +140,11 @@ def test_multi_label_end_to_end(encoder: Path, capsys: pytest.CaptureFixture[str
     assert config["id2label"] == {"0": "bad", "1": "good"}
     other = write_csv(Path("other.csv"), [("a fine film", "good"), ("a dull fine film", "bad/good"), ("a film", "/")])
     main_ok("evaluate", str(run / "plain"), "--data", str(other), "--radii", "0.1", "--label-separator", "/")
-    assert json.loads((run / "plain" / "evaluation.json").read_text())["accuracy"][0]["total"] == 3
+    assert evaluated("run/plain")[0]["total"] == 3
 
 
 def test_a_sweep_of_a_regression(encoder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SMART compares two numbers by their squared difference, by itself."""
+    """SMART and VAT compare two numbers by their squared difference, by themselves."""
     table = write_csv(Path("scores.csv"), scored(60))
     command = ["compare", "--model", str(encoder), "--data", str(table), "--output-dir", "out", "--max-steps", "2"]
     main_ok(*command, "--methods", "smart,vat", "--seeds", "0", "--radii", "0.1")
