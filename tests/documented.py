@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+import fastadv
 from fastadv.methods import Method
 from fastadv.methods.options import options_of
 from fastadv.train.options import methods
@@ -54,6 +55,7 @@ def documented(folder: Path) -> dict[str, Construction]:
 @contextmanager
 def _recorded() -> Iterator[list[Construction]]:
     found: list[Construction] = []
+    suggest = fastadv.suggest_radius  # what it would find for the pages' toy is not MiniLM's
     made: dict[int, tuple[Method, Construction]] = {}  # the method too, so that no other takes its id
     new = Method.__new__
 
@@ -68,10 +70,12 @@ def _recorded() -> Iterator[list[Construction]]:
         return method
 
     Method.__new__ = record
+    fastadv.suggest_radius = lambda *_, **__: fastadv.Radius(0.1)
     try:
         yield found
     finally:
         Method.__new__ = new
+        fastadv.suggest_radius = suggest
 
 
 def _unusual(cls: type[Method], arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:

@@ -54,11 +54,11 @@ def surroundings(folder: Path) -> dict[str, Any]:
         vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32, num_labels=2
     )
     model = BertForSequenceClassification(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(1, 50, (4, 6))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1])}
 
-    for _ in range(30):  # it has learnt something, so that a radius can be found
+    for _ in range(60):  # it has learnt something, so that a radius can be found
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -16,10 +16,12 @@ from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.fgm import FGM
 from fastadv.methods.radius_losses import Run, Task, has_radius
 
-RISE = 0.25  # of a cross entropy: the right answer keeps exp(-0.25) = 78 % of its likelihood
+RISE = 0.35  # of a cross entropy: the right answer keeps exp(-0.35) = 70 % of its likelihood
 LEAST = 1 / 3  # of the wanted rise must have been learnt
 FIRST = 0.05  # the first guess, in units of the mean row norm
 WITHIN = 0.05  # of the wanted rise: where the search ends
+NARROW = 1.02  # or where a jump lies between radii that differ by less
+STEEP = 20.0  # a line through ends whose rises differ by more says little
 LOOKS = 20
 
 NOT_LEARNT = (
@@ -69,11 +71,11 @@ def suggest_radius(
     .. math:: \frac{1}{n} \sum_i L\big(x_i + r_i(\epsilon), y_i\big) - L(x_i, y_i) = \min\Big(\text{rise}, \;
         \frac{1}{n} \sum_i L(x_i, y_{i+1}) - L(x_i, y_i)\Big)
 
-    r is what `method` finds, dropout off. A cross entropy that rises by 0.25 leaves the right answer 78 % of its
+    r is what `method` finds, dropout off. A cross entropy that rises by 0.35 leaves the right answer 70 % of its
     likelihood: harder, and still to be learnt. It never rises by more than what the model has learnt, which is what
-    the loss rises by with another sample's labels. The same likelihood is half of the loss on top where labels are
-    numbers (a squared error, in a normal distribution with the model's own error), and 0.25 by the number of labels
-    where a text has several (`config.problem_type`).
+    the loss rises by with another sample's labels. The same likelihood is 1.7 times the loss where labels are numbers
+    (a squared error, in a normal distribution with the model's own error), and a rise of 0.35 divided by the number of
+    labels where a text has several (`config.problem_type`).
 
     The last quarter of the batches is measured. The loss of a model that has learnt nothing depends on nothing: then a
     copy is trained plainly first, for `fit` steps of AdamW on the other batches. Where torch.distributed is
@@ -121,41 +123,47 @@ def suggest_radius(
         if losses.learnt < LEAST * losses.wanted(rise):
             raise RuntimeError(NOT_LEARNT.format(own=losses.own, foreign=losses.foreign, fitted=fitted))
         wanted, unit = min(losses.wanted(rise), losses.learnt), task.unit(model)
-        curve = _search(lambda radius: task.attacked(model, held, radius) - losses.own, wanted, FIRST * (unit or 1.0))
-    if abs(curve[-1][1] - wanted) > 2 * WITHIN * wanted:
+        curve, result = _search(
+            lambda radius: task.attacked(model, held, radius) - losses.own, wanted, FIRST * (unit or 1.0)
+        )
+    if result is None:
         tried = [radius for radius, _ in curve]
         raise RuntimeError(NO_RISE.format(wanted=wanted, low=min(tried), high=max(tried), method=method.__name__))
-    found = Radius(curve[-1][0])
+    found = Radius(result[0])
     found.relative = found / unit if unit else None
-    found.loss, found.adv_loss, found.fitted = losses.own, losses.own + curve[-1][1], fitted
+    found.loss, found.adv_loss, found.fitted = losses.own, losses.own + result[1], fitted
     found.foreign = None if math.isinf(losses.foreign) else losses.foreign
     found.curve = [(radius, losses.own + risen) for radius, risen in curve]
     return found
 
 
-def _search(rise_at: Callable[[float], float], wanted: float, radius: float) -> list[tuple[float, float]]:
-    """Look at radii, each nearer to the one at which `rise_at` is `wanted`; the last is the result."""
-    curve: list[tuple[float, float]] = []
+Look = tuple[float, float]  # a radius and the rise there
+
+
+def _search(rise_at: Callable[[float], float], wanted: float, radius: float) -> tuple[list[Look], Look | None]:
+    """Look at radii until the rise is the one `wanted`. Returns all of them, and the one that is it; None: none is."""
+    curve: list[Look] = []
     low, high = (0.0, 0.0), (math.inf, math.inf)
     for _ in range(LOOKS):
         risen = rise_at(radius)
-        risen = risen if math.isfinite(risen) else math.inf
-        curve.append((radius, risen))
+        curve.append((radius, risen if math.isfinite(risen) else math.inf))
         if abs(risen - wanted) <= WITHIN * wanted:
-            break
-        low, high = ((radius, risen), high) if risen < wanted else (low, (radius, risen))
+            return curve, curve[-1]
+        low, high = (curve[-1], high) if risen < wanted else (low, curve[-1])
+        if 0 < high[0] < NARROW * low[0]:
+            return curve, low
         radius = _between(low, high, wanted)
-    return curve
+    return curve, None
 
 
-def _between(low: tuple[float, float], high: tuple[float, float], wanted: float) -> float:
+def _between(low: Look, high: Look, wanted: float) -> float:
     """Where a line through both ends, in logarithms, meets `wanted`; beyond a single end, 4 times at most."""
     (radius, risen), (above, most) = low, high
     if math.isinf(above):
         return radius * min(max(wanted / risen, 1.3), 4.0) if risen > 0 else radius * 4.0
     if radius == 0:
         return above * min(max(wanted / most, 0.25), 0.77)
-    if risen <= 0 or math.isinf(most):
+    if risen <= 0 or most > STEEP * risen:
         return math.sqrt(radius * above)
     part = math.log(wanted / risen) / math.log(most / risen)
     return radius * math.pow(above / radius, min(max(part, 0.1), 0.9))

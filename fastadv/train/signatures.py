@@ -60,7 +60,8 @@ def _field(node: ast.AnnAssign) -> str | None:
 
 
 def _sources() -> Iterator[Any]:
-    return (file for file in (files("fastadv") / "methods").iterdir() if file.name.endswith(".py"))
+    package = files("fastadv")
+    return (file for file in (*(package / "methods").iterdir(), package / "classic.py") if file.name.endswith(".py"))
 
 
 def _assigned(node: ast.stmt) -> str | None:
@@ -100,7 +101,8 @@ def _options(name: str, classes: Classes, shared: Mapping[str, Any]) -> dict[str
     if "dropout" in found:
         own = (_value(node) for cls in chain for node in cls.body if _assigned(node) == "_dropout")
         found["dropout"] = next(own)
-    return found
+    scripts = [_value(node) for cls in chain for node in cls.body if _assigned(node) == "_classic"]
+    return {key: default for key, default in found.items() if key not in (scripts or [()])[0]}
 
 
 def _named(arguments: ast.arguments) -> dict[str, Any]:

@@ -161,8 +161,8 @@ def test_sweep(encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -
 
 
 def test_a_sweep_without_parameters_takes_those_of_the_job(encoder: Path, table: Path) -> None:
-    """`--try fgm` is what `fastadv train --method fgm` trains."""
-    run = train(encoder, table, "run", "--method", "fgm", "--max-steps", "3", "--seed", "7")
+    """`--try fgm` is what `fastadv train --method fgm` trains with this job's usual radius."""
+    run = train(encoder, table, "run", "--method", "fgm", "--epsilon", "0.1", "--max-steps", "3", "--seed", "7")
     command = ["sweep", "--model", str(encoder), "--data", str(table), "--output-dir", "swept", "--try", "fgm"]
     main_ok(*command, "--seeds", "7", "--max-steps", "3", "--num-train-epochs", "3", "--learning-rate", "1e-3")
     mine = json.loads((run / "result.json").read_text())["models"]["adversarial"]["accuracy"][0]

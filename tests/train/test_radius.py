@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 import fastadv
+from fastadv.methods.radius import RISE
 from fastadv.train import options
 from fastadv.train.errors import UserError
 from fastadv.train.job import Settings, prepare
-from fastadv.train.labels import CLASSIFICATION
 from fastadv.train.radius import chosen
 from tests.train.command import main_ok, refused, train
 
@@ -21,7 +21,7 @@ def test_a_run_without_a_radius_finds_one(encoder: Path, table: Path, capsys: py
     printed = capsys.readouterr().out
     result = json.loads((run / "result.json").read_text())
     found, arguments = result["radius"], result["settings"]["method_arguments"]
-    assert found["adv_loss"] - found["loss"] == pytest.approx(0.25, rel=0.06)
+    assert found["adv_loss"] - found["loss"] == pytest.approx(RISE, rel=0.06)
     assert arguments["epsilon"] == pytest.approx(found["epsilon"], rel=0.01)
     assert arguments["step_size"] == pytest.approx(arguments["epsilon"] / 2, rel=0.01) and arguments["steps"] == 3
     assert f"radius {found['epsilon']:.3g} ({found['relative']:.3g} of the embedding's mean row norm)" in printed
@@ -52,7 +52,7 @@ def test_where_none_is_found_the_usual_one_serves_in_units_of_the_rows(encoder: 
 
 def test_steps_and_starts_keep_their_proportion() -> None:
     def complete(method: type[fastadv.Method], radius: str | None = None, **given: object) -> dict[str, object]:
-        return options.arguments(method, given, CLASSIFICATION, radius)
+        return options.arguments(method, given, radius)
 
     assert complete(fastadv.PGD, epsilon=0.02)["step_size"] == 0.01
     assert complete(fastadv.PGD, epsilon=0.02, step_size=0.02)["step_size"] == 0.02
