@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.model.find import mean_row_norm
 from fastadv.engine.outputs import find_loss
+from fastadv.engine.safety import rng
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import options_of
 
@@ -77,8 +78,12 @@ class Task(NamedTuple):
 
     def attacked(self, model: nn.Module, held: Sequence[Any], radius: float) -> float:
         """The mean loss at the perturbation that the method finds within `radius`."""
+        device = next(model.parameters()).device
+        state = rng.save(device)
         with self.method(model, **scaled(self.options, radius)) as adv:
-            return _mean([self._attacked(adv, model, batch) for batch in held])
+            found = _mean([self._attacked(adv, model, batch) for batch in held])
+        rng.restore(state, device)  # every radius is tried from the same starts
+        return found
 
     def _attacked(self, adv: EmbeddingMethod, model: nn.Module, batch: Any) -> Tensor:
         with adv.perturbed(lambda: self.run(model, batch), mask=self.mask(batch)), torch.no_grad():

@@ -101,6 +101,17 @@ def test_radii_among_the_options_are_fractions_of_it() -> None:
     assert sum(found) / 2 == pytest.approx(radius.adv_loss, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    "method", [fastadv.FGSM, fastadv.FreeAT, fastadv.FreeLB, fastadv.YOPO, fastadv.SMART, fastadv.VAT, fastadv.LLR]
+)
+def test_every_method_with_a_radius_has_one(method: Any) -> None:
+    data = batches()
+    options = {"step_size": 0.3, "random_start": 0.1} if method in (fastadv.FreeLB, fastadv.YOPO) else {}
+    split = {"split": "dropout"} if method is fastadv.YOPO else {}
+    radius = fastadv.suggest_radius(trained(data), data, method, **options, **split)
+    assert radius.adv_loss - radius.loss == pytest.approx(RISE, rel=0.06)
+
+
 def test_nothing_else_changes() -> None:
     data = batches()
     model = trained(data)
