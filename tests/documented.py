@@ -14,12 +14,13 @@ from typing import Any
 from torch import nn
 
 import fastadv
+from fastadv.classic import ClassicFGM, ClassicPGD, by_position
 from fastadv.methods import Method
 from fastadv.methods.options import options_of
 from fastadv.train.options import methods
 from tests.pages import RUNNABLE, run
 
-OF_THE_MODEL = ("split", "backward", "scaler", "start_step", "probe_dtype")  # what says nothing of a radius
+OF_THE_MODEL = ("split", "backward", "scaler", "start_step", "probe_dtype", "emb_name")  # what says nothing of a radius
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,11 @@ def _recorded() -> Iterator[list[Construction]]:
 
 def _unusual(cls: type[Method], arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
     """The options by name, without those that say nothing of a radius or what is the default anyway."""
-    names = list(inspect.signature(cls.__init__).parameters)[2:]
-    given, defaults = {**dict(zip(names, arguments, strict=False)), **options}, options_of(cls)
+    if issubclass(cls, (ClassicFGM, ClassicPGD)):
+        named = by_position(cls, arguments)
+    else:
+        named = dict(zip(list(inspect.signature(cls.__init__).parameters)[2:], arguments, strict=False))
+    given, defaults = {**named, **options}, options_of(cls)
     return {
         name: value
         for name, value in given.items()

@@ -41,7 +41,7 @@ def run(page: Path, folder: Path) -> None:
 
 def save_run(folder: Path) -> None:
     """Leave a model as `fastadv train` does."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     encoder = save_encoder(folder.parent)
     build(str(encoder), ["bad", "good"], 0.1).save_pretrained(folder)
     tokenizer_of(str(encoder)).save_pretrained(folder)

@@ -84,6 +84,7 @@ def refusal(construction: Construction) -> str | None:
 
 def test_every_documented_construction_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.chdir(tmp_path)
     constructions = documented(tmp_path)
     assert {"FGM(epsilon=0.1, scope=sample)", "PGD(epsilon=0.1, scope=sample, step_size=0.05)"} <= set(constructions)
     refused = {shown: why for shown, one in constructions.items() if (why := refusal(one))}

@@ -8,6 +8,7 @@ import html
 import itertools
 import json
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import mean, stdev
@@ -56,6 +57,16 @@ def prose(page: Path) -> Iterator[str]:
     """Lines outside of code."""
     text, _, _ = page.read_text().partition(GENERATED)
     yield from re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE).splitlines()
+
+
+def test_the_evidence_of_the_suggested_radius() -> None:
+    evidence = runpy.run_path(str(ROOT / "examples/radius_evidence.py"))
+    found = json.loads((ROOT / "docs/results/radius.json").read_text())
+    table = [evidence["HEAD"], *evidence["table"](found)]
+    assert "\n".join(table) in (ROOT / "docs/concepts.md").read_text()
+    for runs in found.values():
+        assert sorted(run["seed"] for run in runs) == [0, 0, 1, 1, 2, 2]
+        assert evidence["difference"](runs, 0)[2] > -1 < 0 < evidence["difference"](runs, 1)[2]
 
 
 SIZES = ("30,522", "250,002")  # of the vocabulary
