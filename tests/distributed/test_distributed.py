@@ -151,6 +151,13 @@ def test_a_split_too_early_is_told_under_fsdp2(fsdp: Path) -> None:
     assert outcome(fsdp, "told")["told"]
 
 
+def test_all_processes_suggest_one_radius(ddp: Path) -> None:
+    found, model = outcome(ddp, "suggested"), workers.build().eval()
+    losses = [float(model(**workers.half(rank)).loss.detach()) for rank in range(workers.WORLD)]
+    assert float(found["loss"]) == pytest.approx(sum(losses) / 2) and losses[0] != losses[1]
+    assert float(found["adv_loss"] - found["loss"]) == pytest.approx(0.1, rel=0.06)
+
+
 @pytest.mark.parametrize("wrapped", ["ddp", "fsdp"])
 def test_replays(wrapped: str, request: pytest.FixtureRequest) -> None:
     """FreeAT on both halves: one process with the whole batch, since a sample's slot is its own."""

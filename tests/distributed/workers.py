@@ -284,6 +284,19 @@ def refused(rank: int) -> dict[str, Tensor]:
     return found
 
 
+def suggested(rank: int) -> dict[str, Tensor]:
+    """The radius that a process finds on its own batch and all other processes' losses."""
+    found = fastadv.suggest_radius(
+        build(),
+        [(half(rank),)],
+        closure=lambda model, data: model(**data[0]).loss,
+        mask=lambda data: data[0]["attention_mask"],
+        embedding="word_embeddings",
+        rise=0.1,
+    )
+    return {name: torch.tensor(getattr(found, name)) for name in ("real", "loss", "adv_loss")}
+
+
 DDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{f"{name}-{on}": (gradient, ("plain", name, on)) for name in METHODS for on in ("wrapper", "model")},
     **{
@@ -298,6 +311,7 @@ DDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] =
     **{f"reductions-{name}": (reductions, (name,)) for name in SAMPLE},
     "replays": (replays, ("ddp",)),
     "awp": (moved_weights, (1.0,)),
+    "suggested": (suggested, ()),
 }
 FSDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{f"sharded-{name}": (sharded, (name, 1)) for name in METHODS if not name.startswith("held")},
