@@ -92,13 +92,18 @@ class Comparison:
         return op(logits, target, kind, weights=weights, fused=step.lookups.places.fused)
 
 
+def problem_of(model: nn.Module) -> str | None:
+    """The problem that the config of the user's own model names (`problem_type`); None where it names none."""
+    return getattr(getattr(unwrap(model), "config", None), "problem_type", None)
+
+
 def by_problem(model: nn.Module, default: Literal["kl", "symmetric_kl"]) -> Divergence:
     """The divergence of a model's problem, as its config names it (`problem_type`); `default` where it names none.
 
     One label and no name is regression, as transformers takes it.
     """
+    problem = problem_of(model)
     config = getattr(unwrap(model), "config", None)
-    problem = getattr(config, "problem_type", None)
     if problem == "multi_label_classification":
         return OF_LABELS[default]  # type: ignore[return-value]
     if problem == "regression" or (problem is None and getattr(config, "num_labels", None) == 1):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastadv.engine.model.find import mean_row_norm
 from fastadv.engine.outputs import find_loss
 from fastadv.engine.safety import rng
+from fastadv.methods.comparison import problem_of
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import options_of
 
@@ -140,5 +141,4 @@ def _scale(model: nn.Module, batch: Mapping[str, Tensor], own: float) -> float:
     labels = batch["labels"]
     if not labels.is_floating_point():
         return 1.0
-    problem = getattr(getattr(model, "config", None), "problem_type", None)
-    return 1 / labels.shape[-1] if problem == "multi_label_classification" else 2 * own
+    return 1 / labels.shape[-1] if problem_of(model) == "multi_label_classification" else 2 * own

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
+from transformers import DataCollatorWithPadding
 
 from fastadv import PGD
 from fastadv.train import metrics
@@ -20,6 +21,17 @@ from fastadv.train.tokens import Tokens
 BATCH = 64
 
 
+def measuring(model: MeanPoolClassifier, radius: float, steps: int) -> PGD:
+    """Make the attack that models are measured by: from zero, in steps of a quarter of each sample's radius."""
+    return PGD(model, epsilon=radius, step_size=radius / 4, steps=steps, norm="l2", scope="sample")
+
+
+def summed(model: MeanPoolClassifier, batch: Mapping[str, Tensor]) -> Tensor:
+    """Sum a batch's losses up, so that no sample's gradient shrinks with the batch."""
+    loss: Tensor = model(**batch).loss
+    return loss * len(batch["labels"])
+
+
 class Evaluator:
     """Run one model over one data set, in batches of similar length."""
 
@@ -28,7 +40,7 @@ class Evaluator:
         self.data = data
         self.task = task_of(model.config.problem_type)
         self.targets = torch.tensor([item["labels"] for item in data.items])
-        self.pad = tokenizer.pad_token_id
+        self.collate: Any = DataCollatorWithPadding(tokenizer)
         self.device = next(model.parameters()).device
         self.progress = progress
 
@@ -78,11 +90,8 @@ class Evaluator:
         return torch.where((new > old)[:, None], moved, before)
 
     def _under_attack(self, chosen: Sequence[int], radius: float, steps: int) -> Tensor:
-        attack = PGD(self.model, epsilon=radius, step_size=radius / 4, steps=steps, norm="l2", scope="sample")
-        try:
+        with measuring(self.model, radius, steps) as attack:
             return self._answers(chosen, f"PGD-{steps}, radius {radius:g}", lambda batch: self._attack(attack, batch))
-        finally:
-            attack.close()
 
     def _answers(self, chosen: Sequence[int], what: str, answer: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
         """Put the answers to the batches back into the order of `chosen`."""
@@ -100,12 +109,7 @@ class Evaluator:
 
     def _attack(self, attack: PGD, batch: dict[str, Tensor]) -> Tensor:
         """Compute the logits at the perturbation that the attack finds."""
-
-        def loss() -> Tensor:
-            output: Tensor = self.model(**batch).loss
-            return output * len(batch["labels"])  # the sum: no sample's gradient shrinks with the batch
-
-        with attack.perturbed(loss, mask=batch["attention_mask"]), torch.no_grad():
+        with attack.perturbed(lambda: summed(self.model, batch), mask=batch["attention_mask"]), torch.no_grad():
             return self._logits(batch)
 
     def _batches(self, indices: Sequence[int]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
@@ -113,19 +117,7 @@ class Evaluator:
         order = sorted(indices, key=lambda index: len(items[index]["input_ids"]))
         for start in range(0, len(order), BATCH):
             chosen = order[start : start + BATCH]
-            yield chosen, self._collate([items[index] for index in chosen])
-
-    def _collate(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
-        width = max(len(item["input_ids"]) for item in items)
-        ids = torch.full((len(items), width), self.pad)
-        mask = torch.zeros((len(items), width), dtype=torch.long)
-        for row, item in enumerate(items):
-            length = len(item["input_ids"])
-            ids[row, :length] = torch.tensor(item["input_ids"])
-            mask[row, :length] = torch.tensor(item["attention_mask"])
-        labels = torch.tensor([item["labels"] for item in items])
-        batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
-        return {name: value.to(self.device) for name, value in batch.items()}
+            yield chosen, self.collate([dict(items[index]) for index in chosen]).to(self.device)
 
     def _bar(self, what: str, total: int) -> Any:
         return tqdm(total=total, desc=f"  {what}", unit="sample", disable=not self.progress, leave=False)

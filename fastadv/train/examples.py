@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
-from fastadv import PGD
+from fastadv.train.evaluate import measuring, summed
 from fastadv.train.folders import ADVERSARIAL, PLAIN
 from fastadv.train.job import Job
 from fastadv.train.labels import MULTI_LABEL, REGRESSION, Label, task_of
@@ -80,12 +80,11 @@ def attack(
     device = next(model.parameters()).device
     batch: Any = DataCollatorWithPadding(tokenizer)([dict(item) for item in items])
     batch = batch.to(device)
-    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    labelled = {**inputs, "labels": batch["labels"]}
     model.eval()
-    with PGD(model, epsilon=radius, step_size=radius / 4, steps=steps, norm="l2", scope="sample") as pgd:
-        found = pgd.find(
-            lambda: model(**inputs, labels=batch["labels"]).loss * len(items), mask=inputs["attention_mask"]
-        )
+    with measuring(model, radius, steps) as pgd:
+        found = pgd.find(lambda: summed(model, labelled), mask=inputs["attention_mask"])
         with torch.no_grad():
             before = model(**inputs).logits
             with found.applied():
