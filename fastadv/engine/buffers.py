@@ -33,7 +33,7 @@ class Rows:
     """Memory for [R, D], as many rows as a batch happens to need."""
 
     def __init__(self) -> None:
-        self.memory = self._last = torch.empty(0)
+        self.memory = self._last = torch.empty(0, device="cpu")
 
     def of(self, count: int, like: Tensor) -> Tensor:
         """[count, D] in the dtype and on the device of `like` [..., D]; not initialised. It may be the last one."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.forward import APPLIED, Entrance
+from fastadv.engine.frame import Frame, Undo
 from fastadv.engine.lookups import Lookups, Masks, Places
 from fastadv.engine.model import find
 from fastadv.engine.model.hook import Hook, install
@@ -23,17 +25,23 @@ from fastadv.engine.perturb.start import Draw
 from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Term, check_closure
-from fastadv.engine.safety import rng
-from fastadv.engine.safety.dropout import dropout
 from fastadv.engine.safety.guard import Guard
 from fastadv.engine.safety.inventory import Inventory
 from fastadv.engine.safety.probe_autocast import ProbeAutocast
 from fastadv.engine.step import Step
 
+T = TypeVar("T")
+
 SCOPES = ("table", "row", "batch", "sample", "token")
 TABLE_SCOPES = ("table", "row")
 
 BUSY = "a step is already running: the closure must not call the method that calls it"
+
+
+def _remove(hooks: list[Hook | Split]) -> None:
+    for hook in hooks:
+        hook.remove()
+    hooks.clear()
 
 
 class Engine:
@@ -77,9 +85,9 @@ class Engine:
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
         by_row = scope in TABLE_SCOPES and not self.parallelism.compiled
         self.places = Places(self.modules, padding, by_row, fused)
+        self.buffers = Buffers()
         self.new_perturbation = self._scoped(scope, tied)
         self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
-        self.buffers = Buffers()
         self.last: Perturbation | None = None  # of the last step, for its norm
         self.inventory = Inventory(model)
         self.guard = Guard(self.inventory, atomic, fused)
@@ -91,10 +99,11 @@ class Engine:
         self.share = 1.0  # of an optimizer step that one batch is; terms that methods add are multiplied with it
         self.entrance = Entrance()
         self.closed = False
-        self._busy = False
-        self._hooks: list[Hook] = []
+        self.busy = False
+        self._hooks: list[Hook | Split] = []
+        weakref.finalize(self, _remove, self._hooks)  # where nobody calls close()
         if self.enters:
-            self._hooks = [install(module, index, self.entrance) for index, module in enumerate(self.modules)]
+            self._hooks += [install(module, index, self.entrance) for index, module in enumerate(self.modules)]
 
     def _scoped(self, scope: str, tied: str) -> Callable[[Lookups], Perturbation]:
         kind: type[Perturbation] = RowPerturbation if scope in TABLE_SCOPES else PositionPerturbation
@@ -103,7 +112,8 @@ class Engine:
         if scope in TABLE_SCOPES and tied == "both":
             tied_weights(self.modules)  # refuses tables that cannot move
             kind = TiedTables
-        return lambda lookups: kind(lookups, scope, self.buffers)
+        buffers = self.buffers  # and not the engine, which would then wait for the garbage collector
+        return lambda lookups: kind(lookups, scope, buffers)
 
     def split_at(self, choice: SplitChoice) -> None:
         """From now on partial passes can be run, which end at the output of that module."""
@@ -111,6 +121,7 @@ class Engine:
             if not self.enters:
                 raise ValueError("tied='both' moves the output layer too, which a partial pass never reaches")
             self.split = Split(self.model, choice, self.modules, self.entrance)
+            self._hooks.append(self.split)
         except BaseException:
             self.close()
             raise
@@ -118,11 +129,7 @@ class Engine:
     def close(self) -> None:
         """Take the hooks out of the model."""
         self.closed = True
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks = []
-        if self.split is not None:
-            self.split.remove()
+        _remove(self._hooks)
 
     @property
     def device(self) -> torch.device:
@@ -140,39 +147,56 @@ class Engine:
         names = [name for name, part in self.model.named_modules() if any(part is module for module in self.modules)]
         return ", ".join(names) or type(self.modules[0]).__name__
 
-    # The frame of a step
+    # A step
 
-    @contextlib.contextmanager
-    def step(
-        self, closure: Closure, masks: Masks = None, *, attack: Closure | None = None, start: Draw | None = None
-    ) -> Iterator[Step]:
-        """Everything inside is one step: it begins with no perturbation and, if it fails, leaves no trace.
+    def run(
+        self,
+        schedule: Callable[[Step], T],
+        closure: Closure,
+        masks: Masks = None,
+        *,
+        attack: Closure | None = None,
+        start: Draw | None = None,
+    ) -> T:
+        """Run a schedule as one step: it begins with no perturbation and, if it fails, leaves no trace.
 
-        The seed of `start` is drawn now, before the state that dropout="same" replays, so that every step starts
+        The seed of `start` is drawn first, before the state that dropout="same" replays, so that every step starts
         elsewhere.
         """
+        self._check(closure, attack)
+        frame = Frame(self)
+        try:
+            with span("step"):
+                step = Step(self, frame, closure, masks, attack, start)
+                frame.undo.append(step.perturbation.put_back)
+                self.last, self.buffers.lookups = step.perturbation, step.lookups.items
+                result = schedule(step)
+                step.perturbation.settle()
+                frame.end()
+                return result
+        except BaseException:
+            frame.roll_back()
+            raise
+
+    def _check(self, closure: Closure, attack: Closure | None) -> None:
+        """Raises the error that says why no step can run now."""
         if self.refusal:
             raise ValueError(self.refusal)
         for function in (closure, *([] if attack is None else [attack])):
             check_closure(function)
-        if self._busy:
+        if self.busy:
             raise RuntimeError(BUSY)
         if self.entrance.forward is not None:
             raise RuntimeError(APPLIED)
-        try:
-            self._busy = True
-            with (
-                span("step"),
-                self.guard() as device,
-                rng.step(),
-                dropout(self.dropout, self.inventory.modules, device) as draws,
-            ):
-                step = Step(self, draws, closure, masks, attack, start)
-                self.last, self.buffers.lookups = step.perturbation, step.lookups.items
-                with step.perturbation.moving():
-                    yield step
-        finally:
-            self._busy, self.entrance.forward = False, None
+
+    def remember(self) -> Undo:
+        """Return what forgets a step that failed."""
+        last = self.last
+
+        def put_back() -> None:
+            self.last = last
+
+        return put_back
 
     def memory(self) -> list[Tensor]:
         """The buffers that serve from step to step."""
@@ -180,4 +204,4 @@ class Engine:
 
     def norm(self, kind: str) -> Tensor:
         """The mean norm of the last perturbation's groups."""
-        return torch.zeros(()) if self.last is None else self.last.norm(kind)
+        return torch.zeros((), device="cpu") if self.last is None else self.last.norm(kind)

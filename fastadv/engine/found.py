@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,9 +12,10 @@ from torch import Size, Tensor
 from fastadv.engine.forward import APPLIED
 from fastadv.engine.lookup import Lookup, is_same
 from fastadv.engine.lookups import Places
+from fastadv.engine.perturb.moved_table import MovedTable
 from fastadv.engine.perturb.rows import RowPerturbation
 from fastadv.engine.perturb.tied_tables import TiedTables
-from fastadv.ops import rows as ops
+from fastadv.engine.safety.interrupts import Block
 
 if TYPE_CHECKING:
     from fastadv.engine.engine import Engine
@@ -48,8 +49,7 @@ class Found:
             for lookup in self._lookups:
                 lookup.rows = self.values[0]
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
+    def applied(self) -> contextlib.AbstractContextManager[None]:
         """Let every forward inside the block see the perturbation, for as long as you like.
 
         With gradients or without, and with optimizer steps in between. Outside of the block the model is the plain one.
@@ -65,20 +65,34 @@ class Found:
             >>> with found.applied():  # doctest: +SKIP
             ...     logits = model(ids).logits
         """
-        engine = self._engine
-        if engine.entrance.forward is not None:
+        return _Application(self)
+
+
+class _Application(Block):
+    """One `applied` block."""
+
+    def __init__(self, found: Found) -> None:
+        self._engine = engine = found._engine
+        self._tables = [MovedTable(table, value, rows) for table, value, rows in found._tables]
+        self._forward = Applied(found._lookups, engine.places) if engine.enters else None
+        super().__init__(self._begin, self._end)
+
+    def __enter__(self) -> None:
+        if self._engine.entrance.forward is not None:
             raise RuntimeError(APPLIED)
-        if engine.closed:
+        if self._engine.closed:
             raise RuntimeError(CLOSED)
-        with contextlib.ExitStack() as stack:
-            for table, moved, rows in self._tables:
-                stack.enter_context(_moved(table, moved, rows))
-            try:
-                if engine.enters:
-                    engine.entrance.forward = Applied(self._lookups, engine.places)
-                yield
-            finally:
-                engine.entrance.forward = None
+        super().__enter__()
+
+    def _begin(self) -> None:
+        for table in self._tables:
+            table.move()
+        self._engine.entrance.forward = self._forward
+
+    def _end(self) -> None:
+        self._engine.entrance.forward = None
+        for table in self._tables:
+            table.put_back()
 
 
 class Applied:
@@ -144,25 +158,3 @@ def _values(step: Step, held: list[Lookup]) -> tuple[list[Tensor], list[tuple[Te
         rows = step.perturbation.rows
         return ([] if rows is None else [rows.clone()]), []
     return [lookup.delta for lookup in held], []
-
-
-@contextlib.contextmanager
-def _moved(table: Tensor, value: Tensor, rows: Tensor | None) -> Iterator[None]:
-    """Inside, rows of a table have moved by `value`. Afterwards they are what they were, bit for bit.
-
-    Rows that an optimizer has trained in between keep what it did: `value` is taken off them.
-    """
-    before = ops.back_up(table, rows)
-    moved = (before.to(value.dtype) + value).to(table.dtype)
-    try:
-        _put(table, moved, rows)
-        yield
-    finally:
-        now = ops.back_up(table, rows)
-        trained = (now.to(value.dtype) - value).to(table.dtype)
-        _put(table, torch.where((now == moved).all(dim=1, keepdim=True), before, trained), rows)
-
-
-def _put(table: Tensor, values: Tensor, rows: Tensor | None) -> None:
-    ops.restore(table, values, rows)
-    torch.clear_autocast_cache()  # it keeps casts by tensor, and does not see that one was written to

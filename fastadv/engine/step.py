@@ -10,7 +10,7 @@ ascend    moves the perturbation up that gradient
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,10 +28,11 @@ from fastadv.engine.perturb.start import Draw
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Pass, StepResult
 from fastadv.engine.safety import rng
+from fastadv.engine.safety.watched import Watched
 
 if TYPE_CHECKING:
     from fastadv.engine.engine import Engine
-    from fastadv.engine.safety.dropout import Draws
+    from fastadv.engine.frame import Frame
 
 NO_GRADIENT = (
     "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, or the "
@@ -47,13 +48,17 @@ class Step:
         lookups: the calls of the perturbed modules.
         perturbation: what moves their outputs.
         first: the first pass, detached.
+        undo: what leads back from changes that a method makes in place, should the step fail.
         waiting: whether a clean forward's graph waits for a later backward.
         share: the part of an optimizer step that this batch is.
     """
 
     def __init__(
-        self, engine: Engine, draws: Draws, closure: Closure, masks: Masks, attack: Closure | None, start: Draw | None
+        self, engine: Engine, frame: Frame, closure: Closure, masks: Masks, attack: Closure | None, start: Draw | None
     ) -> None:
+        self.draws = draws = frame.begin()
+        self.undo = frame.undo
+        self.call = Watched(engine.inventory.parameters)
         self.closure = closure
         self.engine = engine
         self.device = draws.device
@@ -63,7 +68,6 @@ class Step:
         self.tables = TableGradients(self.lookups, watched=engine.watched)
         self.first: Pass | None = None
         self.waiting = False
-        self.draws = draws
         self._term = None if engine.new_term is None else engine.new_term(self)
         self._target = attack
         self._start, self._seed = start, rng.new_seed() if start is not None and start.random else 0
@@ -171,7 +175,7 @@ class Step:
             self._term.ask(self.closure)
         self.draws.next_pass()
         with span("forward"):
-            output = self.closure()
+            output = self.call(self.closure)
         loss = read(output)
         if self._term is not None:
             self._term.compare(output)
@@ -272,11 +276,9 @@ class Step:
         self.first = self.first or self._detached(loss, output)
         return output, loss
 
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
+    def _quiet(self) -> contextlib.AbstractContextManager[None]:
         """Around a pass that is about the perturbation alone."""
-        with self.engine.parallelism.synchronised(False), self.engine.parallelism.frozen(self.perturbation.leaves):
-            yield
+        return self.engine.parallelism.quiet(self.perturbation.leaves)
 
     def _gradients(self, ends: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:
         """Of the perturbation, and nothing else's."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from typing_extensions import Unpack
 from fastadv.engine.lookups import Masks
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, StepResult
+from fastadv.engine.safety.interrupts import Block
 from fastadv.engine.step import Step
 from fastadv.methods.awp_weights import MovedWeights
 from fastadv.methods.base import Method
@@ -90,22 +92,35 @@ class AWP(Method):
         super().__init__(model, **options)
         if self._engine.parallelism.sharded:
             raise ValueError("AWP moves each weight as a whole, and FSDP shards them: train with DDP, or without")
-        choice = matrices if parameters is None else parameters
-        chosen = [p for name, p in model.named_parameters() if p.requires_grad and choice(name, p)]
+        self._choice = matrices if parameters is None else parameters
+        self._weights = MovedWeights([], self._engine.places.fused)
+        self._known: tuple[list[nn.Parameter], list[bool]] = [], []
+        self._follow()
+
+    def _follow(self) -> None:
+        """Choose the weights that move, again where the model has got others or trains others than before."""
+        self._engine.inventory.look()
+        parameters = self._engine.inventory.parameters
+        known, now = self._known, (parameters, [parameter.requires_grad for parameter in parameters])
+        if len(known[0]) == len(parameters) and all(map(is_, known[0], parameters)) and known[1] == now[1]:
+            return
+        chosen = [p for name, p in self.model.named_parameters() if p.requires_grad and self._choice(name, p)]
         if not chosen:
             raise ValueError(
                 "no weight moves: parameters=(name, parameter) -> bool chose none of those that require a gradient"
             )
-        self._weights = MovedWeights(chosen, self._engine.places.fused)
+        self._known, self._weights.weights, self._weights.saved = now, chosen, []
 
     def run(self, step: Step) -> StepResult:
         """The clean pass, the movement up its gradient, and a pass with the weights there."""
+        self._follow()
         moving = self._weights
         alone = bool(self.clean_weight) and step.target is step.closure and not any(w.grad is not None for w in moving)
         clean = step.descend(self.clean_weight) if self.clean_weight else None
-        with moving.moving():
-            self.search(step, [weight.grad for weight in moving] if alone else None)
-            adversarial = step.descend(self.adv_weight)
+        moving.set_out(step.undo)
+        self.search(step, [weight.grad for weight in moving] if alone else None)
+        adversarial = step.descend(self.adv_weight)
+        moving.put_back()
         return step.result(clean, adversarial)
 
     def search(self, step: Step, gradients: Sequence[Tensor | None] | None = None) -> None:
@@ -122,12 +137,28 @@ class AWP(Method):
         with span("backward"):
             return torch.autograd.grad(step.engine.owner.scaled(loss), self._weights.weights, allow_unused=True)
 
-    @contextlib.contextmanager
-    def perturbed(self, closure: Closure, mask: Masks = None) -> Iterator[None]:
+    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
         """Move the weights up one batch's loss, for every forward inside the block; see `Method.perturbed`."""
-        with self._engine.step(closure, mask) as step, self._weights.moving():
-            self.search(step)
-            yield
+        values = self._engine.run(self._found, closure, mask)
+
+        def move() -> None:
+            self._engine.busy = True
+            self._weights.move_to(values)
+
+        def put_back() -> None:
+            self._weights.put_back()
+            self._engine.busy = False
+
+        return Block(move, put_back)
+
+    def _found(self, step: Step) -> list[Tensor]:
+        """Where the weights move to. They are back when this returns."""
+        self._follow()
+        self._weights.set_out(step.undo)
+        self.search(step)
+        values = self._weights.values()
+        self._weights.put_back()
+        return values
 
     @property
     def skipped(self) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,33 +15,53 @@ GUARD = 1e-6  # of the public code that clamps: on the weight's norm and on the 
 
 
 class MovedWeights:
-    """The weights of a model that move, and where they were."""
+    """The weights of a model that move, and where they were.
+
+    Attributes:
+        away: whether they may be elsewhere than `saved` says. One call of a native op takes them all back.
+    """
 
     def __init__(self, weights: Sequence[nn.Parameter], fused: bool | None) -> None:
         self.weights = list(weights)
+        self.away = False
         self.saved: list[Tensor] = []
-        self.skipped = torch.zeros((), dtype=torch.int64)
-        self.norm = torch.zeros(())  # of the last step's movements, the mean
+        self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
+        self.norm = torch.zeros((), device="cpu")  # of the last step's movements, the mean
         self._lenient = False if fused is False else None
         self._save, self._restore = Plan([], [], self._lenient), Plan([], [], self._lenient)
 
     def __iter__(self) -> Iterator[nn.Parameter]:
         return iter(self.weights)
 
-    @contextlib.contextmanager
-    def moving(self) -> Iterator[None]:
-        """Inside, the weights may be moved; afterwards they are what they were, whatever has happened."""
-        if not all(map(_alike, self.saved, self.weights)) or not self.saved:
+    def set_out(self, undo: list[Callable[[], None]]) -> None:
+        """Copy the weights as they are. From here on they may move, until `put_back`, which `undo` is told."""
+        self.put_back()  # never are moved weights taken for the ones to go back to
+        if len(self.saved) != len(self.weights) or not all(map(_alike, self.saved, self.weights)):
             self._make_room()
+        undo.append(self.put_back)
         self._save.copy()
-        try:
-            yield
-        finally:
+        self.away = True
+
+    def put_back(self) -> None:
+        """Take the weights back to where they were, bit for bit; also after an error, and twice."""
+        if self.away:
             self._restore.copy()
             torch.clear_autocast_cache()  # it keeps casts by tensor, and does not see that one was written to
+            self.away = False
+
+    def values(self) -> list[Tensor]:
+        """Copies of the weights where they are."""
+        return [weight.detach().clone() for weight in self.weights]
+
+    @torch.no_grad()
+    def move_to(self, values: Sequence[Tensor]) -> None:
+        """Put the weights there."""
+        self.set_out([])
+        Plan(self.weights, values, self._lenient).copy()
+        torch.clear_autocast_cache()
 
     def _make_room(self) -> None:
-        """In a first step, or after the model has gone to another device or precision."""
+        """In a first step, or after the model has gone to another device or precision, or has other weights."""
         device = self.weights[0].device
         self.saved = [torch.empty_like(weight, requires_grad=False) for weight in self.weights]
         self.skipped, self.norm = self.skipped.to(device), self.norm.to(device)

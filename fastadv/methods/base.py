@@ -95,12 +95,8 @@ class Method:
         """
         attacking = self._enter(step)
         start = self._draw() if attacking else None
-        with self._engine.step(closure, mask, attack=attack, start=start) as running:
-            check_trainable(self._engine.inventory.parameters)
-            result = self.run(running) if attacking else self._plain(running)
-            running.finish()
-        self._count(attacking)
-        return result
+        schedule = self._attacked if attacking else self._unattacked
+        return self._engine.run(schedule, closure, mask, attack=attack, start=start)
 
     def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
         """Find the perturbation of one batch, and let every forward inside the block see it: for evaluation.
@@ -214,6 +210,20 @@ class Method:
     def perturbation_norm(self) -> Tensor:
         """The last perturbation's norm, the mean over its groups: 0-d, on the device."""
         raise NotImplementedError
+
+    def _attacked(self, step: Step) -> StepResult:
+        return self._counted(step, self.run, attacked=True)
+
+    def _unattacked(self, step: Step) -> StepResult:
+        return self._counted(step, self._plain, attacked=False)
+
+    def _counted(self, step: Step, schedule: Callable[[Step], StepResult], *, attacked: bool) -> StepResult:
+        check_trainable(self._engine.inventory.parameters)
+        step.undo.append(self._schedule.remember())
+        result = schedule(step)
+        step.finish()
+        self._count(attacked)
+        return result
 
     # A subclass's part
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -59,6 +59,19 @@ class CarryBuffer:
         larger = delta.shape if kept is None else map(max, kept.shape, delta.shape)
         self.buffers[key] = self.at(key, tuple(larger), delta.device).to(delta.dtype)
         return self.buffers[key]
+
+    def remember(self) -> Callable[[], None]:
+        """Return what puts everything back: the same buffers, with what is in them now."""
+        buffers = dict(self.buffers)
+        copies = {} if any(_captured(buffer.device) for buffer in buffers.values()) else self.copies()
+
+        @torch.no_grad()
+        def put_back() -> None:
+            self.buffers = dict(buffers)
+            for key, copy in copies.items():
+                buffers[key].copy_(copy)
+
+        return put_back
 
     def copies(self) -> dict[Key, Tensor]:
         """Of all buffers, for `take_back`."""

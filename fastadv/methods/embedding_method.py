@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
@@ -112,18 +112,18 @@ class EmbeddingMethod(Method):
             >>> with found.applied():  # doctest: +SKIP
             ...     logits = model(ids).logits
         """
-        with self._engine.step(closure, mask, start=self._start) as step:
-            self._aim(step)
-            self.search(step)
-            if step.first is None:  # no pass has shown yet what is perturbed
-                step.probe()
-            return Found(self._engine, step)
+        return self._engine.run(self._found, closure, mask, start=self._start)
 
-    @contextlib.contextmanager
-    def perturbed(self, closure: Closure, mask: Masks = None) -> Iterator[None]:
+    def _found(self, step: Step) -> Found:
+        self._aim(step)
+        self.search(step)
+        if step.first is None:  # no pass has shown yet what is perturbed
+            step.probe()
+        return Found(self._engine, step)
+
+    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
         """Find the perturbation of one batch and apply it to every forward inside the block: `find` and `applied`."""
-        with self.find(closure, mask).applied():
-            yield
+        return self.find(closure, mask).applied()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's state, and the unit of relative radii."""

@@ -154,6 +154,7 @@ class FreeAT(EmbeddingMethod):
         return Draw(lambda shape, mask, call: self._slots.at((micro, call), shape, mask.device), random=False)
 
     def _keep(self, step: Step) -> None:
+        step.undo.append(self._slots.remember())
         micro = self._next_micro()
         for index, lookup in enumerate(step.lookups):
             self._slots.keep((micro, index), lookup)
@@ -181,8 +182,8 @@ class FreeAT(EmbeddingMethod):
     def _count(self, attacked: bool) -> None:
         super()._count(attacked)
         if attacked:
-            self._micro = self._next_micro()
-            self._last, self._trained = self._schedule.now, self._changes.count()
+            trained = self._changes.count()
+            self._micro, self._last, self._trained = self._next_micro(), self._schedule.now, trained
 
     def _memory(self) -> list[Tensor]:
         return [*super()._memory(), *self._slots.buffers.values()]

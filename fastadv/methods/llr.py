@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from typing_extensions import Unpack
 
 from fastadv.engine.engine import TABLE_SCOPES
@@ -16,6 +13,7 @@ from fastadv.engine.lookups import Masks
 from fastadv.engine.outputs import losses_of
 from fastadv.engine.perturb.start import RandomStart
 from fastadv.engine.results import Closure, Pass, StepResult
+from fastadv.engine.safety.surroundings import attention, use_attention
 from fastadv.engine.step import NO_GRADIENT, Step
 from fastadv.methods.adam import Adam
 from fastadv.methods.embedding_method import EmbeddingMethod
@@ -138,11 +136,14 @@ class LLR(EmbeddingMethod):
             raise ValueError(
                 "LLR's search maximises the gap to linearity, so that attack= has no use here: leave it out"
             )
-        with twice_differentiable():
-            return super().backward(closure, mask, None, step)
+        return super().backward(closure, mask, None, step)
 
     def run(self, step: Step) -> StepResult:
         """The clean forward and its slope, the search for the largest gap, and one backward through all of it."""
+        with TwiceDifferentiable():
+            return self._run(step)
+
+    def _run(self, step: Step) -> StepResult:
         losses, slope = self._linearised(step)
         self.search(step)
         moved = step.forward(read=losses_of)
@@ -176,7 +177,7 @@ class LLR(EmbeddingMethod):
         return gaps
 
     def _aim(self, step: Step) -> None:
-        with twice_differentiable():
+        with TwiceDifferentiable():
             self._linearised(step)
 
     def _linearised(self, step: Step) -> tuple[Tensor, list[Tensor]]:
@@ -209,16 +210,17 @@ def _slope(step: Step, loss: Tensor) -> list[Tensor]:
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]
 
 
-@contextlib.contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Attention by the plain formula; and where something else has no second derivative, an error that says so."""
-    try:
-        with sdpa_kernel([SDPBackend.MATH]):
-            yield
-    except RuntimeError as error:
-        if any(phrase in str(error) for phrase in ONCE):
+class TwiceDifferentiable:
+    """A block with attention by the plain formula; where something else has no second derivative, its error says so."""
+
+    def __enter__(self) -> None:
+        self._found = attention()
+        use_attention(math=True)
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        use_attention(**self._found)
+        if isinstance(error, RuntimeError) and any(phrase in str(error) for phrase in ONCE):
             raise RuntimeError(
                 f"LLR differentiates the model twice, and a part of it has no second derivative ({error}). Attention: "
                 "attn_implementation='eager' or 'sdpa' in transformers; RNNs: torch.backends.cudnn.flags(enabled=False)"
             ) from error
-        raise

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.optim import Optimizer
 from typing_extensions import Self, Unpack
 
@@ -18,15 +19,14 @@ from fastadv.engine.step import Step
 from fastadv.methods.base import Method
 from fastadv.methods.comparison import Comparison, Divergence
 from fastadv.methods.options import StepOptions, number
+from fastadv.methods.teacher import Teacher
 from fastadv.methods.teacher_term import TeacherTerm
 from fastadv.methods.weight_changes import WeightChanges
-from fastadv.ops.grads import Plan
 
 NEVER_UPDATED = (
     "the model's weights have changed, and its teacher has never been updated: it would hold the model to where it "
     "began. Call attach(optimizer) once, or update() after every optimizer.step()"
 )
-PREFIX = "teacher."
 
 
 class BregmanProximal(Method):
@@ -38,8 +38,9 @@ class BregmanProximal(Method):
     F is the loss, or whatever `method` trains: SMART with this is the paper's algorithm. D compares clean answers. It
     is found in the clean pass of plain training, SMART, VAT and LLR; elsewhere it costs a full pass of its own, since
     an ascent follows the clean pass's gradient (FGM, PGD, AWP), or there is no such pass (FreeLB, NEFTune). Besides,
-    the teacher answers once per step: a forward without a gradient, with the same dropout masks. The model's weights
-    are not swapped for that: it is a functional call of the closure's model with the teacher's.
+    the teacher answers once per step: a forward without a gradient, with the same dropout masks. For the length of that
+    call the teacher's tensors hang in the model (`torch.func.functional_call`); nothing is copied, and the model's own
+    are there again when the step ends, however it ends.
 
     Teacher memory: a copy of every parameter that requires a gradient, in its dtype. One call of the native op averages
     them all.
@@ -100,12 +101,7 @@ class BregmanProximal(Method):
         if self._engine.new_term is not None:
             raise ValueError("this method is held by a BregmanProximal already")
         self._check_resolution()
-        self.students = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.teacher = {name: p.detach().clone() for name, p in self.students.items()}
-        self.buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        lenient = False if self._engine.places.fused is False else None
-        self._plan = Plan(list(self.teacher.values()), list(self.students.values()), lenient)
-        self._run = _Run(model)
+        self._teacher = Teacher(model, self._engine.inventory, self._engine.places.fused)
         self._changes = WeightChanges(model)
         self._changed = self._changes.count()
         self.updates = 0
@@ -113,7 +109,7 @@ class BregmanProximal(Method):
         self._attached: Any = None
         self.replays = getattr(self.method, "replays", 1)  # more than one with FreeAT
         self._takes_unlabelled = self.method._takes_unlabelled
-        self._engine.new_term = lambda step: TeacherTerm(_Teacher(self), step)
+        self._engine.new_term = lambda step: TeacherTerm(_Asked(self), step)
 
     def _check_resolution(self) -> None:
         least = max((torch.finfo(p.dtype).eps for p in self.model.parameters() if p.requires_grad), default=0.0)
@@ -125,19 +121,22 @@ class BregmanProximal(Method):
 
     # The teacher
 
+    @property
+    def teacher(self) -> dict[str, Tensor]:
+        """The teacher's weights, by name."""
+        return self._teacher.weights
+
     def attach(self, optimizer: Optimizer) -> Self:
         """Update the teacher after every step of `optimizer` (of accelerate's wrapper: of what is inside)."""
         self._detach()
         inner = getattr(optimizer, "optimizer", optimizer)
-        self._attached = inner.register_step_post_hook(lambda *_: self.update())
+        self._attached = inner.register_step_post_hook(_updates(weakref.ref(self)))
+        weakref.finalize(self, self._attached.remove)
         return self
 
     def update(self) -> None:
         """Move the teacher towards the weights: on the device, in one call, without synchronising."""
-        self._plan.average(self.decay)
-        for name, buffer in self.model.named_buffers():
-            if name in self.buffers:
-                self.buffers[name].copy_(buffer)
+        self._teacher.average(self.decay)
         self.updates += 1
 
     def _detach(self) -> None:
@@ -158,11 +157,12 @@ class BregmanProximal(Method):
 
     def _look_at_the_weights(self) -> None:
         """A teacher that is never updated is a mistake; weights that were loaded before the first step are none."""
+        self._teacher.follow()
         if self.updates or self._changes.count() == self._changed:
             return
         if self._attached is None or self._changes.steps:
             raise RuntimeError(NEVER_UPDATED)
-        self._plan.copy()
+        self._teacher.copy()
 
     def run(self, step: Step) -> StepResult:
         """The method's."""
@@ -203,14 +203,16 @@ class BregmanProximal(Method):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's state, and the teacher."""
-        teacher = {f"{PREFIX}{name}": tensor for name, tensor in (*self.teacher.items(), *self.buffers.items())}
-        return {**self.method.state_dict(), **teacher, "updates": torch.tensor(self.updates)}
+        return {
+            **self.method.state_dict(),
+            **self._teacher.state_dict(),
+            "updates": torch.tensor(self.updates, device="cpu"),
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on where another run was when `state_dict` was called."""
         self.method.load_state_dict(state)
-        for name, tensor in (*self.teacher.items(), *self.buffers.items()):
-            tensor.copy_(state[PREFIX + name])
+        self._teacher.load_state_dict(state)
         self.updates = int(state["updates"])
 
 
@@ -239,36 +241,34 @@ class Plain(Method):
         return torch.zeros((), device=self._engine.device)
 
 
-class _Teacher:
+class _Asked:
     """The teacher of one method, as its term asks it."""
 
     def __init__(self, method: BregmanProximal) -> None:
         self._method = method
 
     def answer(self, closure: Closure) -> Tensor:
-        """The logits of the model with the teacher's weights."""
-        method = self._method
-        named = {f"model.{name}": t for name, t in (*method.teacher.items(), *method.buffers.items())}
-        with torch.no_grad():
-            return method.compare.logits(functional_call(method._run, named, (closure,)))
+        """The teacher's logits."""
+        return self._method.compare.logits(self._method._teacher.answer(closure))
 
     def distance(self, output: Any, answer: Tensor, step: Step) -> Tensor:
         """The weighted divergence, for the backward."""
         method = self._method
         term = method.compare(method.compare.logits(output), answer, step, method.weight * step.share)
+        step.undo.append(functools.partial(setattr, method, "distance", method.distance))
         method.distance = term.detach() / (method.weight or 1)
         return term
 
 
-class _Run(nn.Module):
-    """A module whose forward is a closure's, so that the model in the closure can be called with other weights."""
+def _updates(method: weakref.ref[BregmanProximal]) -> Callable[..., None]:
+    """A hook of an optimizer, which keeps no method alive."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    def update(*_: Any) -> None:
+        mine = method()
+        if mine is not None:
+            mine.update()
 
-    def forward(self, closure: Callable[[], Any]) -> Any:
-        return closure()
+    return update
 
 
 def _held(model: nn.Module, method: Method | None, options: StepOptions) -> Method:

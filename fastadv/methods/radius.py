@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastadv.engine.safety import rng
+from fastadv.engine.safety.interrupts import Block
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.fgm import FGM
 from fastadv.methods.radius_losses import Run, Task, has_radius
@@ -169,17 +169,19 @@ def _between(low: Look, high: Look, wanted: float) -> float:
     return radius * math.pow(above / radius, min(max(part, 0.1), 0.9))
 
 
-@contextlib.contextmanager
-def _untouched(model: nn.Module, device: torch.device) -> Iterator[None]:
+def _untouched(model: nn.Module, device: torch.device) -> Block:
     """Inside, the model is in eval mode; afterwards modes and generators are what they were."""
     modes, state = [(module, module.training) for module in model.modules()], rng.save(device)
-    model.eval()
-    try:
-        yield
-    finally:
+
+    def quiet() -> None:
+        model.eval()
+
+    def put_back() -> None:
         for module, mode in modes:
             module.training = mode
         rng.restore(state, device)
+
+    return Block(quiet, put_back)
 
 
 def _placed(batch: Any, device: torch.device) -> Any:

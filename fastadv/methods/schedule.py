@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fastadv.methods.options import whole
 
 
@@ -19,6 +21,15 @@ class Schedule:
         """Go to a step, by default the next one. Returns whether it is attacked."""
         self.now = self.calls if step is None else step
         return self.now >= self.start_step and (self.now - self.start_step) % self.every == 0
+
+    def remember(self) -> Callable[[], None]:
+        """Return what takes the count back to here."""
+        calls, attacked = self.calls, self.attacked
+
+        def put_back() -> None:
+            self.calls, self.attacked = calls, attacked
+
+        return put_back
 
     def count(self, attacked: bool) -> None:
         """The step is done."""

@@ -15,7 +15,7 @@ from fastadv.engine.safety import rng
 from fastadv.engine.step import Step
 
 
-class Teacher(Protocol):
+class Answers(Protocol):
     """Answers a batch, and measures how far another answer is."""
 
     def answer(self, closure: Closure) -> Any:
@@ -28,7 +28,7 @@ class Teacher(Protocol):
 class TeacherTerm:
     """One step's; see `fastadv.engine.results.Term`."""
 
-    def __init__(self, teacher: Teacher, step: Step) -> None:
+    def __init__(self, teacher: Answers, step: Step) -> None:
         self.owing = True
         self._teacher = teacher
         self._step = step

@@ -69,7 +69,7 @@ def default(monkeypatch: pytest.MonkeyPatch) -> Counting:
     monkeypatch.setattr(torch.cuda, "default_generators", [generator])
     monkeypatch.setattr(rng, "save", lambda device: generator.get_state())
     monkeypatch.setattr(rng, "restore", lambda state, device: generator.set_state(state))
-    monkeypatch.setattr(rng, "_seeded", seeded)
+    monkeypatch.setattr(rng, "_Seeded", seeded)
     return generator
 
 
@@ -83,7 +83,8 @@ def run_of(default: Counting, steps: int, before: int, starts: int) -> Run:
         seen: list[Any] = [default.draw(before)]
         for _ in range(steps):
             seed = rng.new_seed()
-            with rng.step():
+            with contextlib.ExitStack() as step:
+                step.callback(rng.end_step)
                 draws = Draws("same", CPU)
                 draws.next_pass()
                 first = default.draw(8)

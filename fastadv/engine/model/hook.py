@@ -52,16 +52,12 @@ class NotCopied:
     """A hook that copies and pickles of its model do not carry."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _pass_on
+        return contextlib.nullcontext().__exit__
 
     def __reduce__(self) -> Any:
         # Unpickles as the standard library's own callable that takes anything and returns None, so that a saved model
-        # needs no fastadv to load.
+        # needs no fastadv to load; nor does a saved copy.
         return getattr, (contextlib.nullcontext(), "__exit__")
-
-
-def _pass_on(*_: Any) -> None:
-    """The hook of a deep copy: it changes nothing."""
 
 
 class OutputHook(NotCopied, Hook):

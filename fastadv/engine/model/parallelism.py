@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -37,12 +38,32 @@ class Parallelism:
         grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
         return grouped or self.parallel is not None
 
+    def remember(self) -> Callable[[], None]:
+        """Return what puts the wrappers' switches where they are now."""
+        parallel, compiler = self.parallel, sys.modules.get("torch._dynamo.eval_frame") if self.compiled else None
+        reduces = parallel is not None and parallel.require_backward_grad_sync
+        stance = None if compiler is None else compiler._stance
+
+        def put_back() -> None:
+            if parallel is not None:
+                parallel.require_backward_grad_sync = reduces
+            if compiler is not None and compiler._stance is not stance:
+                compiler._set_stance(stance)
+
+        return put_back
+
     def synchronised(self, reduce: bool) -> contextlib.AbstractContextManager[Any]:
         """Under DDP, gradients are reduced in the last full pass alone."""
         if reduce or self.parallel is None:
             return contextlib.nullcontext()
         quiet: contextlib.AbstractContextManager[Any] = self.parallel.no_sync()
         return quiet
+
+    @contextlib.contextmanager
+    def quiet(self, leaves: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
+        """Around a pass that reduces nothing, and is about the gradients of `leaves` alone."""
+        with self.synchronised(False), self.frozen(leaves):
+            yield
 
     @contextlib.contextmanager
     def frozen(self, leaves: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
@@ -54,11 +75,9 @@ class Parallelism:
         thawed = [p for p in self.model.parameters() if p.requires_grad and id(p) not in wanted]
         for parameter in thawed:
             parameter.requires_grad_(False)
-        try:
-            yield
-        finally:
-            for parameter in thawed:
-                parameter.requires_grad_(True)
+        yield  # after a failure the step's frame thaws them
+        for parameter in thawed:
+            parameter.requires_grad_(True)
 
     def eagerly(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         """Run one pass of a compiled model eagerly."""

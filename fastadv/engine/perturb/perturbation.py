@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +28,11 @@ class Perturbation:
         self.buffers = buffers
         self.fused = lookups.places.fused
 
-    def moving(self) -> contextlib.AbstractContextManager[Any]:
-        """Around the whole of a step."""
-        return contextlib.nullcontext()
+    def settle(self) -> None:
+        """At the end of a step: what has moved in place is put back, and measured before."""
+
+    def put_back(self) -> None:
+        """After a step that failed: what has moved in place is put back."""
 
     def zero_(self) -> None:
         """Back to no perturbation; a gradient stays."""
@@ -97,7 +98,7 @@ def fill(delta: Tensor, draw: Draw, seed: int, mask: Tensor | None, call: int = 
 def mean_norm(deltas: Sequence[Tensor], leading: int, kind: str) -> Tensor:
     """The mean over the groups that are not zero; the first `leading` dimensions index the groups (-1: all but one)."""
     if not deltas:
-        return torch.zeros(())
+        return torch.zeros((), device="cpu")
     every = torch.cat([_norms(delta, leading, kind).flatten() for delta in deltas])
     return every.sum() / (every > 0).sum().clamp(min=1)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -18,7 +17,7 @@ from fastadv.engine.perturb.table_rollback import TableRollback
 
 
 class TiedTables(Perturbation):
-    """Every table with a norm of its own. `moving()` puts them back."""
+    """Every table with a norm of its own. They are bit for bit what they were when the step has ended, or failed."""
 
     def __init__(self, lookups: Lookups, scope: str, buffers: Buffers) -> None:
         super().__init__(lookups, scope, buffers)
@@ -27,19 +26,19 @@ class TiedTables(Perturbation):
         self._gradients: list[Tensor | None] = []
         self._found: list[Tensor] = []
 
-    @contextlib.contextmanager
-    def moving(self) -> Iterator[None]:
-        """Inside, the tables may move; afterwards they are bit for bit what they were."""
-        try:
-            yield
-            self._found = self.values() or self._found
-        finally:
-            self._restore()
+    def settle(self) -> None:
+        """Put the tables back, and keep how far they had moved."""
+        self._found = self.values() or self._found
+        self._restore()
+
+    def put_back(self) -> None:
+        """Put the tables back, and take the hooks off them."""
+        self._restore()
+        self._unhook()
 
     def zero_(self) -> None:
         """Put the tables back; a gradient stays."""
-        self._found = self.values() or self._found
-        self._restore()
+        self.settle()
 
     def _restore(self) -> None:
         for table in self.tables:
@@ -63,16 +62,18 @@ class TiedTables(Perturbation):
     def collecting(self) -> Iterator[None]:
         """Around a full pass's backward: keep what it brings to each table, whatever its `.grad` holds already."""
         found: dict[int, Tensor] = {}
-        hooks = [
-            weight.register_hook(functools.partial(found.__setitem__, index))  # type: ignore[no-untyped-call]
-            for index, weight in enumerate(self.weights)
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for index, weight in enumerate(self.weights):
+            weight.register_hook(_Keep(found, index))  # type: ignore[no-untyped-call]
+        yield
+        self._unhook()
         self._gradients = [found.get(index) for index in range(len(self.weights))]
+
+    def _unhook(self) -> None:
+        """Find the hooks at the tables: an interrupt may come before anybody holds their handles."""
+        for weight in self.weights:
+            hooks = weight._backward_hooks or {}
+            for key in [key for key, hook in hooks.items() if isinstance(hook, _Keep)]:
+                del hooks[key]
 
     def drop_gradient(self) -> None:
         """Forget the last pass's gradient."""
@@ -96,6 +97,16 @@ class TiedTables(Perturbation):
     def norm(self, kind: str) -> Tensor:
         """Of the tables' perturbations, as they were at the end of the step."""
         return mean_norm(self._found, 0 if self.scope == "table" else 1, kind)
+
+
+class _Keep:
+    """A hook that keeps a table's gradient."""
+
+    def __init__(self, found: dict[int, Tensor], index: int) -> None:
+        self.found, self.index = found, index
+
+    def __call__(self, gradient: Tensor) -> None:
+        self.found[self.index] = gradient
 
 
 def tied_weights(modules: Sequence[nn.Module]) -> list[Tensor]:

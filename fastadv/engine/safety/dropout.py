@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -32,14 +31,6 @@ class Draws:
             self._replayed.again()
 
 
-@contextlib.contextmanager
-def dropout(mode: str, modules: Iterable[nn.Module], device: torch.device) -> Iterator[Draws]:
-    """Around one step; with "off", every module but those with running statistics is in eval mode."""
-    quiet = [one for one in modules if one.training and not isinstance(one, _NormBase)] if mode == "off" else []
-    for module in quiet:
-        module.training = False
-    try:
-        yield Draws(mode, device)
-    finally:
-        for module in quiet:
-            module.training = True
+def quieted(mode: str, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """List what is in eval mode during a step: with "off", every module but those with running statistics."""
+    return [one for one in modules if one.training and not isinstance(one, _NormBase)] if mode == "off" else []

@@ -1,47 +1,42 @@
-"""A step leaves no trace when it fails: gradients, buffers, modes and generators are put back bit for bit."""
+"""A step leaves no trace when it fails: what the model had is written down before, and put back bit for bit."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.profile import span
-from fastadv.engine.safety import rng
-from fastadv.engine.safety.inventory import Inventory
+from fastadv.engine.safety import rng, surroundings
+from fastadv.engine.safety.inventory import Holding, Inventory
+from fastadv.engine.safety.watched import GRADIENT
 from fastadv.ops.grads import Backup
 
-GRADIENT = attrgetter("grad")
+TRAINED = attrgetter("requires_grad")
 
 
-class _Constant(NamedTuple):
-    buffer: Tensor
-    version: int
-    copy: Tensor
-
-
-class _Saved(NamedTuple):
+class Saved(NamedTuple):
     """The inventory's lists as they were, and beside them what the model held."""
 
+    holdings: list[Holding]
     parameters: list[nn.Parameter]
     gradients: list[Tensor | None]
-    buffers: list[tuple[nn.Module, str, Tensor]]
+    trained: list[bool]
+    buffers: list[Tensor]
     copies: list[Tensor]
     modules: list[nn.Module]
     modes: list[bool]
-    rng: rng.RngState
+    generators: rng.RngState
+    surroundings: surroundings.Surroundings
 
 
 class Guard:
-    """Restores a model if the block it guards raises anything, `KeyboardInterrupt` included.
+    """Writes down a model before a step, and puts it back after one that failed, for whatever reason.
 
     Where every `.grad` is None at entry, the usual case, gradients cost nothing: on a fault they are None again.
     Otherwise they are copied first, unless `atomic` is False; the copies' memory serves until a step finds none again.
-    A step that is captured runs unguarded.
     """
 
     def __init__(self, inventory: Inventory, atomic: bool, fused: bool | None) -> None:
@@ -49,30 +44,27 @@ class Guard:
         self.atomic = atomic
         self.fused = fused
         self._backup: Backup | None = None
-        self._constants: dict[int, _Constant] = {}
+        self._copies: list[Tensor] = []
 
-    @contextlib.contextmanager
-    def __call__(self) -> Iterator[torch.device]:
-        """Around a block; yields the model's device."""
-        with span("guard"):
-            self.inventory.look()
-            device = self.inventory.device
-            # While a step is captured nothing happens yet; what fails then is put back by who captures.
-            saved = None if rng.capturing() else self._save(device)
-        try:
-            yield device
-        except BaseException:
-            if saved is not None:
-                self._restore(saved, device)
-            raise
-
-    def _save(self, device: torch.device) -> _Saved:
-        has = self.inventory
+    def save(self) -> Saved:
+        """Write down what there is."""
+        self.inventory.look()
+        has, device = self.inventory, self.inventory.device
         gradients = list(map(GRADIENT, has.parameters))
         self._back_up([p for p, grad in zip(has.parameters, gradients, strict=True) if grad is not None])
-        known, self._constants = self._constants, {}
-        copies = [self._copy(buffer, known) for _, _, buffer in has.buffers]
-        return _Saved(has.parameters, gradients, has.buffers, copies, has.modules, has.modes(), rng.save(device))
+        buffers = [buffer for _, _, buffer in has.buffers]
+        return Saved(
+            has.holdings,
+            has.parameters,
+            gradients,
+            list(map(TRAINED, has.parameters)),
+            buffers,
+            self._copied(buffers),
+            has.modules,
+            has.modes(),
+            rng.save(device),
+            surroundings.look(device),
+        )
 
     def _back_up(self, parameters: list[nn.Parameter]) -> None:
         """Copy their gradients."""
@@ -84,31 +76,57 @@ class Guard:
             self._backup = Backup(parameters, self.fused)
         self._backup.save()
 
-    def _copy(self, buffer: Tensor, known: dict[int, _Constant]) -> Tensor:
-        """A copy; of an integer buffer (position ids, causal masks), the last step's if its version has not moved.
+    def _copied(self, buffers: list[Tensor]) -> list[Tensor]:
+        """Copies, in the memory of the last step's where they fit.
 
-        Batch norm writes its running statistics without counting, so floating-point buffers are copied every time.
+        Of all buffers, every time: what is written through `.data`, numpy or a kernel does not count as a version.
         """
-        if buffer.is_floating_point():
-            return distinct(buffer).clone()
-        constant = known.get(id(buffer))
-        if constant is None or constant.buffer is not buffer or constant.version != buffer._version:
-            constant = _Constant(buffer, buffer._version, distinct(buffer).clone())
-        self._constants[id(buffer)] = constant
-        return constant.copy
+        sources = [distinct(buffer) for buffer in buffers]
+        if len(sources) != len(self._copies) or not all(map(_alike, self._copies, sources)):
+            self._copies = [source.detach().clone() for source in sources]
+        elif sources:
+            torch._foreach_copy_(self._copies, sources)
+        return self._copies
 
-    @torch.no_grad()
-    def _restore(self, saved: _Saved, device: torch.device) -> None:
-        for parameter, grad in zip(saved.parameters, saved.gradients, strict=True):
-            parameter.grad = grad
-        if self._backup is not None:
-            self._backup.restore()
-        for (module, name, buffer), copy in zip(saved.buffers, saved.copies, strict=True):
-            module._buffers[name] = buffer
+    def put_back(self, saved: Saved) -> list[Callable[[], None]]:
+        """Return what puts the model back: each part by itself, and as often as need be."""
+        return [
+            lambda: surroundings.put_back(saved.surroundings),
+            lambda: _hang(saved.holdings),
+            lambda: _gradients(saved, self._backup),
+            lambda: _buffers(saved),
+            lambda: _flags(saved),
+            lambda: rng.restore(saved.generators, self.inventory.device),
+        ]
+
+
+def _hang(holdings: Iterable[Holding]) -> None:
+    """Give each module the children, parameters and buffers that it had, and no others."""
+    for holding in holdings:
+        holding.put_back()
+
+
+@torch.no_grad()
+def _gradients(saved: Saved, backup: Backup | None) -> None:
+    for parameter, grad in zip(saved.parameters, saved.gradients, strict=True):
+        parameter.grad = grad
+    if backup is not None:
+        backup.restore()
+
+
+@torch.no_grad()
+def _buffers(saved: Saved) -> None:
+    for buffer, copy in zip(saved.buffers, saved.copies, strict=True):
+        with torch.inference_mode(buffer.is_inference()):
             distinct(buffer).copy_(copy)
-        for module, training in zip(saved.modules, saved.modes, strict=True):
-            module.training = training
-        rng.restore(saved.rng, device)
+
+
+def _flags(saved: Saved) -> None:
+    for parameter, trained in zip(saved.parameters, saved.trained, strict=True):
+        if parameter.requires_grad != trained:
+            parameter.requires_grad_(trained)
+    for module, training in zip(saved.modules, saved.modes, strict=True):
+        module.training = training
 
 
 def distinct(buffer: Tensor) -> Tensor:
@@ -117,3 +135,8 @@ def distinct(buffer: Tensor) -> Tensor:
         if stride == 0:
             buffer = buffer.narrow(dim, 0, min(1, buffer.shape[dim]))
     return buffer
+
+
+def _alike(copy: Tensor, buffer: Tensor) -> bool:
+    """Whether one can hold the other."""
+    return copy.shape == buffer.shape and copy.dtype == buffer.dtype and copy.device == buffer.device

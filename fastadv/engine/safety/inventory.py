@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from itertools import chain
 from operator import is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,27 @@ from fastadv import native
 
 CHILDREN = ("_modules",)
 KINDS, TRAINING = (*CHILDREN, "_parameters", "_buffers"), itemgetter("training")
+
+
+class Holding(NamedTuple):
+    """The dictionaries in which a module keeps its children, parameters and buffers, and what was in them."""
+
+    fields: dict[str, Any]  # the module's own
+    kept: dict[str, tuple[dict[str, Any], dict[str, Any]]]  # each of these dictionaries, and a copy
+    passing: frozenset[str]  # buffers that no state_dict has
+
+    def put_back(self) -> None:
+        """Let it have the same again, and no others."""
+        for kind, (kept, copy) in self.kept.items():
+            if self.fields.get(kind) is not kept:
+                self.fields[kind] = kept
+            if list(kept) != list(copy) or not all(map(is_, kept.values(), copy.values())):
+                kept.clear()
+                kept.update(copy)
+        passing = self.fields.get("_non_persistent_buffers_set")
+        if passing is not None and passing != self.passing:
+            passing.clear()
+            passing.update(self.passing)
 
 
 class Inventory:
@@ -26,6 +47,7 @@ class Inventory:
         modules: every module once, as `model.modules()` lists them.
         parameters: of these modules; one that two of them share comes twice.
         buffers: of these modules: who has it, its name there, and the buffer.
+        holdings: how these hang in the modules.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,6 +55,7 @@ class Inventory:
         self.modules: list[nn.Module] = []
         self.parameters: list[nn.Parameter] = []
         self.buffers: list[tuple[nn.Module, str, Tensor]] = []
+        self.holdings: list[Holding] = []
         self._fields: list[dict[str, Any]] = []  # the modules' own dictionaries
         self._children: list[Any] | None = None
         self._members: list[Any] | None = None  # what hangs in these; None: not all modules keep it there
@@ -69,6 +92,12 @@ class Inventory:
         self.parameters = [parameter for parameter in every if parameter is not None]
         named = [(module, *item) for module in self.modules for item in module._buffers.items()]
         self.buffers = [(module, name, buffer) for module, name, buffer in named if buffer is not None]
+        self.holdings = list(map(_holding, self._fields))
+
+
+def _holding(fields: dict[str, Any]) -> Holding:
+    kept = {kind: (own, dict(own)) for kind in KINDS if isinstance(own := fields.get(kind), dict)}
+    return Holding(fields, kept, frozenset(fields.get("_non_persistent_buffers_set", ())))
 
 
 def _have(fields: list[dict[str, Any]], kinds: tuple[str, ...], known: list[Any] | None) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -14,11 +15,15 @@ from fastadv.engine.capture.streams import Streams
 
 
 class RngState(NamedTuple):
-    """torch's generators, of the CPU and of the model's device, and Python's own (layer dropping uses it)."""
+    """torch's generators, of the CPU and of the model's device, and Python's own and numpy's.
+
+    Models draw from the last two as well: which layers to drop, which spans to mask.
+    """
 
     cpu: Tensor
     device: Tensor | None
     python: Any
+    numpy: Any
 
 
 _streams: Streams | None = None  # of the step that is being captured, or warms up for it
@@ -47,7 +52,8 @@ def save(device: torch.device) -> RngState:
         state = torch.cuda.get_rng_state(device)
     elif device.type == "mps":
         state = torch.mps.get_rng_state()
-    return RngState(torch.get_rng_state(), state, random.getstate())
+    numpy = sys.modules.get("numpy.random")
+    return RngState(torch.get_rng_state(), state, random.getstate(), numpy and numpy.get_state())
 
 
 def restore(state: RngState, device: torch.device) -> None:
@@ -58,6 +64,8 @@ def restore(state: RngState, device: torch.device) -> None:
     elif state.device is not None:
         torch.cuda.set_rng_state(state.device, device)
     random.setstate(state.python)
+    if state.numpy is not None:
+        sys.modules["numpy.random"].set_state(state.numpy)
 
 
 class Replayed:
@@ -76,41 +84,41 @@ class Replayed:
             restore(self._state, self._device)
 
 
-@contextlib.contextmanager
-def step() -> Iterator[None]:
+def end_step() -> None:
     """What generators a step has gone through, it leaves."""
-    streams = _streams
-    try:
-        yield
-    finally:
-        if streams is not None:
-            streams.end()
+    if _streams is not None:
+        _streams.end()
 
 
-@contextlib.contextmanager
-def apart(seed: int, device: torch.device) -> Iterator[None]:
+def apart(seed: int, device: torch.device) -> contextlib.AbstractContextManager[None]:
     """Draw from a stream of its own: what is drawn here moves no dropout mask."""
-    with contextlib.nullcontext() if _streams is None else _streams.start(seed):
-        if capturing():
-            yield  # the seed comes before each replay
-            return
-        with _seeded(seed, device):
-            yield
+    return _Seeded(seed, device) if _streams is None else _of_a_graph(_streams, seed, device)
 
 
 @contextlib.contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    state = save(device)
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            torch.cuda.manual_seed(seed)
-    elif device.type == "mps":
-        torch.mps.manual_seed(seed)
-    try:
-        yield
-    finally:
-        restore(state, device)
+def _of_a_graph(streams: Streams, seed: int, device: torch.device) -> Iterator[None]:
+    with streams.start(seed), contextlib.nullcontext() if capturing() else _Seeded(seed, device):
+        yield  # while it is captured the seed comes before each replay
+
+
+class _Seeded:
+    """A block with generators of this seed. No generator of Python: one left half way would put states back late."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self._seed, self._device = seed, device
+
+    def __enter__(self) -> None:
+        seed, device = self._seed, self._device
+        self._state = save(device)
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        elif device.type == "mps":
+            torch.mps.manual_seed(seed)
+
+    def __exit__(self, *_: object) -> None:
+        restore(self._state, self._device)
 
 
 def new_seed() -> int:

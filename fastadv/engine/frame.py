@@ -1,0 +1,79 @@
+"""Around one step: what it finds is written down, and put back if it fails. In one place, whatever the step did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fastadv.engine.safety import rng
+from fastadv.engine.safety.dropout import Draws, quieted
+from fastadv.engine.safety.interrupts import Interrupts, insist, whole
+
+if TYPE_CHECKING:
+    from fastadv.engine.engine import Engine
+
+Undo = Callable[[], None]
+
+
+class Frame:
+    """The beginning of one step, and its two ends.
+
+    No part of a step needs to clean up when it fails: context managers inside may be left half way by an interrupt, and
+    what they would have put back is put back here. What moves in place says so in `undo` before it moves.
+
+    A step that is captured happens later: there is nothing to put back, or whoever captures does it.
+
+    Attributes:
+        undo: what leads back from changes that the guard does not know of. Each may be called several times.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.undo: list[Undo] = []
+        self._interrupts = Interrupts()
+        self._quiet: list[nn.Module] = []
+
+    @whole
+    def begin(self) -> Draws:
+        """Write down what there is."""
+        engine = self.engine
+        self._interrupts.hold()
+        self.undo += [engine.remember(), engine.parallelism.remember()]
+        if rng.capturing():
+            engine.inventory.look()
+        else:
+            self.undo += engine.guard.put_back(engine.guard.save())
+        engine.busy = True
+        self._quiet = quieted(engine.dropout, engine.inventory.modules)
+        for module in self._quiet:
+            module.training = False
+        return Draws(engine.dropout, engine.inventory.device)
+
+    @whole
+    def end(self) -> None:
+        """The step is done. An interrupt that has waited comes now, and the step is undone."""
+        self._leave()
+        self._interrupts.release()
+
+    @whole
+    def roll_back(self) -> None:
+        """The step has failed: everything is what it was.
+
+        Raises:
+            Whatever keeps a part of it from being put back, after all other parts.
+        """
+        struck = insist(self._interrupts.hold)
+        for undo in (*reversed(self.undo), self._leave):
+            struck = insist(undo) or struck
+        self._interrupts.release()
+        if struck is not None:
+            raise struck
+
+    def _leave(self) -> None:
+        for module in self._quiet:
+            module.training = True
+        rng.end_step()
+        self.engine.entrance.forward = None
+        self.engine.busy = False

@@ -1,0 +1,138 @@
+"""Signals whose handlers may raise (Ctrl-C) wait where an exception would leave a model half moved or half put back.
+
+Python runs a handler between any two instructions of the main thread. While signals are held, a handler of this module
+stands in for each: it looks where the program is. Inside a function marked `whole` the signal waits until the handlers
+are given back; anywhere else it is handed on at once.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any, TypeVar
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGALRM", "SIGUSR1", "SIGUSR2")
+NUMBERS = tuple(int(getattr(signal, name)) for name in NAMES if hasattr(signal, name))  # Windows has two of them
+
+# The functions in C, without the enumerations that cost ten times as much as the call.
+_get: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
+_set: Callable[[int, Any], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
+
+_whole: set[CodeType] = set()
+
+
+def whole(function: Function) -> Function:
+    """Mark a function that runs to its end: signals that are held wait, in all that it calls too."""
+    _whole.add(function.__code__)
+    return function
+
+
+class Interrupts:
+    """Holds the signals of the main thread; elsewhere Python runs no handler, and there is nothing to do."""
+
+    def __init__(self) -> None:
+        self._stand_in = self._arrived
+        self._handlers: dict[int, Any] = {}  # those that it stands in for
+        self._waiting: dict[int, FrameType | None] = {}  # of several of one kind, one waits
+
+    @whole
+    def hold(self) -> None:
+        """Stand in for every handler that is written in Python, until `release`."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for number in NUMBERS:
+            handler = _get(number)
+            if callable(handler) and handler is not self._stand_in:
+                self._handlers[number] = handler
+                _set(number, self._stand_in)
+
+    @whole
+    def release(self) -> None:
+        """Give the handlers back, then hand on what waited.
+
+        Raises:
+            Whatever they raise.
+        """
+        for number, handler in self._handlers.items():
+            if _get(number) is self._stand_in:  # somebody inside may have set another, to stay
+                _set(number, handler)
+        waiting, self._waiting = self._waiting, {}
+        self._hand_on(waiting)
+
+    def _hand_on(self, waiting: dict[int, FrameType | None]) -> None:
+        if waiting:
+            number, frame = waiting.popitem()
+            try:
+                self._handlers[number](number, frame)
+            finally:
+                self._hand_on(waiting)
+
+    def _arrived(self, number: int, frame: FrameType | None) -> None:
+        if _is_whole(frame):
+            self._waiting[number] = frame
+        else:
+            self._handlers[number](number, frame)
+
+
+def _is_whole(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code in _whole:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def insist(action: Callable[[], None]) -> BaseException | None:
+    """Act, and once more if something strikes meanwhile. Returns what struck twice."""
+    struck: BaseException | None = None
+    for _ in range(2):
+        try:
+            action()
+        except BaseException as error:  # noqa: BLE001 - whoever insists raises it when all is done
+            struck = error
+        else:
+            return None
+    return struck
+
+
+class Block:
+    """A `with` block before which something moves, and after which it is put back, whatever happened inside.
+
+    Args:
+        move: is called first. Where it fails, `put_back` follows.
+        put_back: may be called several times.
+    """
+
+    def __init__(self, move: Callable[[], None], put_back: Callable[[], None]) -> None:
+        self._move, self._put_back = move, put_back
+        self._interrupts = Interrupts()
+        self._inside = False
+
+    @whole
+    def __enter__(self) -> None:
+        self._interrupts.hold()
+        self._inside = True
+        try:
+            self._move()
+        except BaseException:
+            self._leave()
+            raise
+
+    @whole
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        struck = insist(self._put_back)
+        self._inside = False
+        self._interrupts.release()
+        if struck is not None:
+            raise struck
+
+    def __del__(self) -> None:
+        if self._inside:  # something struck on the way to `__exit__`
+            self._leave()
