@@ -171,7 +171,7 @@ class Engine:
                 frame.undo.append(step.perturbation.put_back)
                 self.last, self.buffers.lookups = step.perturbation, step.lookups.items
                 result = schedule(step)
-                step.perturbation.settle()
+                step.settle()
                 frame.end()
                 return result
         except BaseException:

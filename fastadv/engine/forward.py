@@ -24,9 +24,14 @@ REENTRANT = (
     "checkpoint(..., use_reentrant=False), in transformers "
     "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
 )
+NO_GRADIENT = (
+    "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, or the "
+    "function given as backward= ran no backward"
+)
 NEVER_CALLED = (
     "the closure never ran the perturbed embedding ({names}). Does it run another model, or pass inputs_embeds? "
-    "Was the model compiled and called before the method was made (make the method first)? Was the method closed?"
+    "Was the model compiled and called before the method was made (make the method first)? Was the embedding replaced "
+    "(make the method again)? Was the method closed?"
 )
 APPLIED = "a perturbation is applied to this model already: leave that `applied()` block first"
 MOVED_ON = (

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Size, Tensor
 
-from fastadv.engine.forward import REENTRANT, Forward, Kind
+from fastadv.engine import partial
+from fastadv.engine.forward import NO_GRADIENT, REENTRANT, Forward, Kind
 from fastadv.engine.lookups import Lookups, Masks
-from fastadv.engine.model.split import NOT_ON_THE_WAY, Crossing, Reached
+from fastadv.engine.model.split import Crossing
 from fastadv.engine.model.table_gradients import TableGradients
 from fastadv.engine.outputs import detached, loss_of
 from fastadv.engine.perturb.perturbation import Move
@@ -33,11 +34,6 @@ from fastadv.engine.safety.watched import Watched
 if TYPE_CHECKING:
     from fastadv.engine.engine import Engine
     from fastadv.engine.frame import Frame
-
-NO_GRADIENT = (
-    "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, or the "
-    "function given as backward= ran no backward"
-)
 
 
 class Step:
@@ -71,8 +67,9 @@ class Step:
         self._term = None if engine.new_term is None else engine.new_term(self)
         self._target = attack
         self._start, self._seed = start, rng.new_seed() if start is not None and start.random else 0
-        self._started = False  # the perturbation is where ascents begin
-        self._followed = False  # the last pass's gradient is one that an ascent may follow
+        self._started = self._followed = (
+            False  # where ascents begin; the last pass's gradient is one that they may follow
+        )
         self._pending: Forward | None = None  # the forward that the next backward goes through
         self.crossing: Crossing | None = None  # of the split, in the last pass that brought a gradient there
 
@@ -192,6 +189,11 @@ class Step:
         with span("table_gradient"):
             self.tables.flush()
 
+    def settle(self) -> None:
+        """At the very end: what has moved in place is put back, and no pass is kept, so that the step can be freed."""
+        self.perturbation.settle()
+        self._pending = None
+
     def result(self, clean: Pass | None, adversarial: Pass) -> StepResult:
         """The step's figures, from its clean pass (if there was one) and its last."""
         first = self.first or adversarial
@@ -214,26 +216,8 @@ class Step:
 
     def partial(self) -> None:
         """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""
-        engine, split, crossed = self.engine, self.engine.split, self.crossing
-        assert split is not None and crossed is not None and crossed.gradient is not None
-        sharded = engine.parallelism.sharded
-        crossing = Crossing(split.name, partial=True, ends=not sharded)
-        ends, weights = [], []
         with self._quiet():
-            self.draws.next_pass()
-            forward = engine.entrance.forward = Forward(self, "partial", crossing)
-            with engine.probe_autocast.lowered(self.device), contextlib.suppress(Reached), span("forward"):
-                # Under FSDP2 the forward runs to its end, since its modules must see the end of what they began; the
-                # loss takes part with a zero, since a module's weights are gathered when its output's gradient comes.
-                loss = loss_of(self.target())
-                ends, weights = [loss], [torch.zeros_like(loss)]
-            hidden = crossing.output(len(self.lookups))
-            forward.ended = True
-            with span("backward"):
-                grads = self._gradients([*ends, hidden], [*weights, crossed.gradient])
-        engine.entrance.forward = None
-        if all(grad is None for grad in grads):
-            raise RuntimeError(NOT_ON_THE_WAY.format(name=split.name))
+            grads = partial.gradients(self, self._gradients)
         self.perturbation.take(grads)
 
     def look(self) -> Any:

@@ -219,7 +219,7 @@ class Method:
 
     def _counted(self, step: Step, schedule: Callable[[Step], StepResult], *, attacked: bool) -> StepResult:
         check_trainable(self._engine.inventory.parameters)
-        step.undo.append(self._schedule.remember())
+        step.undo.append(self._recall())
         result = schedule(step)
         step.finish()
         self._count(attacked)
@@ -243,6 +243,10 @@ class Method:
     def _enter(self, step: int | None = None) -> bool:
         """Go to a step, by default the next one. Returns whether it is attacked."""
         return self._schedule.enter(step)
+
+    def _recall(self) -> Callable[[], None]:
+        """Return what takes the counters back to here, should the step fail."""
+        return self._schedule.remember()
 
     def _count(self, attacked: bool) -> None:
         """The step is done."""

@@ -179,6 +179,15 @@ class FreeAT(EmbeddingMethod):
             raise ValueError("capture() needs FreeAT(carry=True): a graph does the same in every replay of a batch")
         return super().capture(fn, example_batch)
 
+    def _recall(self) -> Callable[[], None]:
+        counters, place = super()._recall(), (self._micro, self._last, self._trained)
+
+        def put_back() -> None:
+            counters()
+            self._micro, self._last, self._trained = place
+
+        return put_back
+
     def _count(self, attacked: bool) -> None:
         super()._count(attacked)
         if attacked:

@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.engine.engine import TABLE_SCOPES
+from fastadv.engine.forward import NO_GRADIENT
 from fastadv.engine.lookups import Masks
 from fastadv.engine.outputs import losses_of
 from fastadv.engine.perturb.start import RandomStart
 from fastadv.engine.results import Closure, Pass, StepResult
 from fastadv.engine.safety.surroundings import attention, use_attention
-from fastadv.engine.step import NO_GRADIENT, Step
+from fastadv.engine.step import Step
 from fastadv.methods.adam import Adam
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, one_of

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastadv
+from fastadv.engine.frame import Frame
 from tests.contracts.faults import PLACES, Trap, check_as_new, prepare
 from tests.models import Stateful
 from tests.support import assert_unchanged, batch, same_bits, seeded, snapshot
@@ -212,9 +214,74 @@ class Uncounted(Stateful):
         return output
 
 
+class Written(Stateful):
+    """Buffers that are no floats, written through `.data` and numpy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("whole", torch.zeros(3, dtype=torch.int64))
+        self.register_buffer("flag", torch.zeros(2, dtype=torch.bool))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Any:
+        self.whole.numpy()[1] += 1
+        self.flag.data[0] = ~self.flag.data[0]
+        return super().forward(ids, labels)
+
+
+class Lazy(Stateful):
+    """The forward makes what it needs: a buffer, a module, a buffer that was None; and drops one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cache", None)
+        self.register_buffer("once", torch.zeros(2))
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Any:
+        if "late" not in self._buffers:
+            self.register_buffer("late", torch.ones(2), persistent=False)
+            self.cache, self.extra = torch.ones(3), nn.Dropout()
+            del self.once
+        return super().forward(ids, labels)
+
+
+class Freezes(Stateful):
+    """The forward freezes a parameter, and puts another one in the place of a second."""
+
+    def forward(self, ids: Tensor, labels: Tensor) -> Any:
+        self.unused.weight.requires_grad_(False)
+        self.unused.bias = nn.Parameter(self.unused.bias.detach() + 1)
+        return super().forward(ids, labels)
+
+
+@pytest.mark.parametrize("index", range(4))
+@pytest.mark.parametrize("kind", [Lazy, Freezes])
+def test_what_hangs_in_the_model_after_a_first_step_that_failed(kind: type[Stateful], index: int) -> None:
+    model, data = seeded(kind, dtype=torch.float32), batch()
+    adv = fastadv.PGD(model, embedding=model.embed)
+    before, passing = snapshot(model), set(model._non_persistent_buffers_set)
+    with pytest.raises(RuntimeError, match="boom"):
+        adv.backward(Trap(model, data, index, "after", RuntimeError("boom")))
+    assert_unchanged(model, before)
+    assert model._non_persistent_buffers_set == passing
+    adv.backward(lambda: model(data["input_ids"], data["labels"]).loss)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_numpys_generator(index: int) -> None:
+    """Models mask spans with it."""
+    model, data = prepare("none")
+    adv = fastadv.PGD(model, embedding=model.embed)
+    generator = vars(np.random)  # the one that models draw from, and no other
+    before = generator["get_state"]()[1].copy()
+    model.head.register_forward_pre_hook(lambda *_: generator["rand"]() and None)
+    with pytest.raises(RuntimeError, match="boom"):
+        adv.backward(Trap(model, data, index, "after", RuntimeError("boom")))
+    assert (generator["get_state"]()[1] == before).all()
+
+
 @pytest.mark.parametrize("steps", [0, 1, 5])
 @pytest.mark.parametrize("index", range(4))
-@pytest.mark.parametrize("kind", [Shares, Replaces, Uncounted])
+@pytest.mark.parametrize("kind", [Shares, Replaces, Uncounted, Written])
 def test_buffers_of_every_kind(kind: type[Stateful], index: int, steps: int) -> None:
     """Also after steps that went well, from which copies may have been kept."""
     model, data = seeded(kind, dtype=torch.float32), batch()
@@ -244,3 +311,36 @@ def test_a_fault_in_a_compiled_model(index: int, place: str) -> None:
     assert_unchanged(model, before)
     adv.backward(lambda: compiled(data["input_ids"], data["labels"]).loss, mask=data["attention_mask"])
     assert adv.attacked == 1
+
+
+@pytest.mark.parametrize("kind", ["pgd", "freeat", "bregman"])
+def test_the_methods_own_state_after_a_fault_at_the_very_end(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the step had never been: counters, what is carried, the teacher and its distance."""
+    model, data = prepare("none")
+    make = {
+        "pgd": lambda: fastadv.PGD(model, embedding=model.embed, every=2),
+        "freeat": lambda: fastadv.FreeAT(model, embedding=model.embed, epsilon=0.1),
+        "bregman": lambda: fastadv.BregmanProximal(model, method=fastadv.SMART(model, embedding=model.embed)),
+    }
+    adv = make[kind]()
+
+    def closure() -> Any:
+        return model(data["input_ids"], data["labels"])
+
+    adv.backward(closure)
+    before = {name: tensor.clone() for name, tensor in adv.state_dict().items()}
+    distance = getattr(adv, "distance", None)
+
+    def fails(frame: Frame) -> None:
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Frame, "end", fails)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                adv.backward(closure)
+    after = adv.state_dict()
+    assert after.keys() == before.keys()
+    for name, want in before.items():
+        assert same_bits(after[name], want), name
+    assert getattr(adv, "distance", None) is distance

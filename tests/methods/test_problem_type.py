@@ -106,9 +106,7 @@ def test_a_teacher_of_several_labels() -> None:
         for tensor in adv.teacher.values():
             tensor.mul_(0.9)
         adv.update()
-        twin = adv._run
-        named = {f"model.{name}": tensor for name, tensor in adv.teacher.items()}
-        answer = torch.func.functional_call(twin, named, (lambda: here.model(here.ids).logits,))
+        answer = torch.func.functional_call(here.model, adv.teacher, (here.ids,)).logits
     adv.backward(here.output)
     loss, logits = here.output()
     want = papers.symmetric_bernoulli(logits, answer)

@@ -8,6 +8,7 @@ are given back; anywhere else it is handed on at once.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable
 from types import CodeType, FrameType
@@ -37,7 +38,7 @@ class Interrupts:
     def __init__(self) -> None:
         self._stand_in = self._arrived
         self._handlers: dict[int, Any] = {}  # those that it stands in for
-        self._waiting: dict[int, FrameType | None] = {}  # of several of one kind, one waits
+        self._waiting: set[int] = set()  # of several of one kind, one waits
 
     @whole
     def hold(self) -> None:
@@ -60,20 +61,20 @@ class Interrupts:
         for number, handler in self._handlers.items():
             if _get(number) is self._stand_in:  # somebody inside may have set another, to stay
                 _set(number, handler)
-        waiting, self._waiting = self._waiting, {}
-        self._hand_on(waiting)
+        waiting, self._waiting = self._waiting, set()
+        self._hand_on(waiting, _outside(sys._getframe()))
 
-    def _hand_on(self, waiting: dict[int, FrameType | None]) -> None:
+    def _hand_on(self, waiting: set[int], frame: FrameType | None) -> None:
         if waiting:
-            number, frame = waiting.popitem()
+            number = waiting.pop()
             try:
                 self._handlers[number](number, frame)
             finally:
-                self._hand_on(waiting)
+                self._hand_on(waiting, frame)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         if _is_whole(frame):
-            self._waiting[number] = frame
+            self._waiting.add(number)
         else:
             self._handlers[number](number, frame)
 
@@ -84,6 +85,13 @@ def _is_whole(frame: FrameType | None) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def _outside(frame: FrameType | None) -> FrameType | None:
+    """Find who called what is whole."""
+    while frame is not None and frame.f_code in _whole:
+        frame = frame.f_back
+    return frame
 
 
 def insist(action: Callable[[], None]) -> BaseException | None:
@@ -126,6 +134,7 @@ class Block:
     def __exit__(self, *_: object) -> None:
         self._leave()
 
+    @whole
     def _leave(self) -> None:
         struck = insist(self._put_back)
         self._inside = False
