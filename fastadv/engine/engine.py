@@ -175,7 +175,11 @@ class Engine:
                 frame.end()
                 return result
         except BaseException:
-            frame.roll_back()
+            try:
+                frame.roll_back()
+            except BaseException:  # another interrupt, perhaps before it had begun
+                frame.roll_back()
+                raise
             raise
 
     def _check(self, closure: Closure, attack: Closure | None) -> None:

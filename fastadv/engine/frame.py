@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fastadv.engine.safety import rng
+from fastadv.engine.safety import rng, surroundings
 from fastadv.engine.safety.dropout import Draws, quieted
 from fastadv.engine.safety.interrupts import Interrupts, insist, whole
 
@@ -40,10 +40,10 @@ class Frame:
         """Write down what there is."""
         engine = self.engine
         self._interrupts.hold()
-        self.undo += [engine.remember(), engine.parallelism.remember()]
-        if rng.capturing():
-            engine.inventory.look()
-        else:
+        engine.inventory.look()
+        around = surroundings.look(engine.inventory.device)
+        self.undo += [lambda: surroundings.put_back(around), engine.remember(), engine.parallelism.remember()]
+        if not rng.capturing():
             self.undo += engine.guard.put_back(engine.guard.save())
         engine.busy = True
         self._quiet = quieted(engine.dropout, engine.inventory.modules)
@@ -59,15 +59,12 @@ class Frame:
 
     @whole
     def roll_back(self) -> None:
-        """The step has failed: everything is what it was.
+        """The step has failed: everything is what it was. May be called again.
 
         Raises:
-            Whatever keeps a part of it from being put back, after all other parts.
+            Whatever struck meanwhile, in the end.
         """
-        struck = insist(self._interrupts.hold)
-        for undo in (*reversed(self.undo), self._leave):
-            struck = insist(undo) or struck
-        self._interrupts.release()
+        struck = insist((self._interrupts.hold, *reversed(self.undo), self._leave, self._interrupts.release))
         if struck is not None:
             raise struck
 

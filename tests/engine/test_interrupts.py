@@ -138,9 +138,11 @@ def test_insist_acts_twice() -> None:
         if left:
             raise left.pop()
 
-    assert insist(once) is None
+    assert str(insist([once])) == "first" and not left
     left += [ValueError("second"), ValueError("first")]
-    assert str(insist(once)) == "second"
+    acted: list[str] = []
+    assert str(insist([once, lambda: acted.append("after")])) == "second"
+    assert acted == ["after"] and insist([once]) is None
 
 
 class Moves:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.safety import rng, surroundings
+from fastadv.engine.safety import rng
 from fastadv.engine.safety.inventory import Holding, Inventory
 from fastadv.engine.safety.watched import GRADIENT
 from fastadv.ops.grads import Backup
@@ -29,7 +29,6 @@ class Saved(NamedTuple):
     modules: list[nn.Module]
     modes: list[bool]
     generators: rng.RngState
-    surroundings: surroundings.Surroundings
 
 
 class Guard:
@@ -47,9 +46,8 @@ class Guard:
         self._copies: list[Tensor] = []
 
     def save(self) -> Saved:
-        """Write down what there is."""
-        self.inventory.look()
-        has, device = self.inventory, self.inventory.device
+        """Write down what the inventory lists."""
+        has = self.inventory
         gradients = list(map(GRADIENT, has.parameters))
         self._back_up([p for p, grad in zip(has.parameters, gradients, strict=True) if grad is not None])
         buffers = [buffer for _, _, buffer in has.buffers]
@@ -62,8 +60,7 @@ class Guard:
             self._copied(buffers),
             has.modules,
             has.modes(),
-            rng.save(device),
-            surroundings.look(device),
+            rng.save(has.device),
         )
 
     def _back_up(self, parameters: list[nn.Parameter]) -> None:
@@ -91,7 +88,6 @@ class Guard:
     def put_back(self, saved: Saved) -> list[Callable[[], None]]:
         """Return what puts the model back: each part by itself, and as often as need be."""
         return [
-            lambda: surroundings.put_back(saved.surroundings),
             lambda: _hang(saved.holdings),
             lambda: _gradients(saved, self._backup),
             lambda: _buffers(saved),

@@ -10,9 +10,11 @@ from __future__ import annotations
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
 from typing import Any, TypeVar
+
+import torch
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -22,6 +24,8 @@ NUMBERS = tuple(int(getattr(signal, name)) for name in NAMES if hasattr(signal, 
 # The functions in C, without the enumerations that cost ten times as much as the call.
 _get: Callable[[int], Any] = getattr(signal.getsignal, "__wrapped__", signal.getsignal)
 _set: Callable[[int, Any], Any] = getattr(signal.signal, "__wrapped__", signal.signal)
+
+TWICE = (1, 2)
 
 _whole: set[CodeType] = set()
 
@@ -94,16 +98,16 @@ def _outside(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
-def insist(action: Callable[[], None]) -> BaseException | None:
-    """Act, and once more if something strikes meanwhile. Returns what struck twice."""
+def insist(actions: Iterable[Callable[[], None]]) -> BaseException | None:
+    """Act, each once more if something strikes meanwhile. Returns what struck last, to be raised when all is done."""
     struck: BaseException | None = None
-    for _ in range(2):
-        try:
-            action()
-        except BaseException as error:  # noqa: BLE001 - whoever insists raises it when all is done
-            struck = error
-        else:
-            return None
+    for action in actions:
+        for _ in TWICE:
+            try:
+                action()
+                break
+            except BaseException as error:  # noqa: BLE001 - it is not lost
+                struck = error
     return struck
 
 
@@ -136,9 +140,10 @@ class Block:
 
     @whole
     def _leave(self) -> None:
-        struck = insist(self._put_back)
+        grad = torch.is_grad_enabled()  # what is struck in a function under no_grad may leave it off
+        ways = (self._put_back, lambda: torch._C._set_grad_enabled(grad), self._interrupts.release)
+        struck = insist(ways)
         self._inside = False
-        self._interrupts.release()
         if struck is not None:
             raise struck
 

@@ -84,15 +84,17 @@ class Inventory:
 
     def _list(self) -> None:
         if not _have(self._fields, CHILDREN, self._children):
+            self._children = None
             self.modules = list(self.model.modules())
             self._fields = [vars(module) for module in self.modules]
             self._children = _members(self._fields, CHILDREN)
-        self._members = _members(self._fields, KINDS)
+        self._members = None  # until all lists are there: an interrupt must not leave some of them old
         every = [parameter for module in self.modules for parameter in module._parameters.values()]
         self.parameters = [parameter for parameter in every if parameter is not None]
         named = [(module, *item) for module in self.modules for item in module._buffers.items()]
         self.buffers = [(module, name, buffer) for module, name, buffer in named if buffer is not None]
         self.holdings = list(map(_holding, self._fields))
+        self._members = _members(self._fields, KINDS)
 
 
 def _holding(fields: dict[str, Any]) -> Holding:
