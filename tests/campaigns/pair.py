@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import traceback
 from collections.abc import Callable
@@ -91,16 +92,27 @@ class Pair:
         seed_all(seed)
         before = self.subject.state()
         struck = strike(self.subject.act)
+        where = described(struck.error)
+        kept = [struck.error] if self.chance.random() < 0.5 else []  # as a notebook keeps it, frames and all
+        struck = struck._replace(error=None)
         recovery = _attempt(self.subject.recover)
         outcome, violations = self._judge(before, struck, seed)
         violations += [Violation("stays busy", f"restore() says {recovery!r}")] if recovery else []
         violations += self._next(next_seed, compare=not violations)
+        violations += [] if violations else self._let_go(kept)
         if violations:
             self._renew()
         else:
             self._update()
-        where = described(struck.error)
         return Verdict(outcome, [Violation(kind, f"{what} | {where}") for kind, what in violations])
+
+    def _let_go(self, kept: list[BaseException | None]) -> list[Violation]:
+        """An error that goes takes its frames along, now or with a cycle: what they do then must not reach the model."""
+        before = self.subject.state()
+        kept.clear()
+        gc.collect()
+        changed = differences(before, self.subject.state())
+        return [Violation("differs", f"when the error is let go: {_short(changed)}")] if changed else []
 
     def _judge(self, before: State, struck: Struck, seed: int) -> tuple[str, list[Violation]]:
         after = self.subject.state()
