@@ -29,7 +29,7 @@ def main(
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help=f"One of {', '.join(CAMPAIGNS)}; may be repeated.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where the results go; of the whole campaign: docs/.")] = None,
-    processes: Annotated[int, typer.Option(help="Side by side. Default: one for each core.", min=1)] = os.cpu_count() or 1,
+    processes: Annotated[int, typer.Option(help="Side by side; 0: one for each core.", min=0)] = 0,
     fresh: Annotated[bool, typer.Option(help="Forget what an interrupted campaign has finished.")] = False,
 ) -> None:
     """Try to break what fastadv promises."""
@@ -41,7 +41,7 @@ def main(
     kept = BUILD / f"{revision}-{share:g}-{seed}.json"
     if fresh:
         kept.unlink(missing_ok=True)
-    found = _run(runner.parts(names, share, seed), kept, processes)
+    found = _run(runner.parts(names, share, seed), kept, processes or os.cpu_count() or 1)
     results = {**_about(revision, share, seed), "rows": [_row(name, found[name]) for name in names]}
     whole = share == 1 and not only
     target = output or (WHOLE if whole else BUILD / "results.json")

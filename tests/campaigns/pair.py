@@ -107,7 +107,7 @@ class Pair:
         return Verdict(outcome, [Violation(kind, f"{what} | {where}") for kind, what in violations])
 
     def _let_go(self, kept: list[BaseException | None]) -> list[Violation]:
-        """An error that goes takes its frames along, now or with a cycle: what they do then must not reach the model."""
+        """An error that goes takes its frames along, at once or with a cycle: none of them may touch the model."""
         before = self.subject.state()
         kept.clear()
         gc.collect()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
-import os
 import random
 import tempfile
 from collections.abc import Callable
@@ -86,7 +85,7 @@ def ranks(count: int, seed: int) -> Result:
 
 def _rank(rank: int, count: int, seed: int, folder: str) -> None:
     torch.set_num_threads(1)
-    store = dist.FileStore(os.path.join(folder, "store"), WORLD)
+    store = dist.FileStore(str(Path(folder, "store")), WORLD)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD, timeout=dt.timedelta(seconds=120))
     current: list[Pair] = []
 

@@ -35,7 +35,7 @@ class Result:
 
 
 def read(found: dict[str, Any]) -> Result:
-    """A result that went through JSON, or one that a campaign of its own kind made."""
+    """A result that went through JSON."""
     result = Result(int(found["cases"]))
     result.outcomes.update(found.get("outcomes", {}))
     result.wrong.update({kind: count for kind, count in found.get("wrong", {}).items() if count})

@@ -59,7 +59,7 @@ def run(todo: list[Part], kept: Path, processes: int) -> Iterator[tuple[Part, di
                 done[part.key] = future.result()
                 fresh = kept.with_suffix(".new")
                 fresh.write_text(json.dumps(done))
-                os.replace(fresh, kept)
+                fresh.replace(kept)
                 yield part, done[part.key]
         finally:
             pool.shutdown(cancel_futures=True)

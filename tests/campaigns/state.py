@@ -51,7 +51,7 @@ def _add_parameter(found: State, name: str, parameter: nn.Parameter) -> None:
     places[WEIGHT + name] = (id(parameter), parameter.data_ptr(), parameter.stride())
     values[f"flags of {name}"] = (parameter.requires_grad, parameter.is_leaf, _hooks(parameter))
     values[f"gradient {name}"] = None if grad is None else bits(grad)
-    places[f"gradient {name}"] = None if grad is None else (id(grad), grad.data_ptr(), grad.stride(), grad.requires_grad)
+    places[f"gradient {name}"] = None if grad is None else (id(grad), grad.data_ptr(), grad.stride())
 
 
 def _add_module(found: State, name: str, module: nn.Module) -> None:

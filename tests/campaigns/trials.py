@@ -154,7 +154,7 @@ def _one(result: Result, pair: Pair, count: int, chance: random.Random, measure:
 
 @contextlib.contextmanager
 def _quiet(result: Result) -> Iterator[None]:
-    """Garbage is collected when a trial says so; what Python can only print, such as an exception in `__del__`, counts."""
+    """Garbage is collected when a trial says so. Exceptions that Python can only print (in `__del__`) are counted."""
     hook = sys.unraisablehook
     sys.unraisablehook = lambda _: result.outcomes.update(["swallowed by Python"])
     gc.disable()
