@@ -32,6 +32,7 @@ class Subject:
         quiet = configuration.action in QUIET
         writes = "nothing" if quiet else "counted" if configuration.compiled else "all"
         self.inner = Laden(configuration.tied, writes).train(not quiet)
+        self.inner.still.eval()
         self.model: nn.Module = self.inner
         if configuration.compiled:
             self.model = torch.compile(self.inner, backend=configuration.compiled)
