@@ -36,10 +36,15 @@ def signals_at_calls(count: int, seed: int) -> Result:
 
 
 def second_faults(count: int, seed: int) -> Result:
-    """Half of them at operations, half at calls."""
+    """An operation fails, and another one that deals with it; or anything fails, and then comes a SIGINT."""
     found = run(count // 2, seed, operations, twice_at_operations)
-    found.add(run(count - count // 2, seed, calls, twice_at_calls))
+    found.add(run(count - count // 2, seed, calls, then_a_signal))
     return found
+
+
+def faults_in_the_clean_up(count: int, seed: int) -> Result:
+    """The second exception comes out of nowhere, at the entry of whatever function deals with the first."""
+    return run(count, seed, calls, twice_at_calls)
 
 
 def sigints(count: int, seed: int) -> Result:
@@ -96,6 +101,10 @@ def at_call(chance: random.Random, count: float) -> Strike:
 
 def twice_at_calls(chance: random.Random, count: float) -> Strike:
     return AtCall(chance.randrange(int(count)), [*drawn(chance, 2)], later=chance.randrange(1, 60))
+
+
+def then_a_signal(chance: random.Random, count: float) -> Strike:
+    return AtCall(chance.randrange(int(count)), [*drawn(chance, 1), None], later=chance.randrange(1, 60))
 
 
 def signal_at_call(chance: random.Random, count: float) -> Strike:
