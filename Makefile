@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install
 REPAIR = for d in $(VENV)/lib/python*/site-packages/*.dist-info; do \
 	[ -e "$$d/INSTALLER" ] || { echo "repairing $$d"; rm -rf "$$d"; }; done
 
-.PHONY: train test test-slow test-all lint bench report bench-compare bench-profile gpu-check docs asan clean
+.PHONY: train test test-slow test-all lint bench report bench-compare bench-profile gpu-check docs asan campaign clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -85,6 +85,10 @@ asan: $(VENV)/.test
 	cd $(ASAN) && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 		$(CURDIR)/$(BIN)/python -m pytest tests/csrc -m "not slow" -k "not compiles" --capture=sys -p no:cacheprovider $(ARGS)
+
+# Tries to break what fastadv promises: about an hour on two cores. Goes on where an interrupted one has ended.
+campaign: $(VENV)/.test
+	$(BIN)/python -m tests.campaigns $(ARGS)
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -19,6 +19,8 @@ from transformers import AutoModel
 
 import fastadv
 from fastadv.train.model import DEFAULT, resolve
+from tests.campaigns import table
+from tests.campaigns.catalogue import CAMPAIGNS
 from tests.pages import PAGES, ROOT, RUNNABLE, name, run
 
 
@@ -117,6 +119,29 @@ def test_the_readme_shows_what_make_train_cost() -> None:
     text = (ROOT / "README.md").read_text()
     assert f"| {seconds[0]:.3f} | {seconds[1]:.2f} | x {seconds[1] / seconds[0]:.2f} |" in text
     assert f"| {memory[0] / 1e9:.2f} GB | {memory[1] / 1e9:.2f} GB | x {memory[1] / memory[0]:.2f} |" in text
+
+
+def test_the_campaigns_table_is_the_committed_one() -> None:
+    results = json.loads((ROOT / "docs/results/reliability.json").read_text())
+    text = (ROOT / "docs/reliability.md").read_text()
+    assert table.section(results) in text
+    assert results["share"] == 1
+    assert {row["name"]: row["title"] for row in results["rows"]} == {
+        name: campaign.title for name, campaign in CAMPAIGNS.items()
+    }
+    for row in results["rows"]:
+        assert row["cases"] >= CAMPAIGNS[row["name"]].total, row["name"]
+        assert bool(row["details"]) == bool(row["wrong"]), row["name"]
+
+
+def test_the_readme_promises_what_the_campaign_shows() -> None:
+    """Each figure of the claim, and nothing wrong behind it."""
+    rows = {row["name"]: row for row in json.loads((ROOT / "docs/results/reliability.json").read_text())["rows"]}
+    text = " ".join((ROOT / "README.md").read_text().split())
+    faults = sum(rows[name]["cases"] for name in ("operations", "calls"))
+    signals = sum(rows[name]["cases"] for name in ("signals", "sigints", "storms"))
+    assert f"{faults:,} faults and {signals:,} interrupts" in text
+    assert not any(rows[name]["wrong"] for name in ("operations", "calls", "signals", "sigints", "storms"))
 
 
 def test_the_mean_row_norm_of_minilm() -> None:
