@@ -136,7 +136,11 @@ class Block:
 
     @whole
     def __exit__(self, *_: object) -> None:
-        self._leave()
+        try:
+            self._leave()
+        except BaseException:
+            self._leave()  # it may not have begun
+            raise
 
     @whole
     def _leave(self) -> None:
