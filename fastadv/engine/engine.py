@@ -24,6 +24,7 @@ from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Term, check_closure
 from fastadv.engine.safety import rng
+from fastadv.engine.safety.agreement import Agreement
 from fastadv.engine.safety.dropout import dropout
 from fastadv.engine.safety.guard import Guard
 from fastadv.engine.safety.inventory import Inventory
@@ -74,6 +75,7 @@ class Engine:
         self.refusal = refusal
         self.modules = find.find(model, embedding) if perturbs else []
         self.parallelism = Parallelism(model)
+        self.agreement = Agreement(self.parallelism, lambda: self.device)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
         by_row = scope in TABLE_SCOPES and not self.parallelism.compiled
         self.places = Places(self.modules, padding, by_row, fused)
@@ -144,7 +146,13 @@ class Engine:
 
     @contextlib.contextmanager
     def step(
-        self, closure: Closure, masks: Masks = None, *, attack: Closure | None = None, start: Draw | None = None
+        self,
+        closure: Closure,
+        masks: Masks = None,
+        *,
+        attack: Closure | None = None,
+        start: Draw | None = None,
+        trains: bool = False,
     ) -> Iterator[Step]:
         """Everything inside is one step: it begins with no perturbation and, if it fails, leaves no trace.
 
@@ -163,6 +171,7 @@ class Engine:
             self._busy = True
             with (
                 span("step"),
+                self.agreement.step(trains),
                 self.guard() as device,
                 rng.step(),
                 dropout(self.dropout, self.inventory.modules, device) as draws,
@@ -171,6 +180,7 @@ class Engine:
                 self.last, self.buffers.lookups = step.perturbation, step.lookups.items
                 with step.perturbation.moving():
                     yield step
+                self.agreement.end()
         finally:
             self._busy, self.entrance.forward = False, None
 

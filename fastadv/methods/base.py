@@ -95,7 +95,7 @@ class Method:
         """
         attacking = self._enter(step)
         start = self._draw() if attacking else None
-        with self._engine.step(closure, mask, attack=attack, start=start) as running:
+        with self._engine.step(closure, mask, attack=attack, start=start, trains=True) as running:
             check_trainable(self._engine.inventory.parameters)
             result = self.run(running) if attacking else self._plain(running)
             running.finish()
