@@ -33,7 +33,7 @@ LOST_STEP = (
 IN_REDUCTION = "rank {rank} failed while gradients were reduced, or after the others were done with that step"
 UNEQUAL = "they have not run the same steps, or not as many collectives in this one"
 ABSENT = (
-    "not every rank came to this step within {timeout} (one has fewer batches, skips one, or is gone). Give every rank "
+    "not every rank came to this step in time (one has fewer batches, skips one, or is gone). Give every rank "
     "as many batches, or train in torch's Join([ddp])"
 )
 IN_JOIN = "a step failed inside of torch's Join, which leaves this rank no way to tell the others"
@@ -78,7 +78,8 @@ class Agreement:
             raise RuntimeError(self._refusal)
         try:
             self._begin(trains)
-            with parallelism.aligned(trains):
+            with contextlib.ExitStack() as stack:
+                self._align(stack, trains)
                 yield
         except BaseException:
             self._fail(trains)
@@ -125,6 +126,14 @@ class Agreement:
         self._issued = self._ballot.issued()
         self._running = True
 
+    def _align(self, stack: contextlib.ExitStack, trains: bool) -> None:
+        try:
+            stack.enter_context(self._parallelism.aligned(trains))
+        except RuntimeError as error:
+            self._refuse_absent(error)
+            self._over = True
+            raise RuntimeError(self._refusal) from error
+
     def _reach(self, place: int) -> None:
         """Wait for all others to come to this place of the step."""
         verdict = self._counted(self._cast(FINE, place))
@@ -157,7 +166,7 @@ class Agreement:
         try:
             count = self._ballot.cast(min(said, self._owed), self._steps, self._ballot.issued() - self._issued, place)
         except RuntimeError as error:
-            self._refuse(f"{ABSENT.format(timeout=self._ballot.timeout)} ({error})")
+            self._refuse_absent(error)
             return None
         self._owed = FINE
         return count
@@ -166,17 +175,19 @@ class Agreement:
         """The verdict; None, and every further step refused, where there is no going on."""
         if count is None:
             return None
-        assert self._ballot is not None
         try:
             verdict = count.wait()
         except RuntimeError as error:
-            self._refuse(f"{ABSENT.format(timeout=self._ballot.timeout)} ({error})")
+            self._refuse_absent(error)
             return None
         if verdict.said == LOST:
             self._refuse(IN_REDUCTION.format(rank=verdict.rank))
         elif not verdict.aligned:
             self._refuse(UNEQUAL)
         return None if self._refusal else verdict
+
+    def _refuse_absent(self, error: RuntimeError) -> None:
+        self._refuse(f"{ABSENT} ({error})")
 
     def _refuse(self, why: str) -> None:
         self._refusal = LOST_STEP.format(why=why)
