@@ -16,6 +16,7 @@ from fastadv.engine.model.hook import Hook, install
 from fastadv.engine.model.parallelism import Parallelism
 from fastadv.engine.model.split import Split, SplitChoice
 from fastadv.engine.owner import Owner
+from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.perturbation import Perturbation
 from fastadv.engine.perturb.positions import PositionPerturbation
 from fastadv.engine.perturb.rows import RowPerturbation
@@ -78,7 +79,7 @@ class Engine:
         self.agreement = Agreement(self.parallelism, lambda: self.device)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
         by_row = scope in TABLE_SCOPES and not self.parallelism.compiled
-        self.places = Places(self.modules, padding, by_row, fused)
+        self.places = Places(self.modules, padding, by_row, fused, MaskCheck())
         self.new_perturbation = self._scoped(scope, tied)
         self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
         self.buffers = Buffers()
