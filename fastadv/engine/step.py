@@ -142,8 +142,7 @@ class Step:
 
     def backward(self, loss: Tensor | None, weight: float = 1.0) -> None:
         """Accumulate the gradient of `weight * loss`, through the last forward and all that wait."""
-        forward = self._pending
-        assert forward is not None
+        forward = cast(Forward, self._pending)
         with self.perturbation.collecting(), forward.backward():
             self._hand_over(loss, weight, forward.last)
         self.tables.collect()
@@ -292,10 +291,9 @@ class Step:
         if loss is not None and weight != 1:
             loss = loss * weight if weight else None
         total = loss if self._term is None else self._term.joined(loss)
-        if total is None:
-            return
-        with self.engine.agreement.reduction(total, last):
-            self.engine.owner.backward(total)
+        if total is not None:
+            with self.engine.agreement.reduction(total, last):
+                self.engine.owner.backward(total)
 
     def _detached(self, loss: Tensor | None, output: Any) -> Pass:
         value = torch.zeros((), device=self.device) if loss is None else loss.detach()

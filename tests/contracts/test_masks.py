@@ -65,7 +65,9 @@ def test_another_convention_is_refused(form: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("form", [form for form in OTHER if "= padding" not in form])
-@pytest.mark.parametrize("make", [lambda m: fastadv.FGM(m, start_step=9, **WORDS), fastadv.AWP], ids=["unattacked", "awp"])
+@pytest.mark.parametrize(
+    "make", [lambda m: fastadv.FGM(m, start_step=9, **WORDS), fastadv.AWP], ids=["unattacked", "awp"]
+)
 def test_a_step_that_uses_no_mask_refuses_it_too(make: Callable[[TinyModel], fastadv.Method], form: str) -> None:
     """Rather than at the step from which on it is attacked."""
     model, data = ready()

@@ -1,4 +1,4 @@
-"""One of two processes fails and goes on: the step is void on both, or both are told soon; gradients are never mixed."""
+"""One of two processes fails and goes on: the step is void on both, or both are told; gradients are never mixed."""
 
 from __future__ import annotations
 
@@ -62,18 +62,18 @@ def void(found: list[dict[str, Any]], step: int, own: str) -> None:
 @pytest.mark.parametrize(("name", "index"), disagreeing.PASSES)
 def test_a_closure_fails(cases: Path, name: str, index: int) -> None:
     found = outcomes(cases, f"before-{name}-{index}")
-    void(found, FAULTY, "Fault")
+    void(found, FAULTY, "PlannedError")
     trained(found, name, FAULTY)
 
 
 @pytest.mark.parametrize(
     ("case", "name", "own"),
     [
-        ("after", "pgd-sample", "Fault"),
-        ("inner", "pgd-sample", "Fault"),
-        ("inner-plain", "plain", "Fault"),
+        ("after", "pgd-sample", "PlannedError"),
+        ("inner", "pgd-sample", "PlannedError"),
+        ("inner-plain", "plain", "PlannedError"),
         ("mask", "pgd-sample", "ValueError"),
-        ("ascent", "freeat", "Fault"),
+        ("ascent", "freeat", "PlannedError"),
     ],
 )
 def test_the_step_is_void_on_both(cases: Path, case: str, name: str, own: str) -> None:
@@ -86,7 +86,7 @@ def test_the_step_is_void_on_both(cases: Path, case: str, name: str, own: str) -
 @pytest.mark.parametrize("on", ["wrapper", "model"])
 def test_the_first_step_is_void_too(cases: Path, on: str) -> None:
     found = outcomes(cases, f"first-{on}")
-    void(found, 0, "Fault")
+    void(found, 0, "PlannedError")
     trained(found, "pgd-sample", 0)
 
 
@@ -166,4 +166,4 @@ def test_a_process_with_fewer_batches(slow: Path) -> None:
 def test_a_fault_inside_of_torchs_join(slow: Path) -> None:
     errors = outcomes(slow, "fails-inside-join")[1]["errors"]
     assert list(errors) == [FAULTY, FAULTY + 1]
-    assert errors[FAULTY].startswith("Fault") and errors[FAULTY + 1].startswith(APART)
+    assert errors[FAULTY].startswith("PlannedError") and errors[FAULTY + 1].startswith(APART)

@@ -81,7 +81,7 @@ class Parallelism:
         is left to `prepare`. Whether the step fails or not, the next broadcast is due where gradients were to be
         reduced: on every process the same, so that a step that fails keeps the buffers that it was sent.
         """
-        ddp = self.parallel
+        ddp: Any = self.parallel
         if ddp is None or self.joins() or getattr(ddp, "_use_python_reducer", False):
             yield
             return

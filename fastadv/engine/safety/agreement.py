@@ -78,6 +78,7 @@ class Agreement:
             raise RuntimeError(self._refusal)
         try:
             self._begin(trains)
+            self._own_up()
             with contextlib.ExitStack() as stack:
                 self._align(stack, trains)
                 yield
@@ -118,13 +119,19 @@ class Agreement:
         parallelism = self._parallelism
         self._over = self._done = False
         self._reductions = 0
-        if parallelism.joins() or not (parallelism.talks or (trains and parallelism.reduces_now())):
+        speaks = self._owed == LOST or parallelism.talks or (trains and parallelism.reduces_now())
+        if parallelism.joins() or not speaks:
             return
         if self._ballot is None:
             self._ballot = Ballot(*parallelism.processes(), self._device())
         self._steps += 1
         self._issued = self._ballot.issued()
         self._running = True
+
+    def _own_up(self) -> None:
+        """Before anything else is sent to others that still wait for what this process failed to send."""
+        if self._owed == LOST and self._running:
+            self._reach(END)
 
     def _align(self, stack: contextlib.ExitStack, trains: bool) -> None:
         try:
@@ -144,11 +151,15 @@ class Agreement:
             raise RuntimeError(VOID.format(rank=verdict.rank) if verdict.said == FAILED else APART)
 
     def _fail(self, trains: bool) -> None:
-        """Say so, without waiting for the others: whoever raised wants to be heard now."""
-        if self._done:
-            self._owed = LOST  # the others have left this step, and keep what it brought
+        """Say so, without waiting for the others: whoever raised wants to be heard now.
+
+        A process waits for its votes when it exits, so nothing is said while the others wait for a gradient: they would
+        wait on, where an exit tells them at once. (The same where they have left this step, and keep what it brought.)
+        """
+        if self._done or (self._reducing and not self._over):
+            self._owed = LOST
         elif self._running and not self._over:
-            self._posted = self._cast(LOST if self._reducing else FAILED, None)
+            self._posted = self._cast(FAILED, None)
         elif self._parallelism.joins():
             self._refuse(IN_JOIN)
         elif trains and not self._running:
@@ -164,7 +175,8 @@ class Agreement:
         """Vote; None, and every further step refused, where the others are gone."""
         assert self._ballot is not None
         try:
-            count = self._ballot.cast(min(said, self._owed), self._steps, self._ballot.issued() - self._issued, place)
+            issued = self._ballot.issued() - self._issued
+            count = self._ballot.cast(min(said, self._owed), self._steps, issued, place, haste=said == FAILED)
         except RuntimeError as error:
             self._refuse_absent(error)
             return None

@@ -16,6 +16,7 @@ from torch import Tensor
 FINE, FAILED, LOST = 2, 1, 0  # what a process says; the least that any of them says is what holds
 SHIFT = 32  # a vote is what a process says, and below it who says so
 NEUTRAL = 2**62
+HASTE = dt.timedelta(seconds=60)
 
 _groups: dict[tuple[int, ...], Any] = {}  # by ranks; made once, and never given up: every process must do the same
 
@@ -54,8 +55,8 @@ class Ballot:
 
     def __init__(self, groups: list[Any], ranks: list[int], device: torch.device) -> None:
         self._groups = groups
-        self.timeout = 2 * max(_timeout(group, device) for group in groups)  # what waits there gives up sooner
-        self._group = _meet(tuple(sorted(ranks)), self.timeout)
+        self._timeout = 2 * max(_timeout(group, device) for group in groups)  # what waits there gives up sooner
+        self._group = _meet(tuple(sorted(ranks)), self._timeout)
 
     def issued(self) -> int:
         """How many collectives this process has begun in the model's groups."""
@@ -64,13 +65,18 @@ class Ballot:
         except RuntimeError:  # a backend that does not count
             return 0
 
-    def cast(self, said: int, step: int, issued: int, place: int | None) -> Count:
-        """Vote, without waiting. Two processes agree in a number if its least and the least of its negative do."""
+    def cast(self, said: int, step: int, issued: int, place: int | None, haste: bool) -> Count:
+        """Vote, without waiting. Two processes agree in a number if its least and the least of its negative do.
+
+        A process that exits waits for its votes: one that fails, and may exit for it, does so in `haste`.
+        """
         places = [NEUTRAL, NEUTRAL] if place is None else [place, -place]
         vote = (said << SHIFT) + (0 if said == FINE else dist.get_rank())
-        votes = torch.tensor([vote, step, -step, issued, -issued, *places])
-        work = dist.all_reduce(votes, op=dist.ReduceOp.MIN, group=self._group, async_op=True)
-        return Count(work, votes)
+        votes = torch.tensor([vote, step, -step, issued, -issued, *places], device="cpu")
+        options = dist.AllreduceOptions()
+        options.reduceOp = dist.ReduceOp.MIN  # type: ignore[assignment, unused-ignore]
+        options.timeout = min(HASTE, self._timeout) if haste else self._timeout
+        return Count(self._group.allreduce([votes], options), votes)
 
 
 def _timeout(group: Any, device: torch.device) -> dt.timedelta:
