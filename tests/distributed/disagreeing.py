@@ -250,51 +250,53 @@ def sharded_fails(rank: int, ranks: tuple[int, ...], place: str) -> dict[str, An
     return run.outcome()
 
 
-PASSES = [
-    ("fgm-table", 0),
+PASSES = [("fgm-table", 0), ("pgd-sample", 1), ("freelb-sample", 2), ("plain", 0), ("awp", 1)]
+MORE_PASSES = [
     ("fgm-table", 1),
     ("pgd-sample", 0),
-    ("pgd-sample", 1),
     ("pgd-sample", 3),
-    ("freelb-sample", 2),
     ("held-freelb", 4),
     ("yopo-sample", 3),
     ("smart", 0),
     ("freeat", 0),
-    ("plain", 0),
     ("awp", 0),
-    ("awp", 1),
 ]
-CASES: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
+Cases = dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]]
+CASES: Cases = {
     **{f"before-{name}-{index}": (closure_fails, (name, index, "before")) for name, index in PASSES},
+    "first-model": (first_step_fails, ("model",)),
+    "mask": (mask_is_wrong, ()),
+    "micro": (micro_batch_fails, ()),
+    "empty-pgd-sample": (empty_batch, ("pgd-sample",)),
+    "both-sharded": (sharded_fails, ((0, 1), "before")),
+}
+SLOW: Cases = {
+    **{f"before-{name}-{index}": (closure_fails, (name, index, "before")) for name, index in MORE_PASSES},
     "after": (closure_fails, ("pgd-sample", 3, "after")),
     "inner": (closure_fails, ("pgd-sample", 1, "before", "model")),
     "inner-plain": (closure_fails, ("plain", 0, "before", "model")),
-    "first-wrapper": (first_step_fails, ("wrapper",)),
-    "first-model": (first_step_fails, ("model",)),
-    "mask": (mask_is_wrong, ()),
     "ascent": (fails_when_all_is_reduced, ()),
-    "micro": (micro_batch_fails, ()),
+    "first-wrapper": (first_step_fails, ("wrapper",)),
     "search": (search_fails, ()),
     "attacked-fgm-table": (schedules_differ, ("fgm-table",)),
     "attacked-awp": (schedules_differ, ("awp",)),
-    **{f"empty-{name}": (empty_batch, (name,)) for name in ("fgm-table", "pgd-sample", "smart", "awp")},
+    **{f"empty-{name}": (empty_batch, (name,)) for name in ("fgm-table", "smart", "awp")},
     "joined": (stops_early, (True,)),
-    "both-sharded": (sharded_fails, ((0, 1), "before")),
     "sharded-late": (sharded_fails, ((1,), "after")),
 }
-SLOW: dict[str, tuple[Callable[..., dict[str, Any]], tuple[Any, ...]]] = {
+TIMED_OUT: Cases = {
     "backward": (closure_fails, ("pgd-sample", 3, "backward")),
     "stops": (stops_early, (False,)),
     "fails-inside-join": (fails_inside_join, ()),
     "sharded": (sharded_fails, ((1,), "before")),
 }
+SUITES = {"cases": CASES, "slow": {**SLOW, **TIMED_OUT}}
 
 
 def run(rank: int, cases: str, folder: str) -> None:
     """All of them in one pair of processes, each with groups of its own."""
     torch.set_num_threads(1)
-    for name, (case, arguments) in {"cases": CASES, "slow": SLOW}[cases].items():
+    for name, (case, arguments) in SUITES[cases].items():
         dist.init_process_group(
             "gloo",
             init_method=f"file://{folder}/meeting-{name}",

@@ -34,6 +34,16 @@ def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return start("slow", tmp_path_factory.mktemp("slow"))
 
 
+@pytest.fixture
+def folder(request: pytest.FixtureRequest) -> Path:
+    """Of the suite that a test's case is in."""
+    found: Path = request.getfixturevalue("slow" if request.node.get_closest_marker("slow") else "cases")
+    return found
+
+
+SLOW = pytest.mark.slow
+
+
 def outcomes(folder: Path, case: str) -> list[dict[str, Any]]:
     """What both processes raised and ended with; none of them waited long."""
     found: list[Any] = [torch.load(folder / f"{case}-{rank}.pt") for rank in range(workers.WORLD)]
@@ -59,9 +69,12 @@ def void(found: list[dict[str, Any]], step: int, own: str) -> None:
     assert found[1]["errors"][step].startswith(own)
 
 
-@pytest.mark.parametrize(("name", "index"), disagreeing.PASSES)
-def test_a_closure_fails(cases: Path, name: str, index: int) -> None:
-    found = outcomes(cases, f"before-{name}-{index}")
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [*disagreeing.PASSES, *(pytest.param(*one, marks=SLOW) for one in disagreeing.MORE_PASSES)],
+)
+def test_a_closure_fails(folder: Path, name: str, index: int) -> None:
+    found = outcomes(folder, f"before-{name}-{index}")
     void(found, FAULTY, "PlannedError")
     trained(found, name, FAULTY)
 
@@ -69,75 +82,82 @@ def test_a_closure_fails(cases: Path, name: str, index: int) -> None:
 @pytest.mark.parametrize(
     ("case", "name", "own"),
     [
-        ("after", "pgd-sample", "PlannedError"),
-        ("inner", "pgd-sample", "PlannedError"),
-        ("inner-plain", "plain", "PlannedError"),
+        pytest.param("after", "pgd-sample", "PlannedError", marks=SLOW),
+        pytest.param("inner", "pgd-sample", "PlannedError", marks=SLOW),
+        pytest.param("inner-plain", "plain", "PlannedError", marks=SLOW),
         ("mask", "pgd-sample", "ValueError"),
-        ("ascent", "freeat", "PlannedError"),
+        pytest.param("ascent", "freeat", "PlannedError", marks=SLOW),
     ],
 )
-def test_the_step_is_void_on_both(cases: Path, case: str, name: str, own: str) -> None:
+def test_the_step_is_void_on_both(folder: Path, case: str, name: str, own: str) -> None:
     """A fault after the forward, with a method made on the model inside DDP, of an argument, after the reduction."""
-    found = outcomes(cases, case)
+    found = outcomes(folder, case)
     void(found, FAULTY, own)
     trained(found, name, FAULTY)
 
 
-@pytest.mark.parametrize("on", ["wrapper", "model"])
-def test_the_first_step_is_void_too(cases: Path, on: str) -> None:
-    found = outcomes(cases, f"first-{on}")
+@pytest.mark.parametrize("on", [pytest.param("wrapper", marks=SLOW), "model"])
+def test_the_first_step_is_void_too(folder: Path, on: str) -> None:
+    found = outcomes(folder, f"first-{on}")
     void(found, 0, "PlannedError")
     trained(found, "pgd-sample", 0)
 
 
-def test_a_micro_batch_that_fails_makes_its_optimizer_step_void(cases: Path) -> None:
-    found = outcomes(cases, "micro")
+def test_a_micro_batch_that_fails_makes_its_optimizer_step_void(folder: Path) -> None:
+    found = outcomes(folder, "micro")
     void(found, FAULTY, VOID)
     trained(found, "pgd-sample", FAULTY, micro_batches=2)
 
 
-def test_a_search_that_fails_disturbs_nobody(cases: Path) -> None:
-    found = outcomes(cases, "search")
+@pytest.mark.slow
+def test_a_search_that_fails_disturbs_nobody(folder: Path) -> None:
+    found = outcomes(folder, "search")
     assert not found[0]["errors"] and not found[1]["errors"]
     trained(found, "pgd-sample")
 
 
-def test_one_may_attack_where_the_other_does_not(cases: Path) -> None:
-    found = outcomes(cases, "attacked-fgm-table")
+@pytest.mark.slow
+def test_one_may_attack_where_the_other_does_not(folder: Path) -> None:
+    found = outcomes(folder, "attacked-fgm-table")
     assert not found[0]["errors"] and not found[1]["errors"]
     trained(found, "fgm-table")
 
 
-def test_steps_with_more_reductions_than_the_others_are_void(cases: Path) -> None:
+@pytest.mark.slow
+def test_steps_with_more_reductions_than_the_others_are_void(folder: Path) -> None:
     """AWP reduces twice, and an unattacked step once."""
-    found = outcomes(cases, "attacked-awp")
+    found = outcomes(folder, "attacked-awp")
     assert all("different places" in one["errors"][FAULTY] and len(one["errors"]) == 1 for one in found)
     trained(found, "awp", FAULTY)
 
 
-@pytest.mark.parametrize("name", ["fgm-table", "pgd-sample", "smart", "awp"])
-def test_an_empty_batch(cases: Path, name: str) -> None:
-    found = outcomes(cases, f"empty-{name}")
+@pytest.mark.parametrize(
+    "name", ["pgd-sample", *(pytest.param(name, marks=SLOW) for name in ("fgm-table", "smart", "awp"))]
+)
+def test_an_empty_batch(folder: Path, name: str) -> None:
+    found = outcomes(folder, f"empty-{name}")
     assert not found[0]["errors"] and not found[1]["errors"], found
     assert all(value.isfinite().all() for value in found[0]["values"].values())
     trained(found, "table")
 
 
-def test_uneven_batches_in_torchs_join(cases: Path) -> None:
-    found = outcomes(cases, "joined")
+@pytest.mark.slow
+def test_uneven_batches_in_torchs_join(folder: Path) -> None:
+    found = outcomes(folder, "joined")
     assert not found[0]["errors"] and not found[1]["errors"], found
     trained(found, "table")
 
 
-def test_fsdp2_goes_on_where_all_fail_alike(cases: Path) -> None:
-    found = outcomes(cases, "both-sharded")
+def test_fsdp2_goes_on_where_all_fail_alike(folder: Path) -> None:
+    found = outcomes(folder, "both-sharded")
     assert [list(one["errors"]) for one in found] == [[FAULTY], [FAULTY]], found
     trained(found, "pgd-sample", FAULTY)
 
 
-def test_fsdp2_in_one_process_alone(cases: Path) -> None:
+@pytest.mark.slow
+def test_fsdp2_in_one_process_alone(folder: Path) -> None:
     """Whatever it has begun by then, both are told."""
-    told(outcomes(cases, "sharded-late"))
+    told(outcomes(folder, "sharded-late"))
 
 
 def told(found: list[dict[str, Any]]) -> None:
@@ -149,21 +169,21 @@ def told(found: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["backward", "sharded"])
-def test_a_fault_that_nothing_can_make_void(slow: Path, case: str) -> None:
+def test_a_fault_that_nothing_can_make_void(folder: Path, case: str) -> None:
     """In the reducing backward itself, or in FSDP2's forward: the other process waits until its group gives up."""
-    told(outcomes(slow, case))
+    told(outcomes(folder, case))
 
 
 @pytest.mark.slow
-def test_a_process_with_fewer_batches(slow: Path) -> None:
-    found = outcomes(slow, "stops")
+def test_a_process_with_fewer_batches(folder: Path) -> None:
+    found = outcomes(folder, "stops")
     assert not found[1]["errors"]
     assert list(found[0]["errors"]) == [disagreeing.STEPS - 1]
     assert "not every rank came to this step" in found[0]["errors"][disagreeing.STEPS - 1]
 
 
 @pytest.mark.slow
-def test_a_fault_inside_of_torchs_join(slow: Path) -> None:
-    errors = outcomes(slow, "fails-inside-join")[1]["errors"]
+def test_a_fault_inside_of_torchs_join(folder: Path) -> None:
+    errors = outcomes(folder, "fails-inside-join")[1]["errors"]
     assert list(errors) == [FAULTY, FAULTY + 1]
     assert errors[FAULTY].startswith("PlannedError") and errors[FAULTY + 1].startswith(APART)
