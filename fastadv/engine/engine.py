@@ -18,6 +18,7 @@ from fastadv.engine.model.hook import Hook, install
 from fastadv.engine.model.parallelism import Parallelism
 from fastadv.engine.model.split import Split, SplitChoice
 from fastadv.engine.owner import Owner
+from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.perturbation import Perturbation
 from fastadv.engine.perturb.positions import PositionPerturbation
 from fastadv.engine.perturb.rows import RowPerturbation
@@ -25,6 +26,7 @@ from fastadv.engine.perturb.start import Draw
 from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Term, check_closure
+from fastadv.engine.safety.agreement import Agreement
 from fastadv.engine.safety.guard import Guard
 from fastadv.engine.safety.inventory import Inventory
 from fastadv.engine.safety.probe_autocast import ProbeAutocast
@@ -82,9 +84,10 @@ class Engine:
         self.refusal = refusal
         self.modules = find.find(model, embedding) if perturbs else []
         self.parallelism = Parallelism(model)
+        self.agreement = Agreement(self.parallelism, model)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
         by_row = scope in TABLE_SCOPES and not self.parallelism.compiled
-        self.places = Places(self.modules, padding, by_row, fused)
+        self.places = Places(self.modules, padding, by_row, fused, MaskCheck())
         self.buffers = Buffers()
         self.new_perturbation = self._scoped(scope, tied)
         self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
@@ -156,7 +159,8 @@ class Engine:
         masks: Masks = None,
         *,
         attack: Closure | None = None,
-        start: Draw | None = None,
+        start: Callable[[], Draw | None] | None = None,
+        trains: bool = False,
     ) -> T:
         """Run a schedule as one step: it begins with no perturbation and, if it fails, leaves no trace.
 
@@ -164,14 +168,25 @@ class Engine:
         elsewhere.
         """
         self._check(closure, attack)
+
+        def new_step(frame: Frame) -> Step:
+            return Step(self, frame, closure, masks, attack, None if start is None else start())
+
+        if not self.parallelism.among_others():
+            return self._framed(schedule, new_step)
+        with self.agreement.step(trains):  # outside: it tells the others when this process has put everything back
+            return self._framed(schedule, new_step)
+
+    def _framed(self, schedule: Callable[[Step], T], new_step: Callable[[Frame], Step]) -> T:
         frame = Frame(self)
         try:
             with span("step"):
-                step = Step(self, frame, closure, masks, attack, start)
+                step = new_step(frame)
                 frame.undo.append(step.perturbation.put_back)
                 self.last, self.buffers.lookups = step.perturbation, step.lookups.items
                 result = schedule(step)
                 step.settle()
+                self.agreement.end()
                 frame.end()
                 return result
         except BaseException:

@@ -10,6 +10,7 @@ from torch import Size, Tensor, nn
 
 from fastadv.engine.lookup import Lookup, new_delta
 from fastadv.engine.model.find import is_plain_lookup
+from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.segments import group
 from fastadv.engine.profile import span
 from fastadv.ops import Segments
@@ -26,6 +27,7 @@ class Places(NamedTuple):
     padding: Sequence[int | None]  # the id of padding, by module; None: no id is
     by_row: bool  # plain lookups are moved by the rows of a table, so they need no delta of their own
     fused: bool | None
+    check: MaskCheck
 
 
 class Lookups:
@@ -40,6 +42,9 @@ class Lookups:
     def __init__(self, places: Places, masks: Masks, lent: Sequence[Lookup]) -> None:
         if not all(mask is None or isinstance(mask, Tensor) for mask in _each(masks)):
             raise TypeError(f"mask must be a tensor, or a sequence of tensors and None, not {masks!r}")
+        for mask in _each(masks):
+            if isinstance(mask, Tensor):
+                places.check.values(mask)
         self.places = places
         self.masks = masks
         self.items: list[Lookup] = []
@@ -102,8 +107,13 @@ class Lookups:
         self.settled = True
         del self.items[calls:]
         for lookup in self.items:
-            if lookup.mask is None and lookup.ids is not None:
+            if lookup.ids is None:
+                continue
+            padding = self.places.padding[lookup.module]
+            if lookup.mask is None:
                 lookup.mask = self._padding_mask(lookup.ids, lookup.module)
+            elif padding is not None and lookup.mask.shape == lookup.ids.shape:
+                self.places.check.padding(lookup.mask, lookup.ids, padding)
 
     def segments(self) -> Segments:
         """Where equal ids lie, over all calls: one sort per batch, shared by all ascents."""

@@ -143,10 +143,9 @@ class Step:
 
     def backward(self, loss: Tensor | None, weight: float = 1.0) -> None:
         """Accumulate the gradient of `weight * loss`, through the last forward and all that wait."""
-        forward = self._pending
-        assert forward is not None
-        with self.perturbation.collecting(), self.engine.parallelism.synchronised(forward.last), forward.backward():
-            self._hand_over(loss, weight)
+        forward = cast(Forward, self._pending)
+        with self.perturbation.collecting(), forward.backward():
+            self._hand_over(loss, weight, forward.last)
         self.tables.collect()
         self._followed = self._target is None and (self._started or self._start is None)
 
@@ -171,7 +170,7 @@ class Step:
         if self._term is not None:
             self._term.ask(self.closure)
         self.draws.next_pass()
-        with span("forward"):
+        with self.engine.parallelism.synchronised(True), span("forward"):
             output = self.call(self.closure)
         loss = read(output)
         if self._term is not None:
@@ -273,13 +272,14 @@ class Step:
                 raise RuntimeError(REENTRANT) from error
             raise
 
-    def _hand_over(self, loss: Tensor | None, weight: float = 1.0) -> None:
+    def _hand_over(self, loss: Tensor | None, weight: float = 1.0, last: bool = True) -> None:
         """Give the loss, and a term that joins it, to the owner of the backward."""
         if loss is not None and weight != 1:
             loss = loss * weight if weight else None
         total = loss if self._term is None else self._term.joined(loss)
         if total is not None:
-            self.engine.owner.backward(total)
+            with self.engine.agreement.reduction(total, last):
+                self.engine.owner.backward(total)
 
     def _detached(self, loss: Tensor | None, output: Any) -> Pass:
         value = torch.zeros((), device=self.device) if loss is None else loss.detach()

@@ -82,21 +82,21 @@ class Method:
         Args:
             closure: runs the model's forward and returns the loss, an output with `.loss`, a dict with "loss" or a
                 tuple that begins with it. It is called once per pass and never calls backward.
-            mask: [B, T], true or 1 where a token is. Elsewhere there is no perturbation. Default: where the
-                embedding's `padding_idx` is not. A sequence of masks where the embedding is called several times.
+            mask: [B, T], true or 1 where a token is, false or 0 elsewhere: there is no perturbation. Default: where
+                the embedding's `padding_idx` is not. A sequence of masks where the embedding is called several times.
             attack: a second closure, whose value the ascent maximises where that is not the loss.
             step: the step that `start_step` and `every` look at. Default: the number of earlier calls.
 
         Raises:
-            TypeError, ValueError: the closure's result holds no scalar loss; the mask has another shape.
+            TypeError, ValueError: the closure's result holds no scalar loss; the mask has another shape, other values
+                than 0 and 1, no token, or padding alone.
             IndexError: ids outside the embedding's table (on the CPU).
-            RuntimeError: the closure never ran the embedding, or called backward itself.
+            RuntimeError: the closure never ran the embedding, or called backward itself; another process failed.
             Whatever the closure raises. In every case the model is left as it was.
         """
         attacking = self._enter(step)
-        start = self._draw() if attacking else None
-        schedule = self._attacked if attacking else self._unattacked
-        return self._engine.run(schedule, closure, mask, attack=attack, start=start)
+        schedule, start = (self._attacked, self._draw) if attacking else (self._unattacked, None)
+        return self._engine.run(schedule, closure, mask, attack=attack, start=start, trains=True)
 
     def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
         """Find the perturbation of one batch, and let every forward inside the block see it: for evaluation.

@@ -112,7 +112,7 @@ class EmbeddingMethod(Method):
             >>> with found.applied():  # doctest: +SKIP
             ...     logits = model(ids).logits
         """
-        return self._engine.run(self._found, closure, mask, start=self._start)
+        return self._engine.run(self._found, closure, mask, start=lambda: self._start)
 
     def _found(self, step: Step) -> Found:
         self._aim(step)

@@ -210,7 +210,7 @@ class FreeAT(EmbeddingMethod):
     def _check_trained(self) -> None:
         """A scaler skips optimizer steps, so with one there is no telling."""
         if self._engine.owner.scaler is None and self._trained == self._changes.count():
-            warnings.warn(NO_STEP, stacklevel=4)
+            warnings.warn(NO_STEP, stacklevel=7)
 
     # For a checkpoint
 

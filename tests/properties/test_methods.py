@@ -64,6 +64,8 @@ def cases(
     words = draw(st.sampled_from([2, 8, V]))  # few words: many repeats
     ids = torch.randint(0, words, (rows, length), generator=generator)
     mask = torch.rand(rows, length, generator=generator) < 0.7 if draw(st.booleans()) else None
+    if mask is not None:
+        mask[0, 0] = True  # one that covers no token is refused
     options = {
         "epsilon": draw(st.sampled_from([1e-3, 0.1, 1.0, 5.0])),
         "step_size": draw(st.sampled_from([0.0, 1e-3, 0.3, 2.0])),
@@ -140,6 +142,9 @@ def test_samples_do_not_see_each_other(case: Case) -> None:
     together = case.run()[0][-1]
     for row in range(len(case.ids)):
         mask = None if case.mask is None else case.mask[row : row + 1]
+        if mask is not None and not mask.any():
+            assert not together[row].any()
+            continue
         alone = Case(
             case.ids[row : row + 1], mask, case.labels[row : row + 1], case.scope, case.norm, case.options, case.seed
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -26,17 +27,75 @@ class Parallelism:
         self.model = model
         self.compiled = is_compiled(model)
         self.sharded = _is_sharded(model)
+        self.talks = self.sharded or any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
         self.parallel = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), None)
+        self._sought = False
+        self._deferred = False  # forwards prepare no reduction
+        self._check()
+
+    def _check(self) -> None:
         if self.parallel is not None and self.parallel.static_graph:
             raise ValueError(
                 "DistributedDataParallel(static_graph=True) expects the same backward in every pass, and the passes of "
                 "a step differ: wrap the model without static_graph"
             )
 
+    # Several processes
+
+    def among_others(self) -> bool:
+        """Whether other processes train this model too. Looks, once, for the DDP that a bare model was wrapped in."""
+        if not _is_grouped():
+            return False
+        if self.parallel is None and not self.sharded and not self._sought:
+            self._sought = True
+            self.parallel = _wrapper_of(self.model)
+            self._check()
+        return self.sharded or (self.parallel is not None and self.parallel.process_group.size() > 1)
+
+    def processes(self) -> tuple[list[Any], list[int]]:
+        """The groups in which the model's collectives run, and the ranks of all processes in them."""
+        if self.parallel is not None:
+            group = self.parallel.process_group
+            return [group], dist.get_process_group_ranks(group)
+        from torch.distributed.tensor import DTensor
+
+        mesh = next(p for p in self.model.parameters() if isinstance(p, DTensor)).device_mesh
+        return mesh.get_all_groups(), mesh.mesh.flatten().tolist()
+
+    def joins(self) -> bool:
+        """Whether torch's `Join` is around: a process that has no more batches shadows what DDP does, and no more."""
+        return self.parallel is not None and self.parallel._join_config.enable
+
     def reduces(self) -> bool:
         """Whether gradients are reduced over processes, by hooks that wait for each parameter's."""
-        grouped = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        return grouped or self.parallel is not None
+        return _is_grouped() or self.parallel is not None
+
+    def reduces_now(self) -> bool:
+        """Whether DDP reduces in a backward whose forward runs now: not inside of the user's `no_sync`."""
+        return self.parallel is not None and bool(self.parallel.require_backward_grad_sync)
+
+    @contextlib.contextmanager
+    def aligned(self, trains: bool) -> Iterator[None]:
+        """Around a step, in whose forwards DDP then does nothing that another process would have to answer.
+
+        Buffers are broadcast (and buckets put in order, once) at the step's begin, and what DDP prepares in a forward
+        is left to `prepare`. Whether the step fails or not, the next broadcast is due where gradients were to be
+        reduced: on every process the same, so that a step that fails keeps the buffers that it was sent.
+        """
+        ddp: Any = self.parallel
+        if ddp is None or self.joins() or getattr(ddp, "_use_python_reducer", False):
+            yield
+            return
+        if torch.is_grad_enabled():
+            ddp.reducer._rebuild_buckets()
+        if ddp.will_sync_module_buffers():
+            ddp._sync_buffers()
+        reduces = trains and self.reduces_now()
+        ddp.require_forward_param_sync, self._deferred = False, reduces
+        try:
+            yield
+        finally:
+            ddp.require_forward_param_sync, self._deferred = reduces, False
 
     def remember(self) -> Callable[[], None]:
         """Return what puts the wrappers' switches where they are now."""
@@ -52,12 +111,23 @@ class Parallelism:
 
         return put_back
 
+    # Around a pass. Where one fails, `remember` leads back.
+
     def synchronised(self, reduce: bool) -> contextlib.AbstractContextManager[Any]:
-        """Under DDP, gradients are reduced in the last full pass alone."""
-        if reduce or self.parallel is None:
+        """Around a forward: gradients are reduced in the last full pass alone, and `prepare` may see to that."""
+        if self.parallel is None or (reduce and not self._deferred):
             return contextlib.nullcontext()
-        quiet: contextlib.AbstractContextManager[Any] = self.parallel.no_sync()
-        return quiet
+        return _unreduced(self.parallel)
+
+    def prepare(self, loss: Tensor) -> None:
+        """Let the backward of `loss` reduce gradients, as DDP does at the end of a forward.
+
+        It would do so too early: where the forward is void, the next backward would reduce, whichever that is.
+        """
+        if self.parallel is not None and self._deferred:
+            reducer = self.parallel.reducer
+            reducer.prepare_for_forward()
+            reducer.prepare_for_backward([loss] if self.parallel.find_unused_parameters else [])
 
     @contextlib.contextmanager
     def quiet(self, leaves: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
@@ -75,7 +145,7 @@ class Parallelism:
         thawed = [p for p in self.model.parameters() if p.requires_grad and id(p) not in wanted]
         for parameter in thawed:
             parameter.requires_grad_(False)
-        yield  # after a failure the step's frame thaws them
+        yield
         for parameter in thawed:
             parameter.requires_grad_(True)
 
@@ -85,6 +155,29 @@ class Parallelism:
             return contextlib.nullcontext()
         eager: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
         return eager
+
+
+@contextlib.contextmanager
+def _unreduced(parallel: DistributedDataParallel) -> Iterator[None]:
+    """DDP's `no_sync`, but that nothing follows an error: one that is dropped late would set the switch late."""
+    before = parallel.require_backward_grad_sync
+    parallel.require_backward_grad_sync = False
+    yield
+    parallel.require_backward_grad_sync = before
+
+
+def _is_grouped() -> bool:
+    """Whether there are other processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
+    """The only DDP that holds `model`; None where there is none, or more."""
+    if any(issubclass(type(one), DistributedDataParallel) for one in gc.get_objects()):
+        gc.collect()  # one that is no longer used may still be there
+    wrappers = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
+    holding = [wrapper for wrapper in wrappers if any(part is model for part in wrapper.modules())]
+    return holding[0] if len(holding) == 1 else None
 
 
 def _is_sharded(model: nn.Module) -> bool:

@@ -1,0 +1,83 @@
+"""Whether a mask says what a method takes it to say: true or 1 where a token is.
+
+Two other conventions are about, and each would perturb the padding and nothing else: what is added to attention's
+scores (0 for a token, a large negative number for padding), and torch's `key_padding_mask` (true for padding).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastadv.engine.safety import rng
+
+CONVENTION = "mask is [B, T], true or 1 where a token is and false or 0 where padding is"
+OTHER_VALUES = CONVENTION + ", and this one ({dtype}) holds {value:g}. {convert}"
+ADDITIVE = "One that is added to attention scores, 0 for a token, becomes such a mask by `mask == 0`"
+COUNTING = "One that numbers what a row is packed of becomes such a mask by `mask != 0`"
+WEIGHING = "Say which positions are to be perturbed, as `mask > 0` does"
+COMPLEX = CONVENTION + ", and this one is {dtype}"
+NO_TOKEN = (
+    CONVENTION + ", and this one is 0 everywhere: nothing would be perturbed. Where true or 1 means padding, give "
+    "`mask == 0`; leave out batches that hold nothing but padding"
+)
+INVERTED = (
+    CONVENTION + ". This one keeps padding alone (id {padding}) and leaves every token out: where true or 1 means "
+    "padding, as in torch's key_padding_mask, give `mask == 0`"
+)
+
+
+class MaskCheck:
+    """The check of one method's masks. On the CPU of all; elsewhere, where reading waits, of the first of its dtype."""
+
+    def __init__(self) -> None:
+        self._trusted: set[tuple[str, torch.dtype]] = set()
+
+    def values(self, mask: Tensor) -> None:
+        """Look at what a mask holds.
+
+        Raises:
+            ValueError: something else than zeros and ones, or zeros alone.
+        """
+        if mask.dtype.is_complex:
+            raise ValueError(COMPLEX.format(dtype=mask.dtype))
+        if self._reads("values", mask):
+            _check_values(mask)
+
+    def padding(self, mask: Tensor, ids: Tensor, padding: int) -> None:
+        """Look at where a mask has its tokens: padding may lie among them.
+
+        Raises:
+            ValueError: they are all padding, and what it leaves out is not.
+        """
+        if not self._reads("padding", mask):
+            return
+        kept, pads = mask.bool(), ids == padding
+        if not bool((kept & ~pads).any()) and not bool(pads.all()):
+            raise ValueError(INVERTED.format(padding=padding))
+
+    def _reads(self, what: str, mask: Tensor) -> bool:
+        if mask.numel() == 0 or mask.device.type == "meta":
+            return False
+        if mask.device.type == "cpu":
+            return True
+        if rng.capturing() or (what, mask.dtype) in self._trusted:
+            return False
+        self._trusted.add((what, mask.dtype))
+        return True
+
+
+def _check_values(mask: Tensor) -> None:
+    if mask.dtype == torch.bool:
+        if not bool(mask.any()):
+            raise ValueError(NO_TOKEN)
+        return
+    least, most = torch.aminmax(mask)
+    if bool(most == 1) and bool(least >= 0) and (not mask.is_floating_point() or torch.equal(mask, mask * mask)):
+        return
+    odd = mask[(mask != 0) & (mask != 1)]
+    if not odd.numel():
+        raise ValueError(NO_TOKEN)
+    value = float(odd[0])
+    convert = ADDITIVE if value < 0 else WEIGHING if mask.is_floating_point() else COUNTING
+    raise ValueError(OTHER_VALUES.format(dtype=mask.dtype, value=value, convert=convert))
