@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install
 REPAIR = for d in $(VENV)/lib/python*/site-packages/*.dist-info; do \
 	[ -e "$$d/INSTALLER" ] || { echo "repairing $$d"; rm -rf "$$d"; }; done
 
-.PHONY: train test test-slow test-all lint bench report bench-compare bench-profile gpu-check docs asan campaign clean
+.PHONY: train test test-slow test-all lint bench report bench-compare bench-profile gpu-check docs asan tsan tidy campaign clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -89,6 +89,27 @@ asan: $(VENV)/.test
 # Tries to break what fastadv promises: about an hour on two cores. Goes on where an interrupted one has ended.
 campaign: $(VENV)/.test
 	$(BIN)/python -m tests.campaigns $(ARGS)
+
+# Those of their tests that run on several threads under ThreadSanitizer, with threads that it knows in place of libgomp's.
+# First what shows that it would see a race.
+TSAN := build/tsan
+THREADS := -fsanitize=thread -fno-omit-frame-pointer -g
+tsan: $(VENV)/.test
+	$(BIN)/python -m pytest tests/csrc/test_threads.py
+	rm -rf $(TSAN) && mkdir -p $(TSAN)
+	cp -R fastadv kernels csrc tests setup.py pyproject.toml README.md LICENSE $(TSAN)
+	cd $(TSAN) && $${CXX:-g++} -std=c++17 -O1 -fPIC -fvisibility=hidden $(THREADS) -c tests/csrc/threads/gomp.cpp -o gomp.o && \
+		CXXFLAGS="$(THREADS)" LDFLAGS="$(THREADS) $(CURDIR)/$(TSAN)/gomp.o" FASTADV_CUDA=0 FASTADV_NATIVE=1 \
+		$(CURDIR)/$(BIN)/python setup.py -q build_ext --inplace
+	cd $(TSAN) && TSAN_OPTIONS="ignore_noninstrumented_modules=1 exitcode=66 halt_on_error=1" \
+		LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libtsan.so)" setarch -R \
+		$(CURDIR)/$(BIN)/python -m pytest tests/csrc -k "threads_change_nothing or number_of_threads" -m "not slow" \
+		--capture=sys -p no:cacheprovider $(ARGS)
+
+# clang-tidy takes a minute; .clang-tidy says what it looks for.
+tidy: $(VENV)/.test
+	$(BIN)/clang-tidy --quiet csrc/*.cpp -- -std=c++17 \
+		$$($(BIN)/python -c "import pybind11, sysconfig; print('-isystem' + pybind11.get_include(), '-isystem' + sysconfig.get_path('include'))")
 
 clean:
 	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

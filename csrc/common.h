@@ -12,9 +12,11 @@
 
 // One more copy of a hot loop for AVX2, picked by the dynamic loader: the binary stays portable and still uses
 // the wider registers. The copies add and multiply in the same order, and AVX2 alone brings no fused
-// multiply-add, so their results are the same bits. A sanitizer cannot run before the loader has resolved them.
+// multiply-add, so their results are the same bits. A sanitizer cannot run before the loader has resolved them. No copy
+// may throw: GCC takes for granted that what picks one does not, and leaves out who would catch it. So memory that is
+// needed comes from the caller.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && !defined(__AVX2__) && \
-    !defined(__SANITIZE_ADDRESS__)
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 #define FASTADV_CLONES __attribute__((target_clones("default", "avx2")))
 #else
 #define FASTADV_CLONES

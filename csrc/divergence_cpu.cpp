@@ -85,10 +85,12 @@ struct Row {
   INLINE Real gap(std::int64_t i) const { return left(i) == right(i) ? Real(0) : left(i) - right(i); }
 };
 
-// What a row's classes share: p = x * per_p, q = y * per_q, r = gap + shift.
+// What a row's classes share: p = x * per_p, q = y * per_q, r = gap + shift. Not `defined`: one of the two has no
+// softmax, since it has NaN or +inf, or nothing but -inf.
 template <class Real>
 struct Scales {
   Real per_p, per_q, shift;
+  bool defined;
   Whole<Real> whole;
 };
 
@@ -109,7 +111,11 @@ INLINE inline Scales<typename Compute<T>::type> exponentials(const Row<T>& row, 
     add_run(x, count, sum_x), add_run(y, count, sum_y), add_run(xr, count, sum_xr), add_run(yr, count, sum_yr);
   });
   const double shift = (double(most_b) - double(most_a)) + (std::log(sum_y) - std::log(sum_x));
-  return {Real(1 / sum_x), Real(1 / sum_y), Real(shift), {Real(sum_xr / sum_x + shift), Real(-sum_yr / sum_y - shift)}};
+  return {Real(1 / sum_x),
+          Real(1 / sum_y),
+          Real(shift),
+          sum_x > 0 && sum_y > 0,
+          {Real(sum_xr / sum_x + shift), Real(-sum_yr / sum_y - shift)}};
 }
 
 template <class T>
@@ -137,9 +143,8 @@ INLINE inline Whole<typename Compute<T>::type> against_mean(const Row<T>& row,
 
 // The last pass: values and gradients. `each` gives them for class i.
 template <class T, class F>
-INLINE inline void finish(const Rows<T>& op, std::int64_t n, const F& each) {
+INLINE inline void finish(const Rows<T>& op, std::int64_t n, typename Compute<T>::type weight, const F& each) {
   using Real = typename Compute<T>::type;
-  const Real weight = op.weights[n];
   double sum = 0;
   runs(op.classes, [&](std::int64_t first, int count) INLINE {
     Real terms[kRun], left[kRun], right[kRun];
@@ -161,19 +166,20 @@ INLINE inline void row_of(const Rows<T>& op, std::int64_t n, typename Compute<T>
   const Row<T> row{op.logits + n * op.logits_stride, op.target + n * op.target_stride, room, room + op.classes};
   if (kKind == kMse) {
     const Real share = Real(1) / Real(op.classes);
-    return finish(op, n, [&](std::int64_t i, Real& value, Real& left, Real& right) INLINE {
+    return finish(op, n, op.weights[n], [&](std::int64_t i, Real& value, Real& left, Real& right) INLINE {
       const Real gap = row.gap(i);
       value = gap * gap * share, left = 2 * gap * share, right = -left;
     });
   }
   auto scales = exponentials(row, op.classes);
   if (kKind == kJs) scales.whole = against_mean(row, scales, op.classes);
-  finish(op, n, [&](std::int64_t i, Real& value, Real& left, Real& right) INLINE {
-    const auto c = at(row, scales, i);
-    value = value_of(kKind, c);
-    left = logits_gradient(kKind, c, scales.whole);
-    right = target_gradient(kKind, c, scales.whole);
-  });
+  finish(op, n, scales.defined ? op.weights[n] : Real(NAN),
+         [&](std::int64_t i, Real& value, Real& left, Real& right) INLINE {
+           const auto c = at(row, scales, i);
+           value = value_of(kKind, c);
+           left = logits_gradient(kKind, c, scales.whole);
+           right = target_gradient(kKind, c, scales.whole);
+         });
 }
 
 template <class T>
@@ -184,40 +190,44 @@ INLINE inline void nothing(const Rows<T>& op, std::int64_t n) {
   }
 }
 
+// `room` for two numbers a class, which mse does not need.
 template <class T, DivergenceKind kKind>
-INLINE inline void rows_of(const Rows<T>& op, std::int64_t begin, std::int64_t end) {
-  using Real = typename Compute<T>::type;
-  const std::unique_ptr<Real[]> room(new Real[std::size_t(kKind == kMse ? 0 : 2 * op.classes)]);
+INLINE inline void rows_of(const Rows<T>& op, std::int64_t begin, std::int64_t end, typename Compute<T>::type* room) {
   for (std::int64_t n = begin; n < end; ++n) {
     if (op.weights[n] == 0 || op.classes == 0) {
       nothing(op, n);
     } else {
-      row_of<T, kKind>(op, n, room.get());
+      row_of<T, kKind>(op, n, room);
     }
   }
 }
 
 // Clones cannot be templates: one function each.
-#define CLONES_FOR(T)                                                                                                  \
-  FASTADV_CLONES void symmetric_kl(const Rows<T>& op, std::int64_t begin, std::int64_t end) {                          \
-    rows_of<T, kSymmetricKl>(op, begin, end);                                                                          \
-  }                                                                                                                    \
-  FASTADV_CLONES void kl(const Rows<T>& op, std::int64_t begin, std::int64_t end) { rows_of<T, kKl>(op, begin, end); } \
-  FASTADV_CLONES void js(const Rows<T>& op, std::int64_t begin, std::int64_t end) { rows_of<T, kJs>(op, begin, end); } \
-  FASTADV_CLONES void mse(const Rows<T>& op, std::int64_t begin, std::int64_t end) { rows_of<T, kMse>(op, begin, end); }
+#define CLONE_FOR(T, name, kind)                                                                                       \
+  FASTADV_CLONES void name(const Rows<T>& op, std::int64_t begin, std::int64_t end, typename Compute<T>::type* room) { \
+    rows_of<T, kind>(op, begin, end, room);                                                                            \
+  }
+#define CLONES_FOR(T)                      \
+  CLONE_FOR(T, symmetric_kl, kSymmetricKl) \
+  CLONE_FOR(T, kl, kKl)                    \
+  CLONE_FOR(T, js, kJs)                    \
+  CLONE_FOR(T, mse, kMse)
 CLONES_FOR(float)
 CLONES_FOR(double)
 CLONES_FOR(BFloat16)
 CLONES_FOR(Float16)
 #undef CLONES_FOR
+#undef CLONE_FOR
 
 template <class T>
 void run(const Rows<T>& op, DivergenceKind kind, std::int64_t begin, std::int64_t end) {
+  using Real = typename Compute<T>::type;
+  const std::unique_ptr<Real[]> room(new Real[std::size_t(kind == kMse ? 0 : 2 * op.classes)]);
   switch (kind) {
-    case kKl: return kl(op, begin, end);
-    case kJs: return js(op, begin, end);
-    case kMse: return mse(op, begin, end);
-    default: return symmetric_kl(op, begin, end);
+    case kKl: return kl(op, begin, end, room.get());
+    case kJs: return js(op, begin, end, room.get());
+    case kMse: return mse(op, begin, end, room.get());
+    default: return symmetric_kl(op, begin, end, room.get());
   }
 }
 

@@ -29,7 +29,7 @@ struct GradsPair {
   std::int64_t count;
 };
 
-// Where the elements of all tensors lie, in a row: built once, used as long as no tensor moves.
+// Where the elements of all tensors lie, in a row, for one call.
 class GradsPlan {
  public:
   void add(const GradsPair& pair);

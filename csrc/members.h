@@ -19,7 +19,9 @@ inline bool same_members(const py::list& fields, const py::tuple& kinds, const p
       if (own == nullptr || !PyDict_Check(own)) return false;
       PyObject* member = nullptr;
       for (Py_ssize_t place = 0; PyDict_Next(own, &place, nullptr, &member);) {
-        if (at == count || PyList_GET_ITEM(known.ptr(), at++) != member) return false;
+        if (at == count || at >= PyList_GET_SIZE(known.ptr()) || PyList_GET_ITEM(known.ptr(), at) != member)
+          return false;
+        ++at;
       }
     }
   }

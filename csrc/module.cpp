@@ -23,7 +23,6 @@ namespace py = pybind11;
 namespace {
 
 using fastadv::GivenRule;
-using fastadv::GradsPlan;
 using fastadv::RowsCall;
 using fastadv::Signature;
 using fastadv::Taken;
@@ -49,7 +48,7 @@ auto unlocked(F&& op) {
 py::object ascend_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
   const GivenRule rule(given);
   const Taken taken(signature, tensors);
-  if (!taken || !rule.fits(taken[0].dims)) return py::none();
+  if (!signature.is("ascend", {4, 7, 8}) || !taken || !rule.fits(taken[0].dims)) return py::none();
   const auto call = fastadv::ascend_call(taken[0], taken[1], taken[2], taken[3], rule);
   if (taken.size() == 4) {
     unlocked([&] { return fastadv::ascend_cpu(call, nullptr, threads); });
@@ -66,7 +65,7 @@ py::object ascend_cpu(const Signature& signature, const py::tuple& tensors, cons
 py::object table_step_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
   const GivenRule rule(given);
   const Taken taken(signature, tensors);
-  if (!taken || !rule.fits(2)) return py::none();
+  if (!signature.is("table_step", {11}) || !taken || !rule.fits(2)) return py::none();
   const View &delta = taken[0], &room = taken[1];
   const auto call = fastadv::ascend_call(delta, room, kNone, taken[2], rule);
   const auto lookup = fastadv::gather_call(taken[3], taken[4], delta, taken[7], taken[5]);
@@ -84,12 +83,12 @@ py::object table_step_cpu(const Signature& signature, const py::tuple& tensors, 
 // weight, ids; and delta; and slot.
 py::object gather_perturb_cpu(const Signature& signature, const py::tuple& tensors, int threads) {
   const Taken taken(signature, tensors);
-  if (!taken) return py::none();
+  if (!signature.is("gather_perturb", {2, 3, 4}) || !taken) return py::none();
   const View &weight = taken[0], &ids = taken[1];
   std::vector<std::int64_t> shape(ids.sizes, ids.sizes + ids.dims);
   shape.push_back(weight.sizes[1]);
   View out;
-  const py::object made = taken.empty(shape, weight.dtype, out);
+  py::object made = taken.empty(shape, weight.dtype, out);
   const View &delta = taken.size() > 2 ? taken[2] : kNone, &slot = taken.size() > 3 ? taken[3] : kNone;
   const auto call = fastadv::gather_call(weight, ids, delta, slot, out);
   const auto bad = unlocked([&] { return fastadv::gather_perturb_cpu(call, threads); });
@@ -101,7 +100,8 @@ py::object gather_perturb_cpu(const Signature& signature, const py::tuple& tenso
 py::object gather_perturb_backward_cpu(const Signature& signature, const py::tuple& tensors, std::int64_t padding,
                                        int threads) {
   const Taken taken(signature, tensors);
-  if (!taken || taken.size() - 4 > fastadv::kMostGrads) return py::none();
+  if (!signature.is("gather_perturb_backward", {5}) || !taken || taken.size() - 4 > fastadv::kMostGrads)
+    return py::none();
   const auto call = fastadv::backward_call(taken, 4, padding);
   const auto bad = unlocked([&] { return fastadv::gather_perturb_backward_cpu(call, threads); });
   fastadv::refuse_backward("gather_perturb_backward", bad, call);
@@ -111,12 +111,11 @@ py::object gather_perturb_backward_cpu(const Signature& signature, const py::tup
 // ids, mask -> slot, order, starts, stops.
 py::object segments_cpu(const Signature& signature, const py::tuple& tensors, std::int64_t vocabulary, int) {
   const Taken taken(signature, tensors);
-  if (!taken || vocabulary < 0) return py::none();
+  if (!signature.is("segments", {2}) || !taken || vocabulary < 0) return py::none();
   const std::int64_t count = taken[0].sizes[0], rows = std::min(count, vocabulary);
   View slot, order, starts, stops;
   const auto make = [&](std::int64_t size, View& view) { return taken.empty({size}, fastadv::kInt64, view); };
-  const py::tuple made =
-      py::make_tuple(make(count, slot), make(count, order), make(rows + 1, starts), make(rows, stops));
+  py::tuple made = py::make_tuple(make(count, slot), make(count, order), make(rows + 1, starts), make(rows, stops));
   const fastadv::SegmentsCall call{taken[0].address, taken[1].address, vocabulary,    count, slot.address,
                                    order.address,    starts.address,   stops.address, rows};
   const std::int64_t bad = unlocked([&] { return fastadv::segments_cpu(call); });
@@ -127,10 +126,10 @@ py::object segments_cpu(const Signature& signature, const py::tuple& tensors, st
 // values, order, stops, starts -> sums.
 py::object segment_sum_cpu(const Signature& signature, const py::tuple& tensors, int threads) {
   const Taken taken(signature, tensors);
-  if (!taken) return py::none();
+  if (!signature.is("segment_sum", {4}) || !taken) return py::none();
   const View &values = taken[0], &stops = taken[2];
   View out;
-  const py::object made = taken.empty({stops.sizes[0], values.sizes[1]}, fastadv::compute_dtype(values.dtype), out);
+  py::object made = taken.empty({stops.sizes[0], values.sizes[1]}, fastadv::compute_dtype(values.dtype), out);
   const auto call = fastadv::segment_sum_call(values, taken[1], taken[3], stops, out);
   const auto bad = unlocked([&] { return fastadv::segment_sum_cpu(call, threads); });
   fastadv::refuse_plan("segment_sum", bad, call);
@@ -141,7 +140,7 @@ py::object segment_sum_cpu(const Signature& signature, const py::tuple& tensors,
 py::object divergence_cpu(const Signature& signature, const py::tuple& tensors, int kind, bool for_logits,
                           bool for_target, int threads) {
   const Taken taken(signature, tensors);
-  if (!taken || kind < 0) return py::none();
+  if (!signature.is("divergence", {3}) || !taken || kind < 0 || kind > fastadv::kMse) return py::none();
   const View &logits = taken[0], &target = taken[1], &weights = taken[2];
   const std::int64_t count = logits.sizes[0], classes = logits.sizes[1];
   View values, left, right;
@@ -150,11 +149,28 @@ py::object divergence_cpu(const Signature& signature, const py::tuple& tensors, 
     View nowhere;
     return taken.empty({0}, logits.dtype, nowhere);
   };
-  const py::tuple made =
+  py::tuple made =
       py::make_tuple(taken.empty({count}, weights.dtype, values), grad(for_logits, left), grad(for_target, right));
   const auto call = fastadv::divergence_call(logits, target, weights, values, left, right, kind);
   unlocked([&] { return fastadv::divergence_cpu(call, threads), 0; });
   return made;
+}
+
+// Pairs of tensors, which are all read before one is written.
+py::object grads_cpu(const Signature& signature, const py::list& into, const py::list& sources, int kind, double number,
+                     int threads) {
+  if (!signature.is("grads", {2}) || into.size() != sources.size() || kind < 0 || kind > fastadv::kAverageGrads) {
+    return py::none();
+  }
+  fastadv::GradsPlan plan;
+  for (std::size_t i = 0; i < into.size() && i < sources.size(); ++i) {
+    const py::tuple tensors = py::make_tuple(into[i], sources[i]);
+    const Taken taken(signature, tensors);
+    if (!taken) return py::none();
+    plan.add({taken[0].dtype, taken[0].address, taken[1].address, taken[0].count()});
+  }
+  unlocked([&] { return plan.run_cpu(fastadv::GradsKind(kind), number, threads), 0; });
+  return py::bool_(true);
 }
 
 #ifdef FASTADV_WITH_CUDA
@@ -197,9 +213,9 @@ void copy_rows(const char* op, const RowsCall& call, bool back, const Where& whe
 // table -> room for every row, and how many of its numbers are of rows that hold something.
 py::object rows_touched_cpu(const Signature& signature, const py::tuple& tensors, int threads) {
   const Taken taken(signature, tensors);
-  if (!taken) return py::none();
+  if (!signature.is("rows_touched", {1}) || !taken) return py::none();
   View found;
-  const py::object made = taken.empty({taken[0].sizes[0]}, fastadv::kInt64, found);
+  py::object made = taken.empty({taken[0].sizes[0]}, fastadv::kInt64, found);
   const auto call = fastadv::rows_call(taken[0], kNone, kNone, kNone);
   auto* into = reinterpret_cast<std::int64_t*>(found.address);
   return py::make_tuple(made, unlocked([&] { return fastadv::rows_touched_cpu(call, into, threads); }));
@@ -208,11 +224,11 @@ py::object rows_touched_cpu(const Signature& signature, const py::tuple& tensors
 // table, rows -> copies.
 py::object rows_back_up(const Signature& signature, const py::tuple& tensors, const Where& where, int threads) {
   const Taken taken(signature, tensors, place_of(where));
-  if (!taken) return py::none();
+  if (!signature.is("rows_back_up", {2}) || !taken) return py::none();
   const View &table = taken[0], &rows = taken[1];
   View saved;
   const std::int64_t count = rows.there ? rows.sizes[0] : table.sizes[0];
-  const py::object made = taken.empty({count, table.sizes[1]}, table.dtype, saved);
+  py::object made = taken.empty({count, table.sizes[1]}, table.dtype, saved);
   copy_rows("rows_back_up", fastadv::rows_call(table, kNone, saved, rows), false, where, threads);
   return made;
 }
@@ -220,7 +236,7 @@ py::object rows_back_up(const Signature& signature, const py::tuple& tensors, co
 // table, saved; or table, rows, saved.
 py::object rows_restore(const Signature& signature, const py::tuple& tensors, const Where& where, int threads) {
   const Taken taken(signature, tensors, place_of(where));
-  if (!taken) return py::none();
+  if (!signature.is("rows_restore", {2, 3}) || !taken) return py::none();
   const View &rows = taken.size() == 3 ? taken[1] : kNone, &saved = taken[taken.size() - 1];
   copy_rows("rows_restore", fastadv::rows_call(taken[0], kNone, saved, rows), true, where, threads);
   return py::bool_(true);
@@ -231,7 +247,7 @@ py::object rows_step(const Signature& signature, const py::tuple& tensors, const
                      int threads) {
   const GivenRule rule(given);
   const Taken taken(signature, tensors, place_of(where));
-  if (!taken || !rule.fits(2)) return py::none();
+  if (!signature.is("rows_step", {4, 5}) || !taken || !rule.fits(2)) return py::none();
   const View &rows = taken.size() == 5 ? taken[3] : kNone, &saved = taken[taken.size() - 1];
   if (rule.ball != fastadv::kNoBall && !saved.there) return py::none();
   const auto call = fastadv::rows_call(taken[0], taken[1], saved, rows);
@@ -260,7 +276,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     fastadv::reader().connect(tensor_class, dtypes, exchange);
   });
   py::class_<Signature>(m, "Signature")
-      .def(py::init<const std::vector<Signature::Line>&, bool>())
+      .def(py::init<std::string, const std::vector<Signature::Line>&, bool>())
       .def("takes",
            [](const Signature& signature, const py::tuple& tensors) { return bool(Taken(signature, tensors, 0)); });
   py::class_<fastadv::OnDevice>(m, "OnDevice").def(py::init([](int device, std::uintptr_t stream, std::uintptr_t flag) {
@@ -277,17 +293,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("rows_back_up", &rows_back_up);
   m.def("rows_restore", &rows_restore);
   m.def("rows_step", &rows_step);
-  using Pairs = std::vector<std::tuple<int, std::uintptr_t, std::uintptr_t, std::int64_t>>;
-  py::class_<GradsPlan>(m, "GradsPlan")
-      .def(py::init<>())
-      .def("add",
-           [](GradsPlan& plan, const Pairs& pairs) {
-             for (const auto& [dtype, into, source, count] : pairs) plan.add({dtype, into, source, count});
-           })
-      .def("run", [](const GradsPlan& plan, int kind, double number, int threads) {
-        py::gil_scoped_release released;
-        plan.run_cpu(fastadv::GradsKind(kind), number, threads);
-      });
+  m.def("grads_cpu", &grads_cpu);
 #ifndef Py_GIL_DISABLED  // it reads dictionaries that another thread could change meanwhile
   m.def("same_members", &fastadv::same_members);
 #endif

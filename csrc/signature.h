@@ -3,6 +3,8 @@
 #pragma once
 
 #include <algorithm>
+#include <initializer_list>
+#include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -22,9 +24,31 @@ inline bool is_contiguous(const View& view) {
   return true;
 }
 
-inline bool has_rows(const View& view) { return view.dims == 2 && (view.sizes[1] <= 1 || view.strides[1] == 1); }
+inline bool has_rows(const View& view) {
+  return view.dims == 2 && (view.sizes[1] <= 1 || view.strides[1] == 1 || view.sizes[0] == 0);
+}
 
-inline bool rows_are_apart(const View& view) { return view.sizes[0] <= 1 || view.strides[0] >= view.sizes[1]; }
+inline bool rows_are_apart(const View& view) {
+  return view.sizes[0] <= 1 || view.sizes[1] == 0 || view.strides[0] >= view.sizes[1];
+}
+
+// Whether two matrices are columns of one, side by side.
+inline bool side_by_side(const View& one, const View& other) {
+  if (one.dims != 2 || other.dims != 2 || !has_rows(one) || !has_rows(other)) return false;
+  const auto bytes = [](const View& view, std::int64_t count) {
+    return std::uintptr_t(count * element_size(view.dtype));
+  };
+  const std::uintptr_t row = bytes(one, one.strides[0]);
+  if (row == 0 || row != bytes(other, other.strides[0])) return false;
+  const View &left = one.address < other.address ? one : other, &right = one.address < other.address ? other : one;
+  const std::uintptr_t gap = (right.address - left.address) % row;
+  return gap >= bytes(left, left.sizes[1]) && gap + bytes(right, right.sizes[1]) <= row;
+}
+
+inline bool share_memory(const View& one, const View& other) {
+  const bool apart = one.address >= other.end || other.address >= one.end;
+  return !apart && one.address < one.end && other.address < other.end && !side_by_side(one, other);
+}
 
 // The distance from row to row of [..., D], if it is always the same and elements are adjacent; -1 if not.
 inline std::int64_t row_stride(const View& view) {
@@ -52,7 +76,7 @@ struct Argument {
   int of;
   std::vector<std::pair<Size, int>> shape;
   Layout layout;
-  bool optional;
+  bool optional, written;
 };
 
 // The sizes that symbols stand for, as the tensors show them one after the other.
@@ -105,15 +129,30 @@ class Sizes {
 
 class Signature {
  public:
-  using Line = std::tuple<int, int, std::vector<std::pair<int, int>>, int, bool>;
+  using Line = std::tuple<int, int, std::vector<std::pair<int, int>>, int, bool, bool>;
 
   // `repeats`: the last line stands for all further tensors.
-  Signature(const std::vector<Line>& lines, bool repeats) : repeats_(repeats) {
-    for (const auto& [dtype, of, shape, layout, optional] : lines) {
-      Argument argument{DtypeWord(dtype), of, {}, Layout(layout), optional};
-      for (const auto& [kind, symbol] : shape) argument.shape.emplace_back(Size(kind), symbol);
-      arguments_.push_back(argument);
+  Signature(std::string op, const std::vector<Line>& lines, bool repeats) : op_(std::move(op)), repeats_(repeats) {
+    const auto known = [](int code, int codes) {
+      if (code < 0 || code >= codes) throw py::value_error("Signature: there is no code " + std::to_string(code));
+      return code;
+    };
+    known(0, int(lines.size()));
+    for (const auto& [dtype, of, shape, layout, optional, written] : lines) {
+      Argument argument{DtypeWord(known(dtype, 10)),
+                        known(of, int(lines.size()) - int(repeats)),
+                        {},
+                        Layout(known(layout, 6)),
+                        optional,
+                        written};
+      for (const auto& [kind, symbol] : shape) argument.shape.emplace_back(Size(known(kind, 5)), known(symbol, 26));
+      arguments_.push_back(std::move(argument));
     }
+  }
+
+  // Whether it is a form of this op; forms differ in their number of lines.
+  bool is(const char* op, std::initializer_list<std::size_t> lines) const {
+    return op_ == op && std::find(lines.begin(), lines.end(), arguments_.size()) != lines.end();
   }
 
   bool takes(const std::vector<View>& views) const {
@@ -125,10 +164,21 @@ class Signature {
       if (!views[i].there && argument.optional) continue;
       if (!views[i].there || !good(argument, views[i], views) || !sizes.take(views[i], argument.shape)) return false;
     }
-    return true;
+    return written_apart(views);
   }
 
  private:
+  // Whether what is written shares no memory with anything else. An index that is written over would point anywhere.
+  bool written_apart(const std::vector<View>& views) const {
+    for (std::size_t i = 0; i < std::min(views.size(), arguments_.size()); ++i) {
+      if (!arguments_[i].written) continue;
+      for (std::size_t j = 0; j < views.size(); ++j) {
+        if (i != j && share_memory(views[i], views[j])) return false;
+      }
+    }
+    return true;
+  }
+
   static bool good(const Argument& argument, const View& view, const std::vector<View>& views) {
     if (view.device != views[0].device || view.device_index != views[0].device_index) return false;
     return dtype_fits(argument.dtype, view.dtype, views[argument.of].dtype) && layout_fits(argument.layout, view);
@@ -163,6 +213,7 @@ class Signature {
     return false;
   }
 
+  std::string op_;
   std::vector<Argument> arguments_;
   bool repeats_;
 };
@@ -170,6 +221,7 @@ class Signature {
 // The tensors of one call. What they say is used only where the signature takes them.
 class Taken {
  public:
+  // `device`: where they must be, or 0: anywhere.
   Taken(const Signature& signature, const py::tuple& tensors, int device = kOnCpu) : tensors_(tensors) {
     views_.resize(tensors.size());
     for (std::size_t i = 0; i < views_.size(); ++i) {
@@ -182,7 +234,7 @@ class Taken {
   int size() const { return int(views_.size()); }
   const View& operator[](int place) const { return views_[place]; }
 
-  // A new tensor on the device of the first, in its dtype or another; of `view`, its address.
+  // A new tensor on the device of the first, in its dtype or another.
   py::object empty(const std::vector<std::int64_t>& sizes, int dtype, View& view) const {
     static PyObject *const name = PyUnicode_InternFromString("new_empty"), *const keywords =
                                                                                Py_BuildValue("(s)", "dtype");
@@ -192,7 +244,10 @@ class Taken {
     PyObject* const named = dtype == views_[0].dtype ? nullptr : keywords;
     auto made = py::reinterpret_steal<py::object>(PyObject_VectorcallMethod(name, arguments, 2, named));
     if (!made) throw py::error_already_set();
-    view.address = reader().address(made);
+    if (!reader().look(made, view) || view.dtype != dtype || !is_contiguous(view) || view.dims != int(sizes.size()) ||
+        !std::equal(sizes.begin(), sizes.end(), view.sizes) || view.device != views_[0].device) {
+      throw py::type_error("new_empty() of the first tensor gives none with memory of its own: pass a plain tensor");
+    }
     return made;
   }
 

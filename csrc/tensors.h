@@ -5,6 +5,7 @@
 
 #include <array>
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -25,6 +26,7 @@ struct View {
   int dims = 0;
   const std::int64_t *sizes = nullptr, *strides = nullptr;  // the tensor's own, or those in `kept`
   std::vector<std::int64_t> kept;
+  std::uintptr_t end = 0;  // behind the last element; `address` for a tensor without any
 
   std::int64_t size(int dim) const { return sizes[dim < 0 ? dims + dim : dim]; }
   std::int64_t stride(int dim) const { return strides[dim < 0 ? dims + dim : dim]; }
@@ -35,6 +37,11 @@ struct View {
   }
   std::int64_t count() const { return count(0, dims); }
 };
+
+// Of an element, by dtype code. The code has to be known.
+inline std::int64_t element_size(int dtype) {
+  return std::array<int, kDtypes>{4, 8, 2, 2, 8, 4, 1}[std::size_t(dtype)];
+}
 
 constexpr int kOnCpu = 1, kOnCuda = 2;  // DLPack's kDLCPU and kDLCUDA
 
@@ -59,31 +66,27 @@ class Reader {
  public:
   // `dtypes` in the order of their codes.
   void connect(const py::object& tensor_class, const py::list& dtypes, bool exchange) {
+    if (dtypes.size() != kDtypes)
+      throw py::value_error("connect: there must be " + std::to_string(kDtypes) + " dtypes");
+    py::object is_neg = tensor_class.attr("is_neg");
     for (int code = 0; code < kDtypes; ++code) dtypes_[code] = py::object(dtypes[code]).release();
-    is_neg_ = py::object(tensor_class.attr("is_neg")).release();
-    exchange_ = nullptr;
-    if (!exchange || !py::hasattr(tensor_class, "__dlpack_c_exchange_api__")) return;
-    const py::object capsule = tensor_class.attr("__dlpack_c_exchange_api__");
-    const auto* found = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (!found) PyErr_Clear();
-    if (found && found->major == 1) exchange_ = found;
+    is_neg_ = is_neg.release();
+    exchange_ = exchange ? exchange_of(tensor_class) : nullptr;
   }
 
   py::handle dtype(int code) const { return dtypes_[code]; }
 
-  // The address of a tensor that is known to be plain.
-  std::uintptr_t address(py::handle tensor) const {
-    View view;
-    if (!(exchange_ ? by_exchange(tensor, view) : by_attributes(tensor, view))) throw py::error_already_set();
-    return view.address;
+  // False where there is no plain memory behind it: a sharded, sparse, meta or misaligned tensor, or no tensor.
+  bool look(py::handle tensor, View& view) const {
+    view.there = true;
+    return (exchange_ ? by_exchange(tensor, view) : by_attributes(tensor, view)) && has_memory(view);
   }
 
-  // False where there is no plain memory behind it: a sharded, sparse, meta or lazily negated tensor, or no tensor.
+  // False for a lazily negated tensor too.
   bool read(py::handle tensor, View& view) const {
-    view.there = true;
+    if (!is_neg_) return false;  // not connected
     try {
-      if (!(exchange_ ? by_exchange(tensor, view) : by_attributes(tensor, view))) return false;
-      if (view.address == 0 && view.count() > 0) return false;
+      if (!look(tensor, view)) return false;
       PyObject* const argument = tensor.ptr();
       const auto negated = py::reinterpret_steal<py::object>(PyObject_Vectorcall(is_neg_.ptr(), &argument, 1, nullptr));
       if (!negated) throw py::error_already_set();
@@ -94,6 +97,25 @@ class Reader {
   }
 
  private:
+  static const DlExchange* exchange_of(const py::object& tensor_class) {
+    if (!py::hasattr(tensor_class, "__dlpack_c_exchange_api__")) return nullptr;
+    const py::object capsule = tensor_class.attr("__dlpack_c_exchange_api__");
+    const auto* found = static_cast<const DlExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (!found) PyErr_Clear();
+    return found && found->major == 1 ? found : nullptr;
+  }
+
+  // Whether its elements lie where its address says, each at a multiple of its size.
+  static bool has_memory(View& view) {
+    view.end = view.address;
+    if (view.dtype == kUnknownDtype || view.count() == 0) return true;
+    const std::int64_t size = element_size(view.dtype);
+    std::int64_t last = 0;
+    for (int dim = 0; dim < view.dims; ++dim) last += (view.sizes[dim] - 1) * view.strides[dim];
+    view.end += std::uintptr_t((last + 1) * size);
+    return view.address != 0 && view.address % std::uintptr_t(size) == 0;
+  }
+
   bool by_exchange(py::handle tensor, View& view) const {
     DlTensor seen{};
     if (exchange_->look(tensor.ptr(), &seen)) {

@@ -24,7 +24,7 @@ from fastadv.native.launch import fitted
 MOST = 1024  # classes of a tile; half as many of float64, which would not fit in registers
 TERMS = {torch.float64: 12}  # of the series of second_order; for everything else 6
 STAGES = 2  # tiles under way at a time
-LOWEST = tl.constexpr(-3e38)  # finite, so that the distance to it is a number
+LOWEST, LOWEST_DOUBLE = tl.constexpr(-3.4028234663852886e38), tl.constexpr(-1.7976931348623157e308)  # that are finite
 
 
 # A row's tiles
@@ -112,7 +112,8 @@ def first_pass(
     TILE: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
     """The largest logits and the sums of e^(logit - largest), of a row and of its target; KL(p|q) and KL(q|p)."""
-    most_a, most_b = tl.full([], LOWEST, WIDE), tl.full([], LOWEST, WIDE)
+    lowest: tl.constexpr = LOWEST_DOUBLE if tl.float64 == WIDE else LOWEST  # the distance to it is a number
+    most_a, most_b = tl.full([], lowest, WIDE), tl.full([], lowest, WIDE)
     zeros = folded(tl.zeros([TILE], WIDE))
     sum_x, sum_y, sum_xr, sum_yr = zeros, zeros, zeros, zeros
     tiles = (classes - ahead) // TILE
@@ -200,6 +201,7 @@ def divergence_kernel(
         most_a, most_b, x, y, kl_p, kl_q = first_pass(
             logits, target, n, logits_stride, target_stride, classes, ahead, counts, WIDE, VECTOR, STAGES, TILE
         )
+        weight = tl.where((x > 0) & (y > 0), weight, float("nan"))  # else one of the two has no softmax
     if KIND == "js":
         kl_p, kl_q = against_mean(
             logits, target, n, logits_stride, target_stride, classes, ahead, counts, most_a, most_b, x, y,

@@ -5,7 +5,7 @@ A line names an argument, its dtype, its shape and its layout; what follows two 
     grad    goes:delta  [*P, D]  even    -- grad and delta must be equal in shape
     mask?   mask        [*P]     copied
 
-A question mark: may be None.
+A question mark: may be None. An exclamation mark (`delta!`): is written in place, and shares no memory with the others.
 
 Dtypes: `float` (any of four), `wide` (float32 or float64), `wide:x` (that in which x is computed), `goes:x` (computed
 in x's dtype), `same:x`, `near:x` (x's, or that in which x is computed), `int64`, `index` (int64, or int32 and copied),
@@ -15,6 +15,8 @@ Shapes: a letter is one size, `*P` any number of sizes, `#P` their product, `R+1
 
 Layouts: `contiguous`; `copied`: made contiguous where it is not; `rows`: a matrix, the elements of a row adjacent;
 `rows-copied`: made so; `own`: rows that do not overlap either; `even`: rows one distance apart, or copied.
+
+A tensor whose elements do not lie at multiples of their size is copied; `launch` copies it back if it is written.
 
 An address says nothing about what it points to, so all of this is checked before one is used. csrc/signature.h checks
 the same in C++, in nanoseconds, and says yes or no. The checks here say why not, and make the copies.
@@ -30,7 +32,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastadv.arguments.tensors import FLOATS, adjacent, compute_dtype, disjoint, is_plain, row_stride
+from fastadv.arguments.tensors import (
+    FLOATS,
+    adjacent,
+    compute_dtype,
+    disjoint,
+    is_aligned,
+    is_plain,
+    row_stride,
+    share_memory,
+)
 
 # csrc/signature.h has the same orders.
 DTYPE_WORDS = ("float", "wide", "wide:", "goes:", "same:", "near:", "int64", "index", "bool", "mask")
@@ -45,6 +56,7 @@ class Argument(NamedTuple):
 
     name: str
     optional: bool
+    written: bool
     dtype: str
     of: str  # the argument that the dtype depends on
     shape: tuple[tuple[str, str], ...]  # one of SIZES and a symbol
@@ -54,14 +66,14 @@ class Argument(NamedTuple):
     @classmethod
     def parse(cls, line: str) -> Argument:
         """Read one line."""
-        name, optional, dtype, of, shape, layout, remark = re.fullmatch(  # type: ignore[union-attr]
-            r"(\w+)(\??)\s+(\w+:?)(\w*)\s+\[(.*)\]\s+([a-z-]+?)(?:\s+-- (.*))?", line.strip()
+        name, mark, dtype, of, shape, layout, remark = re.fullmatch(  # type: ignore[union-attr]
+            r"(\w+)([?!]?)\s+(\w+:?)(\w*)\s+\[(.*)\]\s+([a-z-]+?)(?:\s+-- (.*))?", line.strip()
         ).groups()
         sizes = [re.fullmatch(r"(\*|#|>=|)(\w)(\+1|)", size.strip()) for size in shape.split(",") if size]
         words = tuple((size[1] + size[3], size[2]) for size in sizes if size)
         if dtype not in DTYPE_WORDS or layout not in LAYOUTS or len(words) != len(sizes):
             raise ValueError(f"not an argument: {line!r}")
-        return cls(name, bool(optional), dtype, of, words, layout, f": {remark}" if remark else "")
+        return cls(name, mark == "?", mark == "!", dtype, of, words, layout, f": {remark}" if remark else "")
 
 
 class Sizes(dict[str, tuple[int, ...]]):
@@ -113,7 +125,7 @@ class Signature:
         self.arguments = [Argument.parse(line) for line in table.splitlines() if line.strip()]
         self._places = {argument.name: place for place, argument in enumerate(self.arguments)}
 
-    def encoded(self) -> list[tuple[int, int, list[tuple[int, int]], int, bool]]:
+    def encoded(self) -> list[tuple[int, int, list[tuple[int, int]], int, bool, bool]]:
         """The table in numbers, for csrc/signature.h."""
         return [
             (
@@ -122,16 +134,17 @@ class Signature:
                 [(SIZES.index(kind), ord(symbol) - ord("A")) for kind, symbol in one.shape],
                 LAYOUTS.index(one.layout),
                 one.optional,
+                one.written,
             )
             for one in self.arguments
         ]
 
     def fitted(self, tensors: Tensors) -> tuple[Any, ...]:
-        """The tensors as a backend takes them: themselves, or a copy where one is read alone and laid out otherwise.
+        """The tensors as a backend takes them: themselves, or a copy where one is laid out otherwise or misaligned.
 
         Raises:
             TypeError: a dtype that is not served, or a tensor without plain memory.
-            ValueError: a device, shape or layout that does not fit.
+            ValueError: a device, shape or layout that does not fit, or a tensor that is written and lies over another.
         """
         sizes, found = Sizes(), list(tensors)
         for place, argument, tensor in self._given(tensors):
@@ -142,7 +155,12 @@ class Signature:
             self._check_dtype(argument, tensor, tensors, sizes)
             self._check_shape(argument, tensor, sizes)
             found[place] = self._laid_out(argument, tensor)
-        return tuple(found)
+        self._check_apart(found)
+        return tuple(tensor if tensor is None or is_aligned(tensor) else tensor.clone() for tensor in found)
+
+    def written(self, tensors: Tensors) -> list[Tensor | None]:
+        """Those that are written in place."""
+        return [tensor for argument, tensor in zip(self.arguments, tensors, strict=False) if argument.written]
 
     def check_shapes(self, tensors: Tensors) -> None:
         """The checks for a backend that computes in any dtype and layout: shapes, and dtypes that must be equal."""
@@ -163,6 +181,17 @@ class Signature:
                 yield place, argument, tensor
             elif not argument.optional:
                 raise TypeError(f"{self.op}: {argument.name} must be a tensor, not None")
+
+    def _check_apart(self, tensors: Sequence[Tensor | None]) -> None:
+        """What is written over while it is read gives wrong numbers; an index that is, points anywhere."""
+        given = list(self._given(tuple(tensors)))
+        for place, argument, tensor in given:
+            for other_place, other, read in given if argument.written else ():
+                if place != other_place and share_memory(tensor, read):
+                    raise ValueError(
+                        f"{self.op}: {argument.name} is written in place, but shares memory with {other.name}; "
+                        f"pass a clone() of one of them"
+                    )
 
     def _check_device(self, argument: Argument, tensor: Tensor, tensors: Tensors) -> None:
         first = tensors[0]

@@ -8,10 +8,10 @@ from fastadv.arguments.lookup import Lookup
 from fastadv.arguments.signature import Signature
 
 _STEP = """
-    delta     wide         [*P, D]  contiguous
+    delta!    wide         [*P, D]  contiguous
     grad      goes:delta   [*P, D]  even        -- grad and delta must be equal in shape
     mask?     mask         [*P]     copied
-    skipped   int64        []       contiguous  -- it is 0-d
+    skipped!  int64        []       contiguous  -- it is 0-d
 """
 ASCEND = Signature("ascend", _STEP)
 ASCEND_BY_POSITION = Signature(
@@ -20,19 +20,19 @@ ASCEND_BY_POSITION = Signature(
     + """
     weight    goes:delta   [V, D]   rows
     ids       index        [*P]     copied      -- without slot, ids are those of delta's positions
-    embedded  same:weight  [*P, D]  contiguous
+    embedded! same:weight  [*P, D]  contiguous
     """,
 )
 ASCEND_BY_SLOT = Signature(
     "ascend",
     """
-    delta     wide         [R, D]   contiguous  -- with slot, delta must be [R, D]
+    delta!    wide         [R, D]   contiguous  -- with slot, delta must be [R, D]
     grad      goes:delta   [R, D]   even        -- grad and delta must be equal in shape
     mask?     mask         [R]      copied
-    skipped   int64        []       contiguous  -- it is 0-d
+    skipped!  int64        []       contiguous  -- it is 0-d
     weight    goes:delta   [V, D]   rows
     ids       index        [*I]     copied
-    embedded  same:weight  [*I, D]  contiguous
+    embedded! same:weight  [*I, D]  contiguous
     slot      int64        [*I]     copied
     """,
 )
@@ -51,12 +51,12 @@ def ascend(
 TABLE_STEP = Signature(
     "table_step",
     """
-    delta     wide         [R, D]   contiguous
-    room      same:delta   [R, D]   contiguous  -- room must have delta's shape
-    skipped   int64        []       contiguous  -- it is 0-d
+    delta!    wide         [R, D]   contiguous
+    room!     same:delta   [R, D]   contiguous  -- room must have delta's shape
+    skipped!  int64        []       contiguous  -- it is 0-d
     weight    goes:delta   [V, D]   rows
     ids       index        [*I]     copied
-    embedded  same:weight  [*I, D]  contiguous
+    embedded! same:weight  [*I, D]  contiguous
     grad      goes:delta   [#I, D]  rows-copied
     slot      int64        [#I]     copied      -- groups and ids must be of the same positions
     order     int64        [#I]     contiguous
@@ -80,7 +80,7 @@ GATHER_BY_SLOT = Signature(
 GATHER_BACKWARD = Signature(
     "gather_perturb_backward",
     """
-    table_grad  float            [V, D]  own
+    table_grad! float            [V, D]  own
     ids         index            [N]     copied
     order       int64            [N]     contiguous
     starts      int64            [S+1]   contiguous  -- as segments(ids) gives it, one more than there are segments
@@ -134,22 +134,22 @@ ROWS_BACK_UP = Signature("rows_back_up", "table float [V, D] rows-copied\n rows?
 ROWS_RESTORE = Signature(
     "rows_restore",
     """
-    table    float       [V, D]  own
+    table!   float       [V, D]  own
     saved    same:table  [V, D]  contiguous
     """,
 )
 SOME_ROWS_RESTORE = Signature(
     "rows_restore",
     """
-    table    float       [V, D]  own
+    table!   float       [V, D]  own
     rows     int64       [K]     copied
     saved    same:table  [K, D]  contiguous
     """,
 )
 _ROWS_STEP = """
-    table    float       [V, D]  own
+    table!   float       [V, D]  own
     grad     same:table  [V, D]  rows-copied
-    skipped  int64       []      contiguous  -- it is 0-d
+    skipped! int64       []      contiguous  -- it is 0-d
 """
 ROWS_STEP = Signature("rows_step", f"{_ROWS_STEP}\n saved? same:table [V, D] contiguous")
 SOME_ROWS_STEP = Signature(
@@ -162,7 +162,7 @@ SOME_ROWS_STEP = Signature(
 GRADS_PAIR = Signature(
     "grads",
     """
-    into     float      [*P]  contiguous
+    into!    float      [*P]  contiguous
     sources  same:into  [*P]  contiguous  -- a pair of tensors must have one shape
     """,
 )

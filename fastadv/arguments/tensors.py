@@ -26,14 +26,44 @@ def is_plain(tensor: Tensor) -> bool:
         return False
 
 
+def is_aligned(tensor: Tensor) -> bool:
+    """Whether each element lies at a multiple of its size, as those of a buffer that is cut anywhere may not."""
+    return tensor.data_ptr() % tensor.element_size() == 0
+
+
 def adjacent(tensor: Tensor) -> bool:
     """Whether each row of a matrix is in one piece; rows may be apart, or all the same."""
-    return tensor.shape[1] <= 1 or tensor.stride(1) == 1
+    return tensor.shape[1] <= 1 or tensor.stride(1) == 1 or tensor.shape[0] == 0
 
 
 def disjoint(tensor: Tensor) -> bool:
     """Whether no two rows of a matrix share memory."""
-    return tensor.shape[0] <= 1 or tensor.stride(0) >= tensor.shape[1]
+    return tensor.shape[0] <= 1 or tensor.shape[1] == 0 or tensor.stride(0) >= tensor.shape[1]
+
+
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two plain tensors lie over one another; columns of one matrix, side by side, do not."""
+    if one.numel() == 0 or other.numel() == 0:
+        return False
+    (low, end), (other_low, other_end) = _extent(one), _extent(other)
+    return low < other_end and other_low < end and not _side_by_side(one, other)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The address of the first element, and that behind the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
+def _side_by_side(one: Tensor, other: Tensor) -> bool:
+    if one.dim() != 2 or other.dim() != 2 or not adjacent(one) or not adjacent(other):
+        return False
+    left, right = sorted((one, other), key=Tensor.data_ptr)
+    row = left.stride(0) * left.element_size()
+    if row == 0 or row != right.stride(0) * right.element_size():
+        return False
+    gap = (right.data_ptr() - left.data_ptr()) % row
+    return gap >= left.shape[1] * left.element_size() and gap + right.shape[1] * right.element_size() <= row
 
 
 def row_stride(tensor: Tensor) -> int | None:

@@ -11,6 +11,7 @@ from fastadv.ops.ascend import l2_norm
 from fastadv.ops.grads import Plan
 
 SAFE = {torch.float32: 1e-15, torch.float64: 1e-130}  # of a norm whose squares have lost nothing that matters
+FAR = 2.0**100  # a gradient below one over that is scaled by it
 GUARD = 1e-6  # of the public code that clamps: on the weight's norm and on the gradient's
 
 
@@ -81,13 +82,14 @@ class MovedWeights:
         sizes, lengths = (norms([group[index] for group in moving]).to(self.norm.device) for index in (2, 0))
         finite = sizes.isfinite()
         live = finite & (sizes > 0)
-        shares = torch.where(live, gamma * (lengths + guard) / torch.where(live, sizes + guard, 1), 0)
+        powers = torch.where(sizes < 1 / FAR, FAR, 1.0)  # of two, so that the share of next to nothing is a number
+        shares = torch.where(live, gamma * (lengths + guard) / torch.where(live, (sizes + guard) * powers, 1), 0)
         self.skipped += (~finite).sum()
-        self.norm.copy_((shares * torch.where(live, sizes, 0)).mean())
-        for (weight, saved, grad), share, lives in zip(moving, shares, live, strict=True):
+        self.norm.copy_((shares * torch.where(live, sizes * powers, 0)).mean())
+        for (weight, saved, grad), power, share, lives in zip(moving, powers, shares, live, strict=True):
             if weight.is_cpu and not lives.item():
                 continue
-            _add(weight, grad if weight.is_cpu else torch.where(lives.to(grad.device), grad, 0), share)
+            _add(weight, grad if weight.is_cpu else torch.where(lives.to(grad.device), grad, 0), power, share)
             if epsilon is not None:
                 reach = epsilon * saved.abs()
                 torch.clamp(weight, saved - reach, saved + reach, out=weight)
@@ -99,9 +101,11 @@ def _alike(saved: Tensor, weight: Tensor) -> bool:
     return (saved.device, saved.dtype, saved.shape) == (weight.device, weight.dtype, weight.shape)
 
 
-def _add(weight: Tensor, grad: Tensor, share: Tensor) -> None:
-    """In place; in float32 at least, rounded once."""
+def _add(weight: Tensor, grad: Tensor, power: Tensor, share: Tensor) -> None:
+    """Add share * (grad * power) in place: in float32 at least, rounded once."""
     wide = torch.promote_types(weight.dtype, torch.float32)
+    if not power.is_cpu or power > 1:
+        grad = grad.to(wide) * power.to(grad.device, wide)
     share = share.to(weight.device, wide)
     if weight.dtype == wide:
         weight.addcmul_(grad, share)
@@ -117,8 +121,10 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def norm(x: Tensor) -> Tensor:
-    """The l2 norm of all of `x`, 0-d, for numbers of any size; on the CPU without memory for a scaled copy, mostly."""
+    """The l2 norm of all of `x`, 0-d, for numbers of any size; on the CPU without memory for a copy, mostly."""
     plain: Tensor = torch.linalg.vector_norm(x)
     if x.is_cpu and x.dtype in SAFE and SAFE[x.dtype] < plain.item() < 1 / SAFE[x.dtype]:
         return plain.double()
-    return l2_norm(x.to(torch.promote_types(x.dtype, torch.float32)).reshape(1, -1)).squeeze().double()
+    if x.dtype == torch.float64:
+        return l2_norm(x.reshape(1, -1)).squeeze()
+    return torch.linalg.vector_norm(x, dtype=torch.float64)  # squares have room there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from fastadv import native
 from fastadv.arguments.signatures import GRADS_PAIR
 from fastadv.arguments.tensors import CODES
 from fastadv.native.flags import destination
-from fastadv.native.launch import require_device
+from fastadv.native.launch import compiled, require_device
 
 # csrc/grads.h has the same codes.
 COPY, ACCUMULATE, AVERAGE = 0, 1, 2
@@ -69,30 +69,18 @@ def grads_average(into: Sequence[Tensor], sources: Sequence[Tensor], decay: floa
     _run("grads_average", AVERAGE, into, sources, decay)
 
 
-def fingerprint(tensors: Sequence[Tensor]) -> list[Any]:
-    """The address, size and dtype of each tensor; a plan holds as long as they are equal."""
-    try:
-        return [(tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()) for tensor in tensors]
-    except RuntimeError:  # one of them has no memory of its own
-        return [_fingerprint(tensor) for tensor in tensors]
+def run_cpu(into: Sequence[Tensor], sources: Sequence[Tensor], kind: int, number: float) -> bool:
+    """One launch for pairs on the CPU; False where a pair is not `served`, and nothing has been written then."""
+    pairs, threads = compiled(GRADS_PAIR), torch.get_num_threads()
+    return native.extension().grads_cpu(pairs, list(into), list(sources), kind, number, threads) is not None
 
 
-def _fingerprint(tensor: Tensor) -> Any:
-    if tensor.layout is not torch.strided:
-        return id(tensor)
-    return tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()
-
-
-def served(tensor: Tensor, known: Any) -> bool:
-    """Whether a tensor with this fingerprint is plain contiguous memory in a dtype and on a device that are served."""
-    if not is_plain(tensor) or tensor.is_neg() or not (tensor.is_cpu or _on_served_cuda(tensor)):
+def served(into: Tensor, source: Tensor) -> bool:
+    """Whether a pair is plain contiguous memory in a dtype and on a device that are served."""
+    if not (is_plain(into) and is_plain(source)):
         return False
-    address, count, dtype, contiguous = known
-    return contiguous and dtype in CODES and (address != 0 or count == 0)
-
-
-def _on_served_cuda(tensor: Tensor) -> bool:
-    return tensor.is_cuda and native.cuda_reason() is None
+    there = into.is_cpu or (into.is_cuda and native.cuda_reason() is None)
+    return there and bool(compiled(GRADS_PAIR).takes((into, source)))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -100,34 +88,35 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
 
 
-def plan(device: torch.device, pairs: Iterable[tuple[Any, Any]]) -> Any:
-    """A plan for pairs of fingerprints of tensors on `device` that are `served`: for `run(kind, number, threads)`.
-
-    It keeps no tensor alive.
-    """
-    entries = [(CODES[into[2]], into[0], source[0], into[1]) for into, source in pairs]
-    if device.type == "cuda":
-        return CudaPlan(device, entries)
-    made = native.extension().GradsPlan()
-    made.add(entries)
-    return made
+def fingerprint(tensors: Sequence[Tensor]) -> list[Any]:
+    """What a `CudaPlan` rests on: it holds as long as two are equal."""
+    return [
+        (tensor.data_ptr(), tensor.numel(), tensor.dtype, tensor.is_contiguous()) if is_plain(tensor) else id(tensor)
+        for tensor in tensors
+    ]
 
 
 class CudaPlan:
-    """The same on a GPU, where the addresses lie in a table; made without waiting for the device."""
+    """Pairs on a GPU, whose addresses lie in a table there, made without waiting for the device. It keeps none alive.
 
-    def __init__(self, device: torch.device, entries: Sequence[tuple[int, int, int, int]]) -> None:
+    Args:
+        device: of all pairs, which are `served`.
+        into: their `fingerprint`.
+        sources: likewise.
+    """
+
+    def __init__(self, device: torch.device, into: Sequence[Any], sources: Sequence[Any]) -> None:
         self._extension, self._device = native.extension(), device
         chunk, first, rows = self._extension.grads_chunk, 0, []
-        for entry in entries:
-            if entry[3] > 0:  # one without elements has no chunk
-                rows.append((*entry, first))
-                first += -(-entry[3] // chunk)
+        for (address, count, dtype, _), source in zip(into, sources, strict=True):
+            if count > 0:  # one without elements has no chunk
+                rows.append((CODES[dtype], address, source[0], count, first))
+                first += -(-count // chunk)
         self._chunks = first
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5).pin_memory()
         self._table = table.to(device, non_blocking=True)
 
-    def run(self, kind: int, number: float, threads: int) -> None:  # noqa: ARG002
+    def run(self, kind: int, number: float) -> None:
         """One launch on torch's current stream."""
         on = destination(self._extension, self._device)
         self._extension.grads_cuda(self._table.data_ptr(), len(self._table), self._chunks, kind, number, on)
@@ -136,16 +125,23 @@ class CudaPlan:
 def _run(op: str, kind: int, into: Sequence[Tensor], sources: Sequence[Tensor], number: float) -> None:
     if len(into) != len(sources):
         raise ValueError(f"{op}: into has {len(into)} tensors and sources has {len(sources)}: they are taken in pairs")
-    for one, other in zip(into, sources, strict=True):
-        _check(op, one, other, into[0].device)
-    if into:
-        pairs = zip(fingerprint(into), fingerprint(sources), strict=True)
-        plan(into[0].device, pairs).run(kind, number, torch.get_num_threads())
-        increment_version(tuple(into))
+    if not into:
+        return
+    device, pairs = into[0].device, [_fitted(op, pair, into[0].device) for pair in zip(into, sources, strict=True)]
+    firsts, seconds = [one for one, _ in pairs], [other for _, other in pairs]
+    if device.type == "cuda":
+        CudaPlan(device, fingerprint(firsts), fingerprint(seconds)).run(kind, number)
+    elif not run_cpu(firsts, seconds, kind, number):
+        raise RuntimeError(f"{op}: the arguments were checked and are refused all the same")
+    for one, fit in zip(into, firsts, strict=True):
+        if one is not fit:  # it was misaligned
+            one.copy_(fit)
+    increment_version(tuple(into))
 
 
-def _check(op: str, into: Tensor, source: Tensor, device: torch.device) -> None:
-    require_device(op, into.device)
-    if into.device != device:
-        raise ValueError(f"{op}: a tensor of into is on {into.device}, the first on {device}")
-    GRADS_PAIR.fitted((into, source))
+def _fitted(op: str, pair: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    require_device(op, pair[0].device)
+    if pair[0].device != device:
+        raise ValueError(f"{op}: a tensor of into is on {pair[0].device}, the first on {device}")
+    into, source = GRADS_PAIR.fitted(pair)
+    return into, source

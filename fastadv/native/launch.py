@@ -1,7 +1,8 @@
 """Call a C++ op.
 
 The op reads the tensors, checks them by their signature (csrc/signature.h), and runs, or returns None. Only then Python
-checks them: it raises the error that says why, or copies the tensors that are laid out otherwise, and calls again.
+checks them: it raises the error that says why, or copies the tensors that are laid out otherwise or misaligned, and
+calls again; a copy that the op has written to is copied back.
 """
 
 from __future__ import annotations
@@ -40,10 +41,19 @@ class Launch:
             self._check_device(tensors)
             if self._check is not None:
                 self._check(tensors, *numbers)
-            found = run(self.signature.fitted(tensors), *numbers, torch.get_num_threads())
+            fit = self.signature.fitted(tensors)
+            found = run(fit, *numbers, torch.get_num_threads())
+            self._copy_back(fit, tensors)
         if found is None:
             raise RuntimeError(f"{self.signature.op}: the arguments were checked and are refused all the same")
         return found
+
+    @torch.no_grad()
+    def _copy_back(self, fit: Tensors, tensors: Tensors) -> None:
+        """Put what was written where it belongs."""
+        for copy, tensor in zip(self.signature.written(fit), self.signature.written(tensors), strict=True):
+            if copy is not None and tensor is not None and copy is not tensor:
+                tensor.copy_(copy)
 
     def _check_device(self, tensors: Tensors) -> None:
         first = tensors[0]
@@ -58,7 +68,7 @@ class Launch:
 @functools.cache
 def compiled(signature: Signature) -> Any:
     """The signature in C++."""
-    return native.extension().Signature(signature.encoded(), signature.repeats)
+    return native.extension().Signature(signature.op, signature.encoded(), signature.repeats)
 
 
 def fitted(signature: Signature, tensors: Tensors) -> tuple[Any, ...]:
@@ -69,7 +79,11 @@ def fitted(signature: Signature, tensors: Tensors) -> tuple[Any, ...]:
     """
     if native.available() and compiled(signature).takes(tensors):
         return tensors
-    return signature.fitted(tensors)
+    fit = signature.fitted(tensors)
+    for copy, tensor in zip(signature.written(fit), signature.written(tensors), strict=True):
+        if copy is not tensor:
+            raise ValueError(f"{signature.op}: a tensor that is written in place is misaligned; pass a clone() of it")
+    return fit
 
 
 def require_device(op: str, device: torch.device) -> None:

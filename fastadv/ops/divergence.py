@@ -18,7 +18,8 @@ sigmoid is the softmax of two logits, x and 0, so that they are the op's rows of
 Softmax and sums are in float32 (float64 for float64), whatever the logits' dtype; no probabilities are kept. A sum such
 as that of `kl` cancels where p is close to q; written as sum q (e^r - 1 - r), r = log p - log q, no term is negative,
 and a rounding error of the log-sum-exp counts by its square. A class that has no probability in either (-inf in both)
-adds nothing; one that only the second of a KL lacks is at infinity.
+adds nothing; one that only the second of a KL lacks is at infinity. A row that has no softmax (NaN or +inf in it, or
+nothing but -inf) is NaN, with NaN gradients, as `torch.softmax` has it. ``mse`` takes equal infinities for equal.
 """
 
 from __future__ import annotations
@@ -45,10 +46,13 @@ def rows(logits: Tensor, target: Tensor, kind: str) -> Tensor:
     """The divergence of each row [N], in plain PyTorch; differentiable any number of times."""
     wide = torch.promote_types(logits.dtype, torch.float32)
     a, b = logits.to(wide), target.to(wide)
-    neither = (a == b) & a.isinf()
-    a, b = a.masked_fill(neither, IMPOSSIBLE), b.masked_fill(neither, IMPOSSIBLE)
+    alike = (a == b) & a.isinf()
     if kind == "mse":
-        return (a - b).square().mean(dim=-1)
+        return (a.masked_fill(alike, 0) - b.masked_fill(alike, 0)).square().mean(dim=-1)
+    undefined = ~(_largest(a).isfinite() & _largest(b).isfinite())
+    neither = alike & ~undefined
+    a, b = a.masked_fill(neither, IMPOSSIBLE), b.masked_fill(neither, IMPOSSIBLE)
+    a, b = (x + torch.where(undefined, torch.nan, 0) for x in (a, b))  # added, so that the gradient is NaN as well
     log_p, log_q = a.log_softmax(dim=-1), b.log_softmax(dim=-1)
     p, q = log_p.exp(), log_q.exp()
     r = a - b + (b.logsumexp(dim=-1) - a.logsumexp(dim=-1)).unsqueeze(-1)
@@ -57,6 +61,11 @@ def rows(logits: Tensor, target: Tensor, kind: str) -> Tensor:
     if kind == "symmetric_kl":
         return _product(p - q, r).sum(dim=-1)
     return (p - q - _product(q, r)).sum(dim=-1)
+
+
+def _largest(x: Tensor) -> Tensor:
+    """The largest logit of each row; NaN where there is one."""
+    return x.detach().amax(dim=-1, keepdim=True)
 
 
 def _product(weight: Tensor, log: Tensor) -> Tensor:

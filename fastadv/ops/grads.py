@@ -5,7 +5,7 @@ r"""The gradients of all parameters at once: copies of them, sums, and moving av
 
 `into` and `sources` are lists of tensors, pair by pair of one shape and dtype; computed in float32 (float64 for
 float64) and rounded once. A list of tensors costs time by itself, so what is done step by step on the same tensors goes
-through a `Plan`, which knows their addresses; `Backup` keeps and puts back the gradients of a model.
+through a `Plan`; `Backup` keeps and puts back the gradients of a model.
 """
 
 from __future__ import annotations
@@ -75,10 +75,11 @@ AVERAGE = _op("grads_average", "(Tensor(a!)[] into, Tensor[] sources, float deca
 
 
 class Plan:
-    """Copy, add or average `sources` into `into`, step by step, with their addresses looked up once.
+    """Copy, add or average `sources` into `into`, step by step, sorted once by who can do it.
 
-    Each call checks whether a tensor has moved, was resized or changed its dtype, and rebuilds the plan if so.
-    Pairs that are not plain contiguous memory (strided, sparse, sharded) go through PyTorch.
+    Each call reads every tensor anew: one that has moved is followed, and where one was resized or changed its dtype
+    the pairs are sorted again. Pairs that are not plain contiguous memory (strided, sparse, sharded, misaligned) go
+    through PyTorch.
 
     Args:
         into: what is written; shares no memory with `sources`.
@@ -101,7 +102,11 @@ class Plan:
 
     def __init__(self, into: Sequence[Tensor], sources: Sequence[Tensor], fused: bool | None = None) -> None:
         self._fused = fused
-        self._known: tuple[list[Any], list[Any]] | None = None
+        self._count = 0  # of the pairs that are sorted
+        self._direct: list[int] = []  # the pairs for C++, by index
+        self._on_cpu: list[int] = []
+        self._on_cuda: list[tuple[list[int], Any, native_grads.CudaPlan]] = []
+        self._others: list[list[int]] = []  # groups of pairs for PyTorch
         self.rebind(into, sources)
 
     def rebind(self, into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
@@ -124,43 +129,55 @@ class Plan:
 
     @torch.no_grad()
     def _run(self, kind: int, number: float, eager: Callable[[list[Tensor], list[Tensor]], None]) -> None:
-        known = (native_grads.fingerprint(self._into), native_grads.fingerprint(self._sources))
-        if known != self._known:
-            self._known = None
-            self._build(*known)
-            self._known = known
-        for plan in self._native:
-            plan.run(kind, number, torch.get_num_threads())
+        if len(self._into) != self._count or not self._start(kind, number):
+            self._sort()
+            if not self._start(kind, number):
+                raise RuntimeError("a tensor of the plan has changed while it ran")
         if self._direct:
             increment_version([self._into[i] for i in self._direct] if self._others else self._into)
         for group in self._others:
-            eager([self._into[i] for i in group], [self._sources[i] for i in group])
+            eager(*self._pairs(group))
 
-    def _build(self, into: list[Any], sources: list[Any]) -> None:
+    def _start(self, kind: int, number: float) -> bool:
+        """Run the pairs for C++; False, and nothing has been written, where a tensor is no longer what it was."""
+        for group in self._others:
+            for i in group:
+                _check(self._into[i], self._sources[i])
+        for group, known, _ in self._on_cuda:
+            if known != tuple(map(native_grads.fingerprint, self._pairs(group))):
+                return False
+        if self._on_cpu and not native_grads.run_cpu(*self._pairs(self._on_cpu), kind, number):
+            return False
+        for _, _, plan in self._on_cuda:
+            plan.run(kind, number)
+        return True
+
+    def _sort(self) -> None:
         """Sort the pairs by index: those for C++, and groups of those for PyTorch."""
-        for pair in zip(self._into, self._sources, strict=True):
+        pairs = list(zip(self._into, self._sources, strict=True))
+        for pair in pairs:
             _check(*pair)
-        fused, served = self._fused is not False and native.available(), native_grads.served
-        pairs = list(zip(self._into, into, self._sources, sources, strict=True))
-        self._direct = [
-            i
-            for i, (a, b, c, d) in enumerate(pairs)
-            if fused and a.device == c.device and served(a, b) and served(c, d)
-        ]
+        fused = self._fused is not False and native.available()
+        self._count = len(pairs)
+        self._direct = [i for i, pair in enumerate(pairs) if fused and native_grads.served(*pair)]
         rest = sorted(set(range(len(pairs))) - set(self._direct))
         if self._fused and rest:
             COPY.choose(self._into[rest[0]].device.type, True)  # raises if C++ is not there at all
             raise RuntimeError(
                 "fused=True, but a pair of tensors is not plain contiguous memory in a dtype that is served"
             )
-        devices = {self._into[i].device: None for i in self._direct}
-        self._native = [native_grads.plan(device, self._on(device, into, sources)) for device in devices]
+        self._on_cpu = [i for i in self._direct if self._into[i].is_cpu]
+        self._on_cuda = []
+        for device in {self._into[i].device: None for i in self._direct if self._into[i].is_cuda}:
+            group = [i for i in self._direct if self._into[i].device == device]
+            into, sources = map(native_grads.fingerprint, self._pairs(group))
+            self._on_cuda.append((group, (into, sources), native_grads.CudaPlan(device, into, sources)))
         plain = [i for i in rest if native_grads.is_plain(self._into[i])]
         self._others = [[i] for i in rest if i not in plain] + ([plain] if plain else [])
 
-    def _on(self, device: torch.device, into: list[Any], sources: list[Any]) -> list[tuple[Any, Any]]:
-        """The pairs on one device."""
-        return [(into[i], sources[i]) for i in self._direct if self._into[i].device == device]
+    def _pairs(self, group: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """What is written and what is read of these pairs."""
+        return [self._into[i] for i in group], [self._sources[i] for i in group]
 
 
 def _check(into: Tensor, source: Tensor) -> None:

@@ -141,17 +141,13 @@ needs_native = pytest.mark.skipif(not native.available(), reason="the C++ extens
 def test_gradients_that_are_there_are_copied_in_one_launch(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     model, data, closure = ready(torch.float32)
     runs: list[int] = []
-    make = native_grads.plan
+    run = native_grads.run_cpu
 
-    class Plan:
-        def __init__(self, *given: Any) -> None:
-            self.plan = make(*given)
+    def noted(into: Any, sources: Any, kind: int, number: float) -> bool:
+        runs.append(kind)
+        return run(into, sources, kind, number)
 
-        def run(self, kind: int, *given: Any) -> None:
-            runs.append(kind)
-            self.plan.run(kind, *given)
-
-    monkeypatch.setattr(native_grads, "plan", Plan)
+    monkeypatch.setattr(native_grads, "run_cpu", noted)
     adv = fastadv.PGD(model, embedding=model.word_embeddings)
     if there:
         closure().loss.backward()

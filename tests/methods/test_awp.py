@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 import fastadv
+from fastadv.methods.awp_weights import MovedWeights
 from tests.models import Stateful, TinyModel
 from tests.support import (
     assert_close,
@@ -143,3 +144,18 @@ def test_awp_goes_where_the_model_goes() -> None:
 def test_arguments(options: dict[str, Any], error: type[Exception], phrases: list[str]) -> None:
     model = with_gradients("tfm")
     refused(model, lambda: fastadv.AWP(model, **options), error, *phrases)
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.1}, {"gamma": 1.0, "epsilon": 0.01}], ids=["plain", "within a reach"])
+@pytest.mark.parametrize("scale", [1e-37, 1e-41, 3e-44])
+def test_a_gradient_of_next_to_nothing_moves_as_far_as_any(scale: float, options: dict[str, Any]) -> None:
+    """|w| / |g| is beyond float32 then."""
+    weight = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    moved = MovedWeights([weight], None)
+    with moved.moving():
+        moved.step([torch.tensor([scale, 0.0])], options["gamma"], options.get("epsilon"))
+        assert weight.isfinite().all()
+        if "epsilon" not in options:
+            assert weight.tolist() == pytest.approx([3.5, 4.0], rel=1e-5)
+    assert int(moved.skipped) == 0
+    assert float(moved.norm) == pytest.approx(0.5, rel=1e-5) or "epsilon" in options

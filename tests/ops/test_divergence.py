@@ -204,3 +204,45 @@ def test_bad_arguments(fused: bool | None) -> None:
         divergence(logits, target[:, :4], fused=fused)
     with pytest.raises(ValueError, match=r"weights must have shape \(3,\), one per row, not \(5,\)"):
         divergence(logits, target, weights=torch.ones(5), fused=fused)
+
+
+UNDEFINED = {
+    "+inf in both": ([math.inf, 1.0, 2.0], [math.inf, 1.5, 0.0]),
+    "+inf in the first": ([math.inf, 1.0, 2.0], [0.0, 1.5, 0.0]),
+    "+inf in the second": ([0.0, 1.0, 2.0], [0.0, math.inf, 0.0]),
+    "nothing but -inf in both": ([-math.inf] * 3, [-math.inf] * 3),
+    "nothing but -inf in one": ([-math.inf] * 3, [-math.inf, 0.0, 1.0]),
+    "NaN": ([0.0, math.nan, 1.0], [0.0, 1.0, 1.0]),
+}
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("kind", ["symmetric_kl", "kl", "js"])
+@pytest.mark.parametrize("name", UNDEFINED)
+def test_a_row_without_a_softmax_is_nan(name: str, kind: str, fused: bool | None) -> None:
+    """As torch.softmax has it; the rows beside it are what they are."""
+    first, second = UNDEFINED[name]
+    a, b = torch.tensor([first, [1.0, 2.0, 3.0]]), torch.tensor([second, [0.0, 2.0, 1.0]])
+    assert a.softmax(-1)[0].isnan().all() or b.softmax(-1)[0].isnan().all()
+    a.requires_grad_(), b.requires_grad_()
+    assert divergence(a, b, kind, weights=torch.tensor([1.0, 0.0]), fused=fused).isnan()
+    value = divergence(a, b, kind, fused=fused)
+    assert value.isnan()
+    for grad in torch.autograd.grad(value, (a, b)):
+        assert grad[0].isnan().all()
+        assert grad[1].isfinite().all()
+    assert divergence(a, b, kind, weights=torch.tensor([0.0, 1.0]), fused=fused).isfinite()
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_mse_takes_equal_infinities_for_equal(fused: bool | None) -> None:
+    a = torch.tensor([[math.inf, -math.inf, 1.0]])
+    assert divergence(a, torch.tensor([[math.inf, -math.inf, 4.0]]), "mse", fused=fused) == 3
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_lowest_number_is_a_logit(dtype: torch.dtype, fused: bool | None) -> None:
+    """Which masks are made of: a row of nothing else is even."""
+    lowest = torch.full((1, 4), torch.finfo(dtype).min, dtype=dtype)
+    assert divergence(lowest, torch.zeros_like(lowest), "symmetric_kl", fused=fused) == 0
