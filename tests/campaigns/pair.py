@@ -106,6 +106,10 @@ class Pair:
             self._update()
         return Verdict(outcome, [Violation(kind, f"{what} | {where}") for kind, what in violations])
 
+    def _other(self, twin: State, mine: State) -> list[str]:
+        """Where the two differ after a step that both have done."""
+        return differences(twin, mine, places=False)
+
     def _let_go(self, kept: list[BaseException | None]) -> list[Violation]:
         """An error that goes takes its frames along, at once or with a cycle: none of them may touch the model."""
         before = self.subject.state()
@@ -140,7 +144,7 @@ class Pair:
         after, answers = self.subject.state(), self.subject.answers()
         seed_all(seed)
         self.twin.act()
-        wrong = differences(self.twin.state(), after, places=False)
+        wrong = self._other(self.twin.state(), after)
         expected = self.twin.answers()
         wrong += differences(State(expected, {}, []), State(answers, {}, []))
         return [Violation("differs", f"after the next step: {_short(wrong)}")] if wrong else []

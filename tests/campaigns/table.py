@@ -35,7 +35,10 @@ def section(results: dict[str, Any]) -> str:
     """What stands on the page between the two marks."""
     late, raised = after_all(results)
     share = f"{late:,} of {raised:,} ({100 * late / raised:.1f} %)" if raised else "none"
-    made = f"At revision {results['revision']}, {results['date']}, {results['machine']}, torch {results['torch']}."
+    part = "" if results["share"] == 1 else f"A share of {results['share']:g} of the campaign. "
+    made = (
+        f"{part}At revision {results['revision']}, {results['date']}, {results['machine']}, torch {results['torch']}."
+    )
     rate = f"KeyboardInterrupts that came when the step was done: {share}."
     return f"{BEGIN}\n\n{markdown(results)}\n\n{made}\n{rate}\n\n{END}"
 
