@@ -13,7 +13,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STATE = "trainer_state.json"
 PARTS = {"optimizer": "optimizer*", "scheduler": "scheduler.pt", "random state": "rng_state*.pth"}
-WEIGHTS = ("*.safetensors", "*model*.bin", "*fsdp*")
+WEIGHTS = ("*model*.safetensors", "*model*.bin", "*fsdp*")
 PICKLES = (".pt", ".pth", ".bin")
 
 
