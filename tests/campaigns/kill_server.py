@@ -6,6 +6,7 @@ A line of JSON on standard output is how it ended. A job is a real process with 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -50,7 +51,7 @@ def _work(job: dict[str, Any]) -> None:
         code = 0
     except SystemExit as left:
         code = left.code or 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001 - whatever it is, a child of a fork must not go on
         import traceback
 
         traceback.print_exc()
@@ -85,10 +86,6 @@ def _found(folder: str, pattern: str) -> set[Path]:
 
 
 if __name__ == "__main__":
-    import fastadv.train.compare
-    import fastadv.train.run
-    import fastadv.train.sweep
-    import fastadv.train.tables
-    import fastadv.train.verdict
-
+    for part in ("compare", "run", "sweep", "tables", "verdict"):  # once, and not in each child
+        importlib.import_module(f"fastadv.train.{part}")
     main()

@@ -12,9 +12,12 @@ import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tests.train.conftest import save_encoder, texts, write_csv
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 Command = Literal["train", "compare", "sweep"]
 ROOT = Path(__file__).parents[2]
@@ -59,7 +62,7 @@ class Server:
             cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def __enter__(self) -> Server:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

@@ -118,7 +118,7 @@ def test_a_checkpoint_that_misses_something_is_passed_over(copy: Path, name: str
     if left is not None:
         file.write_bytes(content[: int(left * len(content))])
     trainer = trainer_of(copy)
-    with pytest.raises(CheckpointError, match="checkpoint-3 cannot be resumed from: it.*resume_from_checkpoint=True"):
+    with pytest.raises(CheckpointError, match=r"checkpoint-3 cannot be resumed from: it.*resume_from_checkpoint=True"):
         trainer.train(resume_from_checkpoint=str(file.parent))
     chosen, (told,) = trainer.newest()
     assert chosen == copy / "checkpoint-2"
@@ -136,7 +136,7 @@ def test_where_no_checkpoint_is_whole(copy: Path) -> None:
         (checkpoint / "adversary.safetensors").unlink()
     with (
         pytest.warns(UserWarning, match="a plain training saved it"),
-        pytest.raises(ValueError, match="No valid checkpoint found in output directory .*: train afresh"),
+        pytest.raises(ValueError, match=r"No valid checkpoint found in output directory .*: train afresh"),
     ):
         trainer_of(copy).train(resume_from_checkpoint=True)
 

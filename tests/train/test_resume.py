@@ -83,6 +83,7 @@ def test_resume_measures_a_model_that_is_trained_already(
     assert json.loads(Path("runs/a/result.json").read_text())["models"]["adversarial"]["accuracy"]
 
 
+@pytest.mark.slow
 def test_a_model_that_is_half_saved_is_none(
     encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_model_that_is_half_saved_is_none(
         assert len([s for row in read_log(Path("run/log.jsonl"), name) for s in row["step_seconds"]]) == 3
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever it was that found no room: the command says so, and goes on when there is some."""
     chosen = ["--max-steps", "4", "--save-steps", "2", "--save-strategy", "steps", "--save-total-limit", "1"]
@@ -141,6 +143,7 @@ def test_a_full_disk_is_one_line(encoder: Path, table: Path, capsys: pytest.Capt
             assert a == b, name
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_the_methods_state_is_passed_over(
     encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
