@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,8 +80,6 @@ class WholeCheckpoints(_Trainer):
 
     def tell(self, message: str) -> None:
         """Tell the user which checkpoint is passed over, and why."""
-        import warnings
-
         warnings.warn(message, stacklevel=4)
 
     # Saving

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,17 @@ def test_a_disk_that_is_full_keeps_the_older_checkpoint(tmp_path: Path, whole: P
         assert [one.name for one in disk.iterdir()] == ["checkpoint-1"]
         enlarge(disk, 8 * size)
         assert_goes_on(disk, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_write_one_checkpoint(tmp_path: Path) -> None:
+    """Each with its own state of the method; it has its name when both have written theirs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    script = Path(__file__).with_name("two_processes.py")
+    ended = subprocess.run([*command, script, tmp_path], env=environment, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert {one.name for one in (tmp_path / "whole").iterdir()} == {"checkpoint-3", "checkpoint-4"}
+    states = {one.name for one in (tmp_path / "whole/checkpoint-4").glob("adversary*")}
+    assert states == {"adversary-0.safetensors", "adversary-1.safetensors"}
