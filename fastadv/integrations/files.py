@@ -26,7 +26,9 @@ def write(path: Path, content: str | bytes) -> None:
         {}
     """
     # Named by its writer: two that write the same file must not share it.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    start = f".{path.name}.{os.uname().nodename}"
+    temporary = path.with_name(f"{start}.{os.getpid()}.{threading.get_ident()}.tmp")
+    _remove_of_dead(path.parent, start)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -38,6 +40,19 @@ def write(path: Path, content: str | bytes) -> None:
             temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def _remove_of_dead(folder: Path, start: str) -> None:
+    """Remove what processes of this machine left that were killed while they wrote the same file."""
+    for path in folder.iterdir():
+        name, *writer = path.name.rsplit(".", 3)
+        if name == start and len(writer) == 3 and writer[0].isdecimal() and writer[2] == "tmp":
+            try:
+                os.kill(int(writer[0]), 0)
+            except ProcessLookupError:
+                path.unlink(missing_ok=True)
+            except PermissionError:
+                pass  # somebody else's, and alive
 
 
 def sync(path: Path) -> None:
