@@ -82,10 +82,13 @@ def test_a_run_that_another_process_trains_is_refused(capsys: pytest.CaptureFixt
         error = refused(capsys, "train", "--resume", "--output-dir", "runs/a")
         assert error == "error: runs/a is being written to by another fastadv: wait until it ends, or stop it"
         assert "runs/a is passed over: another fastadv trains it" in refused(capsys, "train", "--resume")
+    read, write = os.pipe()
     with run_folder.held(folder):  # the lock has ended with its process
         worker = os.fork()
         if worker == 0:
+            os.write(write, b".")
             time.sleep(600)
+        assert os.read(read, 1) == b"."
     try:
         with run_folder.held(folder):  # a worker that outlives its run holds nothing
             pass
