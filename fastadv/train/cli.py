@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ except ImportError as error:  # what the extra brings
 
 import fastadv
 from fastadv.train import folders, shared, threads
-from fastadv.train.errors import Interrupted, UserError
+from fastadv.train.errors import Interrupted, UserError, writing
 
 RUNS = Path("runs")
 MORE: dict[str, Any] = {
@@ -80,31 +80,35 @@ def train(
     """
     if not resume:
         shared.check_extra(context)
-    from fastadv.train import report, run, tables, verdict
+    from fastadv.train import run, run_folder, tables, verdict
     from fastadv.train.announce import announce
     from fastadv.train.job import prepare
-    from fastadv.train.log import read_log
 
-    if resume:
-        _only(context, "resume", "output_dir")
-        folder, settings, command = run.to_resume(RUNS, output_dir)
-    else:
-        folder = output_dir or RUNS / datetime.now().strftime("%Y%m%d-%H%M%S")
-        command = _command(context)
-        run.claim(folder)
-        settings = make(method=method, extra=tuple(context.args))
-    job = prepare(settings)
-    print(f"{folder}: {len(job.samples.train):,} training and {len(job.samples.test):,} test samples, {job.model_path}")
-    if not resume:
-        announce(job)
-    try:
-        result = run.run(job, folder, command)
-    except Interrupted as stopped:
-        raise Interrupted(f"{stopped}; to continue: fastadv train --resume --output-dir {folder}") from None
-    report.write(result, read_log(folder / run.LOG), folder / run.REPORT)
+    with contextlib.ExitStack() as stack:
+        if resume:
+            _only(context, "resume", "output_dir")
+            chosen, settings, command = run.to_resume(RUNS, output_dir)
+            folder = stack.enter_context(run_folder.held(chosen))
+            job = prepare(settings)
+        else:
+            command = _command(context)
+            if output_dir is not None:
+                run_folder.check(output_dir)
+            job = prepare(make(method=method, extra=tuple(context.args)))
+            folder = stack.enter_context(run_folder.new(output_dir, RUNS, run.settings(job, command)))
+        samples = f"{len(job.samples.train):,} training and {len(job.samples.test):,} test samples"
+        print(f"{folder}: {samples}, {job.model_path}")
+        if not resume:
+            announce(job)
+        goes_on = f"fastadv train --resume --output-dir {folder}"
+        try:
+            with writing(folder, goes_on):
+                result = run.run(job, folder, command)
+        except Interrupted as stopped:
+            raise Interrupted(f"{stopped}; to continue: {goes_on}") from None
     tables.show(tables.comparison(result))
     print("\n".join(verdict.sentences(result)))
-    print(f"{folder / run.REPORT}\n{folder / run.RESULT}")
+    print(f"{folder / run.REPORT}\n{folder / folders.RESULT}")
 
 
 @app.command(context_settings=MORE)
