@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,12 +13,15 @@ from typing import Annotated, Any
 try:
     import typer
     from typer.core import TyperCommand
+
+    UsageError: Any = typer.BadParameter.__base__  # of an option that cannot be read, an argument too many
 except ImportError as error:  # what the extra brings
     sys.exit(f"error: the command fastadv needs more packages ({error.name}): pip install 'fastadv[train]'")
 
 import fastadv
 from fastadv.train import folders, shared, threads
 from fastadv.train.errors import Interrupted, UserError
+from fastadv.train.shown import say, visible
 
 RUNS = Path("runs")
 MORE: dict[str, Any] = {
@@ -94,7 +98,7 @@ def train(
         run.claim(folder)
         settings = make(method=method, extra=tuple(context.args))
     job = prepare(settings)
-    print(f"{folder}: {len(job.samples.train):,} training and {len(job.samples.test):,} test samples, {job.model_path}")
+    say(f"{folder}: {len(job.samples.train):,} training and {len(job.samples.test):,} test samples, {job.model_path}")
     if not resume:
         announce(job)
     try:
@@ -103,8 +107,7 @@ def train(
         raise Interrupted(f"{stopped}; to continue: fastadv train --resume --output-dir {folder}") from None
     report.write(result, read_log(folder / run.LOG), folder / run.REPORT)
     tables.show(tables.comparison(result))
-    print("\n".join(verdict.sentences(result)))
-    print(f"{folder / run.REPORT}\n{folder / run.RESULT}")
+    say(*verdict.sentences(result), folder / run.REPORT, folder / run.RESULT)
 
 
 @app.command(context_settings=MORE)
@@ -158,7 +161,7 @@ def evaluate(
     )
     files = checkpoint.write(result, output_dir or folder)
     tables.show(tables.evaluation(result))
-    print("\n".join(str(file) for file in files))
+    say(*files)
 
 
 @app.command()
@@ -201,7 +204,7 @@ def sweep(
     whole = tuple(int(seed) for seed in shared.numbers("--seeds", seeds))
     result = sweeping.run(make(extra=tuple(context.args)), tries, whole, output_dir, _command(context))
     tables.show(tables.sweep(sweeping.summary(result["runs"])))
-    print(output_dir / sweeping.RESULT)
+    say(output_dir / sweeping.RESULT)
 
 
 @app.command(context_settings=MORE)
@@ -230,7 +233,7 @@ def compare(
     result = comparing.run(make(extra=tuple(context.args)), grid, whole, output_dir, _command(context))
     rows = comparing.summary(result["runs"])
     tables.show(tables.methods(comparing.headings(rows), [comparing.cells(row) for row in rows]))
-    print("\n".join(str(output_dir / name) for name in (comparing.RESULT, comparing.TABLE, comparing.PICTURE)))
+    say(*(output_dir / name for name in (comparing.RESULT, comparing.TABLE, comparing.PICTURE)))
 
 
 @app.command()
@@ -249,9 +252,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threads.wait_passively()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(given, prog_name="fastadv", obj=given)
+        sys.exit(app(given, prog_name="fastadv", obj=given, standalone_mode=False) or 0)
+    except UsageError as error:
+        error.message = visible(error.message) if given else error.message  # without arguments it is the help
+        error.show()
+        sys.exit(error.exit_code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that vanished: not a defect of the command
+        if error.errno == errno.EPIPE:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(visible(f"error: {where}{error.strerror or error}: check the path and the space there"), file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)
