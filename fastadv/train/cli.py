@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import sys
 from collections.abc import Sequence
 from datetime import datetime
@@ -19,7 +18,7 @@ except ImportError as error:  # what the extra brings
     sys.exit(f"error: the command fastadv needs more packages ({error.name}): pip install 'fastadv[train]'")
 
 import fastadv
-from fastadv.train import folders, shared, threads
+from fastadv.train import folders, shared, threads, writable
 from fastadv.train.errors import Interrupted, UserError
 from fastadv.train.shown import say, visible
 
@@ -151,6 +150,7 @@ def evaluate(
             label_separator=label_separator,
             skip_empty=skip_empty,
         )
+    writable.check_files(output_dir or folder, checkpoint.FILES)
     result = checkpoint.evaluate(
         folder,
         given,
@@ -181,6 +181,8 @@ def predict(
     chosen = folders.chosen(folder, None if model is None else model.value)
     from fastadv.train import predict as predicting
 
+    if output is not None:
+        writable.check_file(output, "--output")
     found = predicting.texts_of(texts or [], data, text_column, skip_empty)
     predicting.write(predicting.Predictor(chosen, max_length)(found), output)
 
@@ -201,7 +203,7 @@ def sweep(
     from fastadv.train import sweep as sweeping
     from fastadv.train import tables
 
-    whole = tuple(int(seed) for seed in shared.numbers("--seeds", seeds))
+    whole = shared.seeds("--seeds", seeds)
     result = sweeping.run(make(extra=tuple(context.args)), tries, whole, output_dir, _command(context))
     tables.show(tables.sweep(sweeping.summary(result["runs"])))
     say(output_dir / sweeping.RESULT)
@@ -229,7 +231,7 @@ def compare(
     from fastadv.train import tables
 
     grid = comparing.grid_of(methods, tries or [])
-    whole = tuple(int(seed) for seed in shared.numbers("--seeds", seeds))
+    whole = shared.seeds("--seeds", seeds)
     result = comparing.run(make(extra=tuple(context.args)), grid, whole, output_dir, _command(context))
     rows = comparing.summary(result["runs"])
     tables.show(tables.methods(comparing.headings(rows), [comparing.cells(row) for row in rows]))
@@ -261,8 +263,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that vanished: not a defect of the command
-        if error.errno == errno.EPIPE:
-            raise
         where = "" if error.filename is None else f"{error.filename}: "
         print(visible(f"error: {where}{error.strerror or error}: check the path and the space there"), file=sys.stderr)
         sys.exit(2)

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import fastadv
-from fastadv.train import examples, phase, radius
-from fastadv.train.data import DataSettings
+from fastadv.train import examples, phase, radius, run_files
 from fastadv.train.errors import Interrupted, UserError
 from fastadv.train.folders import ADVERSARIAL, PLAIN, SETTINGS
 from fastadv.train.job import Job, Settings, read_json, write_json
@@ -73,7 +72,7 @@ def _begin(job: Job, folder: Path, command: str) -> None:
 
 def _with_radius(job: Job, folder: Path) -> tuple[Job, dict[str, Any] | None]:
     """Choose the radius, or read what was chosen when this run began."""
-    saved = read_json(folder / RADIUS)
+    saved = run_files.checked(folder / RADIUS, run_files.Chosen)
     if saved is not None:
         return replace(job, method_arguments=saved["method_arguments"]), saved["radius"]
     job, found = radius.chosen(job, job.arguments(folder).seed)
@@ -86,7 +85,7 @@ def _with_radius(job: Job, folder: Path) -> tuple[Job, dict[str, Any] | None]:
 def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
     """Train, save and measure; read the parts that are done already."""
     mine = folder / name
-    record = read_json(mine / DONE)
+    record = run_files.checked(mine / DONE, run_files.Phase)
     if record is None:
         adversary = job.adversary if name == ADVERSARIAL else None
         network, cost, warnings = phase.train(job, name, mine, folder / LOG, adversary, resume=True)
@@ -138,16 +137,10 @@ def to_resume(runs: Path, chosen: Path | None) -> tuple[Path, Settings, str]:
                 f"no unfinished run in {runs}/: say which to continue with --output-dir, or leave --resume out"
             )
         chosen = open_runs[-1]
-    saved = read_json(chosen / SETTINGS)
+    saved = run_files.begun(chosen / SETTINGS)
     if saved is None:
         raise UserError(f"{chosen} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
-    return chosen, settings_of(saved["settings"]), saved["command"]
-
-
-def settings_of(saved: dict[str, Any]) -> Settings:
-    """Read the settings of settings.json."""
-    lists = {name: tuple(saved[name]) for name in ("attack_radii", "extra")}
-    return Settings(**{**saved, **lists, "data": DataSettings(**saved["data"])})
+    return chosen, run_files.settings_of(saved["settings"]), saved["command"]
 
 
 def versions() -> dict[str, str]:
