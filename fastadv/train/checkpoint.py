@@ -52,7 +52,7 @@ def evaluate(
         test = _test_of_run(checkpoint, labels) if given is None else data.load_test(given, labels, task)
         tokenizer = tokenizer_of(str(checkpoint))
         tokens = Tokens(test, tokenizer, longest(tokenizer, max_length))
-        check_tokens(network, tokens, checkpoint)
+        check_tokens(network, (item["input_ids"] for item in tokens.items), checkpoint)
         evaluator = Evaluator(network, tokens, tokenizer, progress)
         found[name] = {"accuracy": evaluator.measure(samples, radii, steps)}
     return {

@@ -48,15 +48,16 @@ class JsonLines(TrainerCallback):
 
 
 def read_log(path: Path, phase: str | None = None) -> list[dict[str, Any]]:
-    """Read a log, or the rows of one phase. A line cut off by a crash is skipped."""
+    """Read a log, or the rows of one phase. A line that a crash cut off, within a character too, is skipped."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+                named, step = row["phase"], row["step"]
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            if phase is None or row["phase"] == phase:
+            if isinstance(step, int) and (phase is None or named == phase):
                 rows.append(row)
     return rows
 

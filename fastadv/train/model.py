@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +17,6 @@ from fastadv.train.errors import UserError, loading
 from fastadv.train.labels import CLASSIFICATION, PROBLEM_TYPES, Scale
 from fastadv.train.modeling_mean_pool import MeanPoolClassifier, without_pooler
 from fastadv.train.sources import exists, package_folder
-from fastadv.train.tokens import Tokens
 
 DEFAULT = "minilm-l6-v2"
 # Of whatever is loaded: no code that comes with a model, and no pickle, which is code too.
@@ -147,14 +147,14 @@ def check_length(config: Any, max_length: int | None, name: object) -> None:
         raise UserError(f"--max-length {max_length}: {name} reads {positions} tokens at most")
 
 
-def check_tokens(model: MeanPoolClassifier, tokens: Tokens, name: object) -> None:
+def check_tokens(model: MeanPoolClassifier, texts: Iterable[Sequence[int]], name: object) -> None:
     """Refuse a tokenizer of another model.
 
     Raises:
         UserError: it makes tokens that the model has no embedding of.
     """
     rows = cast("Any", model.get_input_embeddings()).weight.shape[0]
-    if max((max(item["input_ids"], default=0) for item in tokens.items), default=0) >= rows:
+    if max((max(ids, default=0) for ids in texts), default=0) >= rows:
         raise UserError(f"the tokenizer of {name} knows tokens that the model does not: save the model's own with it")
 
 

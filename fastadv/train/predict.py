@@ -16,9 +16,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from fastadv.train.errors import UserError
 from fastadv.train.job import quiet
-from fastadv.train.model import check_length, label_names, load_where_it_runs, longest, tokenizer_of
+from fastadv.train.model import check_length, check_tokens, label_names, load_where_it_runs, longest, tokenizer_of
 from fastadv.train.shown import visible_json
-from fastadv.train.sources import HALF, Columns, file_rows
+from fastadv.train.sources import Columns, file_rows, half
 
 BATCH = 64
 POOL = 32 * BATCH  # so many texts are sorted by length before they are cut into batches
@@ -40,7 +40,7 @@ def texts_of(given: Sequence[str], data: str | None, column: str, skip_empty: bo
         texts = [row.text for row in file_rows(data, columns).rows]
     else:
         texts = list(given)
-    if any(HALF.search(text) for text in texts):
+    if any(map(half, texts)):
         raise UserError("a text holds half a character, or bytes that are not UTF-8: convert it")
     if not texts:
         raise UserError('no texts: give some, such as fastadv predict RUN "a warm film", or a file with --data')
@@ -66,6 +66,7 @@ class Predictor:
         if max_length is not None and max_length < 3:
             raise UserError(f"--max-length must be at least 3, not {max_length}")
         self.model = load_where_it_runs(folder).eval()
+        self.folder = folder
         check_length(self.model.config, max_length, folder)
         self.tokenizer = tokenizer_of(str(folder))
         self.max_length = longest(self.tokenizer, max_length)
@@ -89,6 +90,7 @@ class Predictor:
             batch = self.tokenizer(
                 texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
             ).to(self.model.device)
+            check_tokens(self.model, batch["input_ids"].tolist(), self.folder)
             with torch.inference_mode():
                 logits = self.model(batch["input_ids"], batch["attention_mask"]).logits
             found.update(zip(chosen, logits.float().cpu(), strict=True))

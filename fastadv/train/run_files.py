@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fastadv.train import typed
+from fastadv.train.errors import UserError
 from fastadv.train.job import Settings, read_json
+from fastadv.train.sources import exists
 
 ADVICE = "Train afresh, with another --output-dir"
 
@@ -59,7 +61,7 @@ def begun(path: Path) -> Begun | None:
     Raises:
         UserError: it is damaged, or of another version.
     """
-    saved = read_json(path)
+    saved = _json(path)
     if saved is None:
         return None
     found = typed.read(saved, Begun, path, ADVICE)
@@ -76,11 +78,17 @@ def settings_of(saved: Any, path: object = "settings.json") -> Settings:
     return typed.read(saved, Settings, path, ADVICE)
 
 
+def _json(path: Path) -> Any:
+    if exists(path) and not path.is_file():
+        raise UserError(f"{path} is no file: remove it, or give another folder")
+    return read_json(path)
+
+
 def checked(path: Path, kind: Any) -> Any:
     """Read a file of `kind`, `Chosen` or `Phase`; None if there is none.
 
     Raises:
         UserError: it is damaged, or of another version.
     """
-    saved = read_json(path)
+    saved = _json(path)
     return None if saved is None else typed.read(saved, kind, path, ADVICE)

@@ -20,7 +20,7 @@ MISSING = frozenset({"NaN", "nan", "NAN", "None", "null", "NULL", "Null", "NA", 
 
 
 LONGEST, COLUMNS = 60, 20  # characters of a value, and columns, that an error shows
-HALF = re.compile("[\ud800-\udfff]")
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Row(NamedTuple):
@@ -156,9 +156,14 @@ def _check_characters(row: Row, name: str, where: str) -> None:
     """Refuse half characters, which no tokenizer takes and no file can hold."""
     labels = row.label if isinstance(row.label, (list, tuple)) else [row.label]
     for what, held in (("text", [row.text]), ("label", labels), ("group", [row.group])):
-        half = next((match[0] for one in held if isinstance(one, str) and (match := HALF.search(one))), None)
-        if half is not None:
-            raise UserError(f"{name}, {where}: the {what} holds half a character ({half}): write the file again")
+        found = next((match[0] for one in held if isinstance(one, str) and (match := half(one))), None)
+        if found is not None:
+            raise UserError(f"{name}, {where}: the {what} holds half a character ({found}): write the file again")
+
+
+def half(text: str) -> re.Match[str] | None:
+    """Find half a character (a lone surrogate)."""
+    return None if text.isascii() else _HALF.search(text)
 
 
 def short(value: Any) -> str:
