@@ -104,7 +104,7 @@ class Kept:
             return {**self.fresh, "runs": []}
         result: Any = typed.read(saved, File, self.path, ADVICE)
         known = _as_of_now(result["job"])
-        different = [name for name, value in self.job.items() if known.get(name) != value]
+        different = [name for name, value in _as_of_now(self.job).items() if known.get(name) != value]
         if different:
             raise UserError(
                 f"{self.path} holds trainings with other settings ({', '.join(different)}): give another --output-dir"

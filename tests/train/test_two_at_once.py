@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def _one(job: Any, name: str, arguments: dict[str, Any], seed: int, place: str) 
 
 
 def _sweeping(seeds: list[int], job: Any = None) -> Any:
-    process = FORKED.Process(target=sweep.train_all, args=(job, POINTS, seeds, OUTPUT, "c"))
+    process = FORKED.Process(target=sweep.train_all, args=(job, POINTS, seeds, OUTPUT, "c"), daemon=True)
     process.start()
     return process
 
@@ -49,6 +50,14 @@ def _kept() -> list[tuple[str, int]]:
 
 def _trained() -> list[str]:
     return sorted(line for path in Path().glob("trained-*") for line in path.read_text().splitlines())
+
+
+def _until(reached: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if reached():
+            return
+        time.sleep(0.01)
+    pytest.fail("nothing happened")
 
 
 def test_both_results_are_kept() -> None:
@@ -73,11 +82,9 @@ def test_the_same_grid_is_shared(capfd: pytest.CaptureFixture[str]) -> None:
 
 def test_a_killed_one_takes_nothing_along() -> None:
     hanging = _sweeping([0, 1], "hang")
-    while not Path(f"trained-{hanging.pid}").exists():
-        time.sleep(0.01)
+    _until(lambda: Path(f"trained-{hanging.pid}").exists())
     other = _sweeping([0, 1])
-    while not OUTPUT.exists() or len(_kept()) < 3:  # all but the one that hangs
-        time.sleep(0.01)
+    _until(lambda: OUTPUT.exists() and len(_kept()) == 3)  # all but the one that hangs
     os.kill(hanging.pid, signal.SIGKILL)
     hanging.join(60)
     other.join(60)
