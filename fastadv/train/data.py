@@ -174,8 +174,8 @@ def _check_labels(names: list[str], train: list[Row], test: list[Row], settings:
     if len(distinct) < 2:
         needs = "numbers to learn must differ" if task == REGRESSION else "a classifier needs two classes"
         raise UserError(
-            f"every training sample of {settings.data} has the label {short(train[0].label)}: {needs}. Is --label-column "
-            f"{settings.label_column!r} the right one?"
+            f"every training sample of {settings.data} has the label {short(train[0].label)}: {needs}. Is "
+            f"--label-column {settings.label_column!r} the right one?"
         )
     _check_known(names, train, settings)
     _check_known(names, test, settings)

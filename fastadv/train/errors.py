@@ -37,4 +37,3 @@ def loading(what: str, advice: str) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - what a loader raises depends on the file it is given
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(f"{what} ({lines[0]}): {advice}") from None
-

@@ -95,7 +95,7 @@ class Kept:
         self.fresh = {"command": command, "job": job, "runs": []}
         self.read()
         if not path.exists():
-            self.update(lambda result: None)  # from now on another job is refused here
+            self.update(lambda _: None)  # from now on another job is refused here
 
     def read(self) -> dict[str, Any]:
         """Read all that is finished, by whichever process."""

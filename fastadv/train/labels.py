@@ -126,8 +126,8 @@ def _finite(label: Any, source: str) -> float:
         raise UserError(f"{source} has the label {number:g}: models learn numbers up to {LARGEST:g}. Scale them down")
     if number is None:
         raise UserError(
-            f"{source} has the label {short(label)}, which is no number: --task regression learns numbers. Remove such rows "
-            "(--skip-empty, where it stands for none), or take labels as classes with --task classification"
+            f"{source} has the label {short(label)}, which is no number: --task regression learns numbers. Remove such "
+            "rows (--skip-empty, where it stands for none), or take labels as classes with --task classification"
         )
     return number
 

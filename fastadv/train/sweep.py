@@ -83,7 +83,10 @@ def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Pat
     everything = list(itertools.product(seeds, grid))
     pending = list(enumerate(everything, 1))
     while pending:
-        before, pending = pending, [one for one in pending if not _trained(job, kept, *one, len(everything), wait=False)]
+        before, pending = (
+            pending,
+            [one for one in pending if not _trained(job, kept, *one, len(everything), wait=False)],
+        )
         if pending == before:  # others train all of these: wait for the first, and train it should they fail
             say(f"{len(pending)} trainings are under way in another process: waiting for it")
             _trained(job, kept, *pending[0], len(everything), wait=True)

@@ -107,7 +107,14 @@ def _literal(value: Any, kind: Any, place: str) -> Any:
 _READERS: Mapping[Any, Callable[[Any, Any, str], Any]] = {
     list: _list, tuple: _tuple, dict: _dict, Union: _union, types.UnionType: _union, Literal: _literal,
 }  # fmt: skip
-_NAMES = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", dict: "an object", list: "a list"}
+_NAMES = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    dict: "an object",
+    list: "a list",
+}
 
 
 def _at(place: str, name: str) -> str:

@@ -53,7 +53,9 @@ def test_json(row: str, message: str, ending: str) -> None:
 @pytest.mark.parametrize("label", ["1" * 5000, 10**400, "1e400", 1e308, True, -0.0])
 @pytest.mark.parametrize("task", ["auto", "regression"])
 def test_numbers(label: Any, task: str) -> None:
-    Path("numbers.jsonl").write_text(ROWS.replace('"a"', "1").replace('"b"', "2.5") + json.dumps({"text": "x", "label": label}))
+    Path("numbers.jsonl").write_text(
+        ROWS.replace('"a"', "1").replace('"b"', "2.5") + json.dumps({"text": "x", "label": label})
+    )
     try:
         samples = data.load(DataSettings(data="numbers.jsonl", task=task))
     except UserError as error:
@@ -78,10 +80,19 @@ SETTINGS = {"model": "m", "data": {"data": "d.csv"}, "attack_radii": [0.1], "ext
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (json.dumps({"command": "c", "settings": {**SETTINGS, "evil": 1}}), "there is no settings.evil|there is no evil"),
+        (
+            json.dumps({"command": "c", "settings": {**SETTINGS, "evil": 1}}),
+            "there is no settings.evil|there is no evil",
+        ),
         (json.dumps({"command": "c", "settings": {**SETTINGS, "data": {"evil": 1}}}), "there is no data.evil"),
-        (json.dumps({"command": "c", "settings": {**SETTINGS, "max_length": "x"}}), "max_length must be a whole number"),
-        (json.dumps({"command": "c", "settings": {**SETTINGS, "attack_radii": [None]}}), r"attack_radii\[0\] must be a"),
+        (
+            json.dumps({"command": "c", "settings": {**SETTINGS, "max_length": "x"}}),
+            "max_length must be a whole number",
+        ),
+        (
+            json.dumps({"command": "c", "settings": {**SETTINGS, "attack_radii": [None]}}),
+            r"attack_radii\[0\] must be a",
+        ),
         (json.dumps({"settings": SETTINGS}), "command is missing"),
         (json.dumps({"command": "c", "settings": None}), "settings must be an object, not None"),
         ("[1]", "must be an object, not a list"),

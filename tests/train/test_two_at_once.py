@@ -1,4 +1,4 @@
-"""Two sweeps or comparisons with one file: nothing is lost, nothing is trained twice, a killed one takes nothing along."""
+"""Two sweeps or comparisons with one file: nothing is lost or trained twice; a killed one takes nothing along."""
 
 from __future__ import annotations
 

@@ -51,7 +51,10 @@ def small(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "small"
     folder.mkdir()
     mount = shutil.which("mount")
-    if mount is None or subprocess.run([mount, "-t", "tmpfs", "-o", "size=40k", "tmpfs", folder], check=False).returncode:
+    if (
+        mount is None
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=40k", "tmpfs", folder], check=False).returncode
+    ):
         pytest.skip("this user cannot mount a tmpfs")
     yield folder
     subprocess.run(["umount", folder], check=True)
