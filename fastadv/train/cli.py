@@ -12,12 +12,15 @@ from typing import Annotated, Any
 try:
     import typer
     from typer.core import TyperCommand
+
+    UsageError: Any = typer.BadParameter.__base__  # of an option that cannot be read, an argument too many
 except ImportError as error:  # what the extra brings
     sys.exit(f"error: the command fastadv needs more packages ({error.name}): pip install 'fastadv[train]'")
 
 import fastadv
-from fastadv.train import folders, shared, threads
+from fastadv.train import folders, shared, threads, writable
 from fastadv.train.errors import Interrupted, UserError, writing
+from fastadv.train.shown import say, visible
 
 RUNS = Path("runs")
 MORE: dict[str, Any] = {
@@ -97,7 +100,7 @@ def train(
             job = prepare(make(method=method, extra=tuple(context.args)))
             folder = stack.enter_context(run_folder.new(output_dir, RUNS, run.settings(job, command)))
         samples = f"{len(job.samples.train):,} training and {len(job.samples.test):,} test samples"
-        print(f"{folder}: {samples}, {job.model_path}")
+        say(f"{folder}: {samples}, {job.model_path}")
         if not resume:
             announce(job)
         goes_on = f"fastadv train --resume --output-dir {folder}"
@@ -107,8 +110,7 @@ def train(
         except Interrupted as stopped:
             raise Interrupted(f"{stopped}; to continue: {goes_on}") from None
     tables.show(tables.comparison(result))
-    print("\n".join(verdict.sentences(result)))
-    print(f"{folder / run.REPORT}\n{folder / folders.RESULT}")
+    say(*verdict.sentences(result), folder / run.REPORT, folder / folders.RESULT)
 
 
 @app.command(context_settings=MORE)
@@ -152,6 +154,7 @@ def evaluate(
             label_separator=label_separator,
             skip_empty=skip_empty,
         )
+    writable.check_files(output_dir or folder, checkpoint.FILES)
     result = checkpoint.evaluate(
         folder,
         given,
@@ -162,7 +165,7 @@ def evaluate(
     )
     files = checkpoint.write(result, output_dir or folder)
     tables.show(tables.evaluation(result))
-    print("\n".join(str(file) for file in files))
+    say(*files)
 
 
 @app.command()
@@ -182,6 +185,8 @@ def predict(
     chosen = folders.chosen(folder, None if model is None else model.value)
     from fastadv.train import predict as predicting
 
+    if output is not None:
+        writable.check_file(output, "--output")
     found = predicting.texts_of(texts or [], data, text_column, skip_empty)
     predicting.write(predicting.Predictor(chosen, max_length)(found), output)
 
@@ -202,10 +207,10 @@ def sweep(
     from fastadv.train import sweep as sweeping
     from fastadv.train import tables
 
-    whole = tuple(int(seed) for seed in shared.numbers("--seeds", seeds))
+    whole = shared.seeds("--seeds", seeds)
     result = sweeping.run(make(extra=tuple(context.args)), tries, whole, output_dir, _command(context))
     tables.show(tables.sweep(sweeping.summary(result["runs"])))
-    print(output_dir / sweeping.RESULT)
+    say(output_dir / sweeping.RESULT)
 
 
 @app.command(context_settings=MORE)
@@ -230,11 +235,11 @@ def compare(
     from fastadv.train import tables
 
     grid = comparing.grid_of(methods, tries or [])
-    whole = tuple(int(seed) for seed in shared.numbers("--seeds", seeds))
+    whole = shared.seeds("--seeds", seeds)
     result = comparing.run(make(extra=tuple(context.args)), grid, whole, output_dir, _command(context))
     rows = comparing.summary(result["runs"])
     tables.show(tables.methods(comparing.headings(rows), [comparing.cells(row) for row in rows]))
-    print("\n".join(str(output_dir / name) for name in (comparing.RESULT, comparing.TABLE, comparing.PICTURE)))
+    say(*(output_dir / name for name in (comparing.RESULT, comparing.TABLE, comparing.PICTURE)))
 
 
 @app.command()
@@ -253,9 +258,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threads.wait_passively()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(given, prog_name="fastadv", obj=given)
+        sys.exit(app(given, prog_name="fastadv", obj=given, standalone_mode=False) or 0)
+    except UsageError as error:
+        error.message = visible(error.message) if given else error.message  # without arguments it is the help
+        error.show()
+        sys.exit(error.exit_code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that vanished: not a defect of the command
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(visible(f"error: {where}{error.strerror or error}: check the path and the space there"), file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)

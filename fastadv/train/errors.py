@@ -8,15 +8,23 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastadv.integrations.full_disk import is_full
+from fastadv.train.shown import visible
 
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 
 
-class UserError(Exception):
+class _OneLine(Exception):  # noqa: N818 - the base of what is an error and of what is none
+    """Hold one line without control characters, whatever names and labels it quotes."""
+
+    def __init__(self, message: object) -> None:
+        super().__init__(visible(message))
+
+
+class UserError(_OneLine):
     """Report a mistake in the command, the data or a checkpoint. The command prints it without a traceback."""
 
 
-class Interrupted(Exception):  # noqa: N818 - nothing went wrong
+class Interrupted(_OneLine):
     """Report that the user stopped the job; finished work is saved."""
 
 

@@ -73,10 +73,10 @@ def read_log(path: Path, phase: str | None = None) -> list[dict[str, Any]]:
         for line in path.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-                named = row["phase"]
-            except (ValueError, TypeError, KeyError):
+                named, step = row["phase"], row["step"]
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            if phase is None or named == phase:
+            if isinstance(step, int) and (phase is None or named == phase):
                 rows.append(row)
     return rows
 

@@ -16,14 +16,14 @@ import fastadv
 from fastadv.integrations import files
 from fastadv.integrations.whole_checkpoints import UNFINISHED
 from fastadv.methods.radius_losses import SCALED
-from fastadv.train import examples, phase, radius, report, run_folder
-from fastadv.train.data import DataSettings
+from fastadv.train import examples, phase, radius, report, run_files, run_folder
 from fastadv.train.errors import Interrupted, UserError
 from fastadv.train.folders import ADVERSARIAL, PLAIN, RESULT, SETTINGS
 from fastadv.train.job import Job, Settings, read_json, write_json
 from fastadv.train.log import read_log
 from fastadv.train.model import load_checkpoint, place
 from fastadv.train.saved_model import save
+from fastadv.train.shown import visible
 
 REPORT, LOG, DONE = "report.html", "log.jsonl", "phase.json"
 RADIUS = "radius.json"
@@ -83,7 +83,7 @@ def _check_data(job: Job, folder: Path) -> None:
 
 def _with_radius(job: Job, folder: Path) -> tuple[Job, dict[str, Any] | None]:
     """Choose the radius, or read what was chosen when this run began."""
-    saved = read_json(folder / RADIUS)
+    saved = run_files.checked(folder / RADIUS, run_files.Chosen)
     if saved is not None:
         radii = {name: value for name, value in saved["method_arguments"].items() if name in ("epsilon", *SCALED)}
         return replace(job, method_arguments={**job.method_arguments, **radii}), saved["radius"]
@@ -97,7 +97,7 @@ def _with_radius(job: Job, folder: Path) -> tuple[Job, dict[str, Any] | None]:
 def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
     """Train, save and measure; read the parts that are done already."""
     mine = folder / name
-    record = read_json(mine / DONE)
+    record = run_files.checked(mine / DONE, run_files.Phase)
     if record is None:
         adversary = job.adversary if name == ADVERSARIAL else None
         network, cost, warnings = phase.train(job, name, mine, folder / LOG, adversary, resume=True)
@@ -131,23 +131,11 @@ def to_resume(runs: Path, chosen: Path | None) -> tuple[Path, Settings, str]:
     """
     if chosen is None:
         chosen, said = run_folder.latest_unfinished(runs)
-        print("\n".join(said), file=sys.stderr)
-    if not (chosen / SETTINGS).exists():
+        print(*map(visible, said), sep="\n", file=sys.stderr)
+    saved = run_files.begun(chosen / SETTINGS)
+    if saved is None:
         raise UserError(f"{chosen} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
-    try:
-        saved = read_json(chosen / SETTINGS)
-        return chosen, settings_of(saved["settings"]), str(saved["command"])
-    except (UserError, KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(
-            f"{chosen} cannot be continued: its {SETTINGS} is damaged, or of another version of fastadv ({error}). "
-            "Train afresh, or say which other run to continue with --output-dir"
-        ) from None
-
-
-def settings_of(saved: dict[str, Any]) -> Settings:
-    """Read the settings of settings.json."""
-    lists = {name: tuple(saved[name]) for name in ("attack_radii", "extra")}
-    return Settings(**{**saved, **lists, "data": DataSettings(**saved["data"])})
+    return chosen, run_files.settings_of(saved["settings"], chosen / SETTINGS), saved["command"]
 
 
 def versions() -> dict[str, str]:
