@@ -117,7 +117,7 @@ def _parsed(text: str, where: object, expected: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        line = f", line {error.lineno}" if "\n" in text.rstrip("\n") else ""
+        line = f", line {error.lineno}" if isinstance(where, Path) else ""
         raise UserError(f"{where}{line}: not JSON ({error.msg}): {expected}") from None
     except RecursionError:
         raise UserError(f"{where}: lists or objects nested too deeply to be read: {expected}") from None

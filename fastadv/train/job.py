@@ -199,8 +199,8 @@ def write_json(path: Path, value: Any) -> None:
     files.write(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of `write_json`; None if there is none.
+def read_json(path: Path, advice: str = "remove it and run again") -> Any:
+    """Read a file of `write_json`; None if there is none. `advice`: for one that cannot be read.
 
     Raises:
         UserError: the file is there and is not JSON.
@@ -210,7 +210,7 @@ def read_json(path: Path) -> Any:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it and run again") from None
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from None
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:

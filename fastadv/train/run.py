@@ -132,7 +132,10 @@ def to_resume(runs: Path, chosen: Path | None) -> tuple[Path, Settings, str]:
     if chosen is None:
         chosen, said = run_folder.latest_unfinished(runs)
         print(*map(visible, said), sep="\n", file=sys.stderr)
-    saved = run_files.begun(chosen / SETTINGS)
+    try:
+        saved = run_files.begun(chosen / SETTINGS)
+    except UserError as error:
+        raise UserError(f"{chosen} cannot be continued: {error}") from None
     if saved is None:
         raise UserError(f"{chosen} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
     return chosen, run_files.settings_of(saved["settings"], chosen / SETTINGS), saved["command"]

@@ -81,7 +81,7 @@ def settings_of(saved: Any, path: object = "settings.json") -> Settings:
 def _json(path: Path) -> Any:
     if exists(path) and not path.is_file():
         raise UserError(f"{path} is no file: remove it, or give another folder")
-    return read_json(path)
+    return read_json(path, ADVICE)
 
 
 def checked(path: Path, kind: Any) -> Any:

@@ -117,7 +117,8 @@ def test_a_run_that_cannot_go_on_says_why(capsys: pytest.CaptureFixture[str], co
     RUNS.joinpath("a").mkdir(parents=True)
     RUNS.joinpath("a/settings.json").write_bytes(content.encode("utf-8", "surrogatepass"))
     error = refused(capsys, "train", "--resume", "--output-dir", "runs/a")
-    assert "runs/a cannot be continued: its settings.json is damaged, or of another version" in error
+    assert "runs/a cannot be continued: runs/a/settings.json" in error
+    assert "Train afresh, with another --output-dir" in error
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
