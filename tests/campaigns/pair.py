@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastadv
+from fastadv.engine.safety.interrupts import Block
 from tests.campaigns.configurations import Configuration
 from tests.campaigns.state import WEIGHT, State, differences, put_right
 from tests.campaigns.subject import Subject, seed_all
@@ -17,6 +18,7 @@ from tests.campaigns.subject import Subject, seed_all
 PACKAGE = str(Path(fastadv.__file__).parent)
 KINDS = ("wrong weights", "other traces", "stays busy", "differs")
 BEFORE, AFTER, RETURNED, UNSTRUCK, WRONG = "as before", "as done", "after the step", "no fault", "wrong"
+WINDOW = "when let go"  # the end of a block was struck before its first instruction: it ends when the error is let go
 
 
 class Struck(NamedTuple):
@@ -94,9 +96,14 @@ class Pair:
         struck = strike(self.subject.act)
         where = described(struck.error)
         kept = [struck.error] if self.chance.random() < 0.5 else []  # as a notebook keeps it, frames and all
+        late = at_the_entry_of_an_end(struck.error)
         struck = struck._replace(error=None)
+        if late:
+            kept.clear()
+            gc.collect()
         recovery = _attempt(self.subject.recover)
         outcome, violations = self._judge(before, struck, seed)
+        outcome = WINDOW if late and not violations else outcome
         violations += [Violation("stays busy", f"restore() says {recovery!r}")] if recovery else []
         violations += self._next(next_seed, compare=not violations)
         violations += [] if violations else self._let_go(kept)
@@ -168,6 +175,15 @@ def _attempt(call: Callable[[], Any]) -> BaseException | None:
     except BaseException as error:  # noqa: BLE001 - whatever it is, it must not be
         return error
     return None
+
+
+def at_the_entry_of_an_end(error: BaseException | None) -> bool:
+    """Whether an exception came from nowhere as the end of a `with` block was entered. Signals do not: they wait."""
+    last = None if error is None else error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    code = Block.__exit__.__code__
+    return last is not None and last.tb_frame.f_code is code and last.tb_lineno <= code.co_firstlineno + 1
 
 
 def described(error: BaseException | None) -> str:

@@ -18,14 +18,15 @@ class MovedTable:
         self.table, self.value, self.rows = table, value, rows
         self._before: Tensor | None = None
         self._moved: Tensor | None = None
-        self._back: Tensor | None = None  # where to put them, once that is known: `put_back` may be called twice
+        self._back: Tensor | None = None  # where to put them, where that is known: `put_back` may be called twice
 
     def move(self) -> None:
         """Move them."""
-        self._back = None
-        self._before = before = ops.back_up(self.table, self.rows)
-        self._moved = moved = (before.to(self.value.dtype) + self.value).to(self.table.dtype)
+        before = ops.back_up(self.table, self.rows)
+        moved = (before.to(self.value.dtype) + self.value).to(self.table.dtype)
+        self._before, self._moved, self._back = before, moved, before  # there, should the move itself fail
         self._put(moved)
+        self._back = None
 
     def put_back(self) -> None:
         """Put them back, bit for bit."""
