@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ ONE = 0.995  # share of one answer from which it is the only one
 BALANCED = 0.8  # labels of which one has more are answered with it, rightly
 CHANCE = 0.97  # part of the labels' entropy from which a loss is one of chance
 PATIENCE = {"one answer": 0.2, "chance": 0.4}  # part of the training after which it is said
+COUNTS, LOSS_SUM, SAID = "collapse.counts", "collapse.loss", "collapse"  # their names in a checkpoint
 
 ANSWER = "the last {samples:.0f} samples got one answer, class {answer}, which {share:.0%} of them have"
 LOSS = "the loss over the last {samples:.0f} samples is {loss:.3g}: guessing has the labels' entropy, {entropy:.3g}"
@@ -39,6 +41,7 @@ class Collapse:
         if self._counts is None or self._loss is None:
             self._counts = torch.zeros(2, logits.shape[1], device=logits.device)
             self._loss = torch.zeros((), device=logits.device)
+        self._counts, self._loss = self._counts.to(logits.device), self._loss.to(logits.device)  # of a checkpoint
         known = (labels >= 0).float()  # -100: no label
         self._counts[0].index_add_(0, logits.argmax(-1), known)
         self._counts[1].index_add_(0, labels.clamp(min=0), known)
@@ -59,6 +62,23 @@ class Collapse:
         epsilon = getattr(method, "epsilon", None)
         radius = "" if epsilon is None else f" of {epsilon:.3g}"
         return [ADVICE.format(method=type(method).__name__, what=what, radius=radius)]
+
+    # In a checkpoint
+
+    def state(self) -> dict[str, Tensor]:
+        """What is counted of the window that is open."""
+        if self._counts is None or self._loss is None:
+            return {}
+        return {COUNTS: self._counts, LOSS_SUM: self._loss}
+
+    def notes(self) -> dict[str, list[str]]:
+        """What was said."""
+        return {SAID: sorted(self._said)}
+
+    def load_state(self, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
+        """Go on counting where `state` and `notes` were taken."""
+        self._counts, self._loss = tensors.get(COUNTS), tensors.get(LOSS_SUM)
+        self._said = set(notes.get(SAID, []))
 
 
 def _judged(answers: Tensor, labels: Tensor, loss: float) -> tuple[str, str | None]:

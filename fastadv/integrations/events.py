@@ -22,6 +22,3 @@ class Events(TrainerCallback):
 
     def on_epoch_begin(self, *_: Any, **__: Any) -> None:
         self.trainer.begin_epoch()
-
-    def on_save(self, *_: Any, **__: Any) -> None:
-        self.trainer.save_adversary()

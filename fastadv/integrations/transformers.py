@@ -7,15 +7,14 @@ import math
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from accelerate.utils.memory import clear_device_cache  # type: ignore[import-untyped, unused-ignore]
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
+from fastadv.integrations import method_state
 from fastadv.integrations.adversary import Adversary, factory, refuse
 from fastadv.integrations.collapse import Collapse
 from fastadv.integrations.counters import Counters
@@ -24,17 +23,13 @@ from fastadv.integrations.replay_loader import ReplayLoader
 from fastadv.integrations.tally import Tally
 from fastadv.integrations.unlabelled import KEY as SEEN
 from fastadv.integrations.unlabelled import Unlabelled
+from fastadv.integrations.whole_checkpoints import WholeCheckpoints
 from fastadv.methods import Method
 
 Masks = Tensor | list[Tensor | None] | None
 
-if TYPE_CHECKING:
-    _Trainer = Trainer
-else:
-    _Trainer = object
 
-
-class AdversarialMixin(_Trainer):
+class AdversarialMixin(WholeCheckpoints):
     """Make a Trainer or a subclass of it adversarial: `class T(AdversarialMixin, SomeTrainer)`.
 
     It takes `adversary=` besides what the Trainer takes: see `AdversarialTrainer`. Override `adversarial_mask` where
@@ -58,18 +53,17 @@ class AdversarialMixin(_Trainer):
         self.warnings = []
         self._adversarial_steps = 0
         self._attacking = False
-        self._resumed: Path | None = None
         super().__init__(*args, **kwargs)
         self.add_callback(Events(self))
 
     # The method's life
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer.train` does; the method leaves the model whatever happens."""
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(str(self.args.output_dir))  # type: ignore[no-untyped-call, unused-ignore]
-        self._resumed = Path(folder) if folder else None
+        """Train as `Trainer.train` does; the method leaves the model whatever happens.
+
+        Raises:
+            CheckpointError: a ValueError; the checkpoint to resume from is not whole, or not of this method.
+        """
         try:
             output = super().train(resume_from_checkpoint, *args, **kwargs)
             self._warn_if_idle()
@@ -98,31 +92,30 @@ class AdversarialMixin(_Trainer):
                 f"must know before it counts its steps: give adversary=(fastadv.{type(method).__name__}, {{...}}), "
                 "not a callable"
             )
-        file = self._state_file(self._resumed)
-        state = load_file(file) if file is not None and file.exists() else {}
-        if state:
-            method.load_state_dict(state)
-        if self._unlabelled_data is not None:
-            self._unlabelled = Unlabelled(self, self._unlabelled_data, method, int(state.get(SEEN, 0)))
         self._tally = Tally()
         self._collapse = Collapse()
         self.warnings = []
         self._adversarial_steps = 0
         self._attacking = True
+        state = method_state.loaded(method, self.resumed, self.args)
+        if state is not None:
+            self.warnings = list(state.notes.get("warnings", []))
+            self._collapse.load_state(state.tensors, state.notes)
+        if self._unlabelled_data is not None:
+            seen = 0 if state is None else int(state.tensors.get(SEEN, 0))
+            self._unlabelled = Unlabelled(self, self._unlabelled_data, method, seen)
 
-    def save_adversary(self) -> None:
-        """Save the method's state in the checkpoint that was just written."""
-        checkpoint = Path(self._get_output_dir(trial=None)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        state = self._state_file(checkpoint)
-        if self.adversary is not None and state is not None:
-            state.parent.mkdir(parents=True, exist_ok=True)
+    def flaw(self, checkpoint: Path) -> str | None:
+        """Say why training cannot go on from a checkpoint; the method's state is a part of it."""
+        return super().flaw(checkpoint) or method_state.flaw(method_state.file_of(checkpoint, self.args))
+
+    def save_more(self, checkpoint: Path) -> None:
+        """Save the method's state of this process, and what was counted and told of the training."""
+        if self.adversary is not None:
             seen = {} if self._unlabelled is None else self._unlabelled.state()
-            save_file({**self.adversary.state_dict(), **seen}, state)
-
-    def _state_file(self, checkpoint: Path | None) -> Path | None:
-        """Name the state's file: each process has its own part of every batch, and so its own state."""
-        process = f"-{self.args.process_index}" if self.args.world_size > 1 else ""
-        return None if checkpoint is None else checkpoint / f"adversary{process}.safetensors"
+            notes = {"warnings": self.warnings, **self._collapse.notes()}
+            file = method_state.file_of(checkpoint, self.args)
+            method_state.save(self.adversary, {**seen, **self._collapse.state()}, notes, file)
 
     def _warn_if_idle(self) -> None:
         if self._adversarial_steps and self.adversary is not None and not self.adversary.attacked:

@@ -127,4 +127,5 @@ def norm(x: Tensor) -> Tensor:
         return plain.double()
     if x.dtype == torch.float64:
         return l2_norm(x.reshape(1, -1)).squeeze()
-    return torch.linalg.vector_norm(x, dtype=torch.float64)  # squares have room there
+    wide: Tensor = torch.linalg.vector_norm(x, dtype=torch.float64)  # squares have room there
+    return wide

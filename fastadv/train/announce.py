@@ -7,10 +7,12 @@ from collections.abc import Iterator
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastadv.train.job import Job
 from fastadv.train.labels import AUTO, MULTI_LABEL, REGRESSION
 from fastadv.train.overview import Overview, spread
+from fastadv.train.shown import visible
 
 SHOWN = 12  # classes; the rest is one line
 WIDTH = 120  # columns, where the output is no terminal
@@ -25,9 +27,9 @@ def announce(job: Job) -> None:
     else:
         console.print(_classes(job.overview, len(job.samples.train), len(job.samples.test)))
     for line in _lines(job):
-        console.print(line, markup=False)
+        console.print(visible(line), markup=False)
     for warning in job.overview.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(visible(f"warning: {warning}"), file=sys.stderr)
 
 
 def _classes(overview: Overview, training: int, test: int) -> Table:
@@ -44,7 +46,7 @@ def _classes(overview: Overview, training: int, test: int) -> Table:
         for counts, total in ((overview.train, training), (overview.test, test)):
             count = sum(counts[name] for name in members)
             cells += [f"{count:,}", f"{count / total:.1%}"]
-        table.add_row(title, *cells)
+        table.add_row(Text(visible(title)), *cells)
     return table
 
 

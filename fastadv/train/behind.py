@@ -24,10 +24,16 @@ BEHIND = (
 class Behind(TrainerCallback):
     """Compare the clean loss with plain training's in the same log, row by row."""
 
-    def __init__(self, log: Path) -> None:
-        self.plain = {row["step"]: row["loss"] for row in read_log(log, PLAIN) if "loss" in row}
+    def __init__(self, log: Path, phase: str) -> None:
+        self.plain = _losses(log, PLAIN)
         self.own: dict[int, float] = {}
         self.warnings: list[str] = []
+        self._log, self._phase = log, phase
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Know what was known when the training that goes on was stopped."""
+        for step, loss in _losses(self._log, self._phase).items():
+            self._add(step, loss, state.max_steps)
 
     def on_log(
         self,
@@ -37,15 +43,24 @@ class Behind(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        if logs is None or "loss" not in logs or state.global_step not in self.plain:
-            return
-        self.own[state.global_step] = logs["loss"]
+        if logs is not None and "loss" in logs and self._add(state.global_step, logs["loss"], state.max_steps):
+            warnings.warn(self.warnings[-1], stacklevel=2)
+
+    def _add(self, step: int, loss: float, steps: int) -> bool:
+        """Compare one more row; True where this is the one that shows it."""
+        if step not in self.plain:
+            return False
+        self.own[step] = loss
         lately = list(self.own)[-LATELY:]
-        if self.warnings or len(lately) < LATELY or state.global_step < AFTER * state.max_steps:
-            return
-        loss, plain = (sum(values[step] for step in lately) / LATELY for values in (self.own, self.plain))
+        if self.warnings or len(lately) < LATELY or step < AFTER * steps:
+            return False
+        loss, plain = (sum(values[one] for one in lately) / LATELY for values in (self.own, self.plain))
         begun = self.plain[min(self.plain)]
-        if begun - loss < HALF * (begun - plain):
-            message = BEHIND.format(step=state.global_step, loss=loss, plain=plain)
-            self.warnings.append(message)
-            warnings.warn(message, stacklevel=2)
+        if begun - loss >= HALF * (begun - plain):
+            return False
+        self.warnings.append(BEHIND.format(step=step, loss=loss, plain=plain))
+        return True
+
+
+def _losses(log: Path, phase: str) -> dict[int, float]:
+    return {row["step"]: row["loss"] for row in read_log(log, phase) if "loss" in row}

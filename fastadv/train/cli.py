@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
-from datetime import datetime
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,12 +12,15 @@ from typing import Annotated, Any
 try:
     import typer
     from typer.core import TyperCommand
+
+    UsageError: Any = typer.BadParameter.__base__  # of an option that cannot be read, an argument too many
 except ImportError as error:  # what the extra brings
     sys.exit(f"error: the command fastadv needs more packages ({error.name}): pip install 'fastadv[train]'")
 
 import fastadv
-from fastadv.train import folders, shared, threads
-from fastadv.train.errors import Interrupted, UserError
+from fastadv.train import folders, shared, threads, writable
+from fastadv.train.errors import Interrupted, UserError, writing
+from fastadv.train.shown import say, visible
 
 RUNS = Path("runs")
 MORE: dict[str, Any] = {
@@ -80,31 +83,34 @@ def train(
     """
     if not resume:
         shared.check_extra(context)
-    from fastadv.train import report, run, tables, verdict
+    from fastadv.train import run, run_folder, tables, verdict
     from fastadv.train.announce import announce
     from fastadv.train.job import prepare
-    from fastadv.train.log import read_log
 
-    if resume:
-        _only(context, "resume", "output_dir")
-        folder, settings, command = run.to_resume(RUNS, output_dir)
-    else:
-        folder = output_dir or RUNS / datetime.now().strftime("%Y%m%d-%H%M%S")
-        command = _command(context)
-        run.claim(folder)
-        settings = make(method=method, extra=tuple(context.args))
-    job = prepare(settings)
-    print(f"{folder}: {len(job.samples.train):,} training and {len(job.samples.test):,} test samples, {job.model_path}")
-    if not resume:
-        announce(job)
-    try:
-        result = run.run(job, folder, command)
-    except Interrupted as stopped:
-        raise Interrupted(f"{stopped}; to continue: fastadv train --resume --output-dir {folder}") from None
-    report.write(result, read_log(folder / run.LOG), folder / run.REPORT)
+    with contextlib.ExitStack() as stack:
+        if resume:
+            _only(context, "resume", "output_dir")
+            chosen, settings, command = run.to_resume(RUNS, output_dir)
+            folder = stack.enter_context(run_folder.held(chosen))
+            job = prepare(settings)
+        else:
+            command = _command(context)
+            if output_dir is not None:
+                run_folder.check(output_dir)
+            job = prepare(make(method=method, extra=tuple(context.args)))
+            folder = stack.enter_context(run_folder.new(output_dir, RUNS, run.settings(job, command)))
+        samples = f"{len(job.samples.train):,} training and {len(job.samples.test):,} test samples"
+        say(f"{folder}: {samples}, {job.model_path}")
+        if not resume:
+            announce(job)
+        goes_on = f"fastadv train --resume --output-dir {folder}"
+        try:
+            with writing(folder, goes_on):
+                result = run.run(job, folder, command)
+        except Interrupted as stopped:
+            raise Interrupted(f"{stopped}; to continue: {goes_on}") from None
     tables.show(tables.comparison(result))
-    print("\n".join(verdict.sentences(result)))
-    print(f"{folder / run.REPORT}\n{folder / run.RESULT}")
+    say(*verdict.sentences(result), folder / run.REPORT, folder / folders.RESULT)
 
 
 @app.command(context_settings=MORE)
@@ -148,6 +154,7 @@ def evaluate(
             label_separator=label_separator,
             skip_empty=skip_empty,
         )
+    writable.check_files(output_dir or folder, checkpoint.FILES)
     result = checkpoint.evaluate(
         folder,
         given,
@@ -158,7 +165,7 @@ def evaluate(
     )
     files = checkpoint.write(result, output_dir or folder)
     tables.show(tables.evaluation(result))
-    print("\n".join(str(file) for file in files))
+    say(*files)
 
 
 @app.command()
@@ -178,6 +185,8 @@ def predict(
     chosen = folders.chosen(folder, None if model is None else model.value)
     from fastadv.train import predict as predicting
 
+    if output is not None:
+        writable.check_file(output, "--output")
     found = predicting.texts_of(texts or [], data, text_column, skip_empty)
     predicting.write(predicting.Predictor(chosen, max_length)(found), output)
 
@@ -198,10 +207,10 @@ def sweep(
     from fastadv.train import sweep as sweeping
     from fastadv.train import tables
 
-    whole = tuple(int(seed) for seed in shared.numbers("--seeds", seeds))
+    whole = shared.seeds("--seeds", seeds)
     result = sweeping.run(make(extra=tuple(context.args)), tries, whole, output_dir, _command(context))
     tables.show(tables.sweep(sweeping.summary(result["runs"])))
-    print(output_dir / sweeping.RESULT)
+    say(output_dir / sweeping.RESULT)
 
 
 @app.command(context_settings=MORE)
@@ -226,11 +235,11 @@ def compare(
     from fastadv.train import tables
 
     grid = comparing.grid_of(methods, tries or [])
-    whole = tuple(int(seed) for seed in shared.numbers("--seeds", seeds))
+    whole = shared.seeds("--seeds", seeds)
     result = comparing.run(make(extra=tuple(context.args)), grid, whole, output_dir, _command(context))
     rows = comparing.summary(result["runs"])
     tables.show(tables.methods(comparing.headings(rows), [comparing.cells(row) for row in rows]))
-    print("\n".join(str(output_dir / name) for name in (comparing.RESULT, comparing.TABLE, comparing.PICTURE)))
+    say(*(output_dir / name for name in (comparing.RESULT, comparing.TABLE, comparing.PICTURE)))
 
 
 @app.command()
@@ -249,9 +258,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     threads.wait_passively()
     given = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        app(given, prog_name="fastadv", obj=given)
+        sys.exit(app(given, prog_name="fastadv", obj=given, standalone_mode=False) or 0)
+    except UsageError as error:
+        error.message = visible(error.message) if given else error.message  # without arguments it is the help
+        error.show()
+        sys.exit(error.exit_code)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # a full disk, a folder that vanished: not a defect of the command
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(visible(f"error: {where}{error.strerror or error}: check the path and the space there"), file=sys.stderr)
         sys.exit(2)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr)

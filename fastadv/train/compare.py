@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import html
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fastadv.integrations import files
 from fastadv.train import options, plots, signatures
 from fastadv.train.errors import Interrupted
-from fastadv.train.job import Settings, write_json
+from fastadv.train.job import Settings
+from fastadv.train.kept import Kept, Point, check
 from fastadv.train.metrics import score
-from fastadv.train.sweep import Point, label, points, ready, train_all
+from fastadv.train.shown import visible
+from fastadv.train.sweep import common, label, points, ready, train_all
+from fastadv.train.writable import check_files
 
 RESULT, PICTURE, TABLE = "compare.json", "compare.svg", "compare.md"
+_MARKUP = re.compile(r"[|<>&`*\[\]\\$~]")
 
 
 class Spread(NamedTuple):
@@ -56,25 +63,29 @@ def run(settings: Settings, grid: Sequence[Point], seeds: Sequence[int], folder:
     """Train and measure the settings that `folder` does not hold yet; then write its table and its picture.
 
     Raises:
-        UserError: `folder` holds a comparison on other data, or with other settings.
+        UserError: `folder` holds a comparison on other data, or with other settings; or cannot be written to.
         Interrupted: stopped by its user; trainings that are finished are kept.
     """
+    check_files(folder, [RESULT, TABLE, PICTURE])
+    check(folder / RESULT)
     job = ready(settings, grid)
     try:
-        result = train_all(job, grid, seeds, folder / RESULT, command)
+        train_all(job, grid, seeds, folder / RESULT, command)
     except (KeyboardInterrupt, Interrupted):
         raise Interrupted(f"stopped; the same command goes on, without the trainings in {folder / RESULT}") from None
-    result["command"] = command  # the last of several, which asked for all that is there
-    write_json(folder / RESULT, result)
-    write(result, folder)
-    return result
+
+    def last(result: dict[str, Any]) -> None:
+        result["command"] = command  # the last of several, which asked for all that is there
+        write(result, folder)
+
+    return Kept(folder / RESULT, command, common(job)).update(last)
 
 
 def write(result: dict[str, Any], folder: Path) -> list[Row]:
     """Write the table and the picture of the trainings so far."""
     rows = summary(result["runs"])
-    (folder / TABLE).write_text(markdown(rows), encoding="utf-8")
-    (folder / PICTURE).write_text(plots.methods(rows), encoding="utf-8")
+    files.write(folder / TABLE, markdown(rows))
+    files.write(folder / PICTURE, plots.methods(rows))
     return rows
 
 
@@ -132,5 +143,10 @@ def _size(count: float) -> str:
 def markdown(rows: Sequence[Row]) -> str:
     """Format the table in Markdown."""
     named = headings(rows)
-    lines = [named, ["---"] * len(named), *(cells(row) for row in rows)]
+    lines = [map(_escaped, named), ["---"] * len(named), *(map(_escaped, cells(row)) for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _escaped(cell: str) -> str:
+    """Keep what a name holds from being Markdown or HTML."""
+    return _MARKUP.sub(lambda found: html.escape(found[0]) if found[0] in "<>&" else "\\" + found[0], visible(cell))

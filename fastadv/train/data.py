@@ -11,7 +11,7 @@ from fastadv.train import labels as reading
 from fastadv.train.errors import UserError
 from fastadv.train.hub import hub_rows
 from fastadv.train.labels import CLASSIFICATION, REGRESSION, Label
-from fastadv.train.sources import Columns, Found, Row, default_rows, file_rows, is_file_name
+from fastadv.train.sources import Columns, Found, Row, default_rows, file_rows, is_file_name, short
 from fastadv.train.split import SPLIT_SEED, part, shuffler, split
 
 DEFAULT = "rotten-tomatoes"
@@ -174,8 +174,8 @@ def _check_labels(names: list[str], train: list[Row], test: list[Row], settings:
     if len(distinct) < 2:
         needs = "numbers to learn must differ" if task == REGRESSION else "a classifier needs two classes"
         raise UserError(
-            f"every training sample of {settings.data} has the label {train[0].label!r}: {needs}. Is --label-column "
-            f"{settings.label_column!r} the right one?"
+            f"every training sample of {settings.data} has the label {short(train[0].label)}: {needs}. Is "
+            f"--label-column {settings.label_column!r} the right one?"
         )
     _check_known(names, train, settings)
     _check_known(names, test, settings)
@@ -185,6 +185,6 @@ def _check_known(names: list[str], rows: list[Row], settings: DataSettings) -> N
     unknown = sorted({name for row in rows for name in reading.classes_of(row)} - set(names))
     if unknown:
         raise UserError(
-            f"{settings.test_data or settings.data} has the label {unknown[0]!r}, which was not seen in training "
-            f"(known: {', '.join(map(repr, names[:10]))}): remove those rows, or train on data that have it"
+            f"{settings.test_data or settings.data} has the label {short(unknown[0])}, which was not seen in training "
+            f"(known: {', '.join(map(short, names[:10]))}): remove those rows, or train on data that have it"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from fastadv.train.errors import UserError
 
-SETTINGS = "settings.json"
+SETTINGS, RESULT = "settings.json", "result.json"
 PLAIN, ADVERSARIAL = "plain", "adversarial"
 
 

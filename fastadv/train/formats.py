@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +35,8 @@ def _opened(path: Path) -> Iterator[TextIO]:
             yield file
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
 
 
 def _csv(path: Path) -> Rows:
@@ -95,12 +98,7 @@ def _json(path: Path) -> Rows:
         if not start.startswith("["):
             yield from _json_lines(path)
             return
-        try:
-            listed = json.load(file)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}, line {error.lineno}: not JSON ({error.msg}): a list of objects is expected"
-            ) from None
+        listed = _parsed(file.read(), path, "a list of objects is expected")
     for number, row in enumerate(listed, 1):
         yield f"row {number}", _object(row, f"{path}, row {number}: a list of objects is expected")
 
@@ -111,11 +109,21 @@ def _json_lines(path: Path) -> Rows:
             if not line.strip():
                 continue
             where, expected = f"{path}, line {number}", "one JSON object a line is expected"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not JSON ({error.msg}): {expected}") from None
-            yield f"line {number}", _object(row, f"{where}: {expected}")
+            yield f"line {number}", _object(_parsed(line, where, expected), f"{where}: {expected}")
+
+
+def _parsed(text: str, where: object, expected: str) -> Any:
+    """Parse JSON. What is JSON and cannot be held, in depth or in digits, is refused like what is none."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = f", line {error.lineno}" if isinstance(where, Path) else ""
+        raise UserError(f"{where}{line}: not JSON ({error.msg}): {expected}") from None
+    except RecursionError:
+        raise UserError(f"{where}: lists or objects nested too deeply to be read: {expected}") from None
+    except ValueError:
+        most = sys.get_int_max_str_digits()
+        raise UserError(f"{where}: a number of more than {most} digits: write it as a text, in quotes") from None
 
 
 def _object(row: Any, complaint: str) -> Mapping[str, Any]:

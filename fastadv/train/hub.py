@@ -43,7 +43,7 @@ def _load(name: str) -> Any:
         loaded = datasets.load_from_disk(name)
         return loaded if isinstance(loaded, dict) else {"train": loaded}
     path, _, config = (name, "", "") if folder.exists() else name.partition(":")
-    return datasets.load_dataset(path, config or None)
+    return datasets.load_dataset(path, config or None, trust_remote_code=False)
 
 
 def _unlabelled(split: Any, label: str) -> bool:

@@ -15,6 +15,7 @@ import torch
 from transformers import set_seed
 from transformers.utils import logging as transformers_logging
 
+from fastadv.integrations import files
 from fastadv.methods import Method
 from fastadv.methods.radius_losses import scaled
 from fastadv.train import data, model, options, overview
@@ -194,14 +195,12 @@ def quiet(offline: bool = False) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a file atomically."""
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1, default=str) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """Write a file whole or not at all, and on the disk."""
+    files.write(path, json.dumps(value, indent=1, default=str) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a file of `write_json`; None if there is none.
+def read_json(path: Path, advice: str = "remove it and run again") -> Any:
+    """Read a file of `write_json`; None if there is none. `advice`: for one that cannot be read.
 
     Raises:
         UserError: the file is there and is not JSON.
@@ -210,8 +209,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}): remove it and run again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read ({error}): {advice}") from None
 
 
 def command_line(arguments: Sequence[str] | None = None) -> str:

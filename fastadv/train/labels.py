@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from fastadv.train.errors import UserError
-from fastadv.train.sources import Row
+from fastadv.train.sources import Row, short
 
 CLASSIFICATION, MULTI_LABEL, REGRESSION = "classification", "multi-label", "regression"
 AUTO = "auto"
@@ -19,6 +19,8 @@ PROBLEM_TYPES = {
     REGRESSION: "regression",
 }
 SEPARATOR = ";"
+DIGITS = 4000  # of a class that is taken for a whole number: Python reads no longer ones
+LARGEST = 1e30  # of the numbers to learn: float32, which models compute in, holds little more
 
 # A class's number; 1 or 0 per class of several; a number.
 Label = int | float | tuple[float, ...]
@@ -94,7 +96,7 @@ def classes_of(row: Row) -> tuple[str, ...]:
 def class_names(rows: Iterable[Row]) -> list[str]:
     """List the classes in the order of their numbers: by name, or by value where all are integers."""
     names = sorted({name for row in rows for name in classes_of(row)})
-    whole = all(name.removeprefix("-").isdecimal() for name in names)
+    whole = all(name.removeprefix("-").isdecimal() and len(name) <= DIGITS for name in names)
     return sorted(names, key=int) if whole else names
 
 
@@ -120,10 +122,12 @@ def _set(label: Any, separator: str) -> tuple[str, ...]:
 
 def _finite(label: Any, source: str) -> float:
     number = _number(label)
+    if number is not None and abs(number) > LARGEST:
+        raise UserError(f"{source} has the label {number:g}: models learn numbers up to {LARGEST:g}. Scale them down")
     if number is None:
         raise UserError(
-            f"{source} has the label {label!r}, which is no number: --task regression learns numbers. Remove such rows "
-            "(--skip-empty, where it stands for none), or take labels as classes with --task classification"
+            f"{source} has the label {short(label)}, which is no number: --task regression learns numbers. Remove such "
+            "rows (--skip-empty, where it stands for none), or take labels as classes with --task classification"
         )
     return number
 
@@ -131,6 +135,6 @@ def _finite(label: Any, source: str) -> float:
 def _number(label: Any) -> float | None:
     try:
         number = float(label)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None

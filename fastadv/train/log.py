@@ -4,28 +4,45 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from fastadv.integrations import files
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+END = "train_runtime"  # in the row that the Trainer logs when it is through, or stopped
 
-class JsonLines(TrainerCallback):
-    """Append each row of the Trainer's log to a file, with its phase and the seconds of each step since the last."""
+
+class JsonLines(TrainerCallback, ExportableState):
+    """Append each row of the Trainer's log to a file, with its phase and the seconds of each step since the last.
+
+    Seconds that are in no row yet are in every checkpoint. A row is on the disk before the checkpoint of its step.
+    """
 
     def __init__(self, path: Path, phase: str) -> None:
         self.path = path
         self.phase = phase
         self._begun = 0.0
         self._seconds: list[float] = []
+
+    def state(self) -> dict[str, dict[str, Any]]:
+        return {"args": {}, "attributes": {"seconds": list(self._seconds)}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        callbacks = cast("dict[str, Any]", state.stateful_callbacks)  # as the checkpoint had them
+        saved = callbacks.setdefault(type(self).__name__, self.state())
+        self._seconds = list(saved["attributes"]["seconds"])
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._begun = time.perf_counter()
@@ -43,30 +60,31 @@ class JsonLines(TrainerCallback):
     ) -> None:
         row = {"phase": self.phase, "step": state.global_step, **(logs or {}), "step_seconds": self._seconds}
         self._seconds = []
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("ab") as file:
+            file.write((json.dumps(row) + "\n").encode())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_log(path: Path, phase: str | None = None) -> list[dict[str, Any]]:
-    """Read a log, or the rows of one phase. A line cut off by a crash is skipped."""
+    """Read a log, or the rows of one phase. A line that a crash cut off, within a character too, is skipped."""
     rows = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+                named, step = row["phase"], row["step"]
+            except (ValueError, TypeError, KeyError, RecursionError):
                 continue
-            if phase is None or row["phase"] == phase:
+            if isinstance(step, int) and (phase is None or named == phase):
                 rows.append(row)
     return rows
 
 
 def rewind(path: Path, phase: str, step: int) -> None:
-    """Drop the rows of `phase` after `step`: a resumed training writes them again."""
-    rows = [row for row in read_log(path) if row["phase"] != phase or row["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    """Drop the rows of `phase` after `step`, and of its end: a resumed training writes them again."""
+    rows = [row for row in read_log(path) if row["phase"] != phase or (row["step"] <= step and END not in row)]
+    files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 class Progress(TrainerCallback):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
@@ -213,7 +214,23 @@ def training_arguments(given: Mapping[str, str | None], **fixed: Any) -> Any:
             (parsed,) = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise UserError(f"TrainingArguments: {' '.join(str(error).split())}") from None
+    _check_numbers(parsed)
     return parsed
+
+
+def _check_numbers(parsed: Any) -> None:
+    """Refuse numbers that TrainingArguments takes, and that no training can be planned with."""
+    whole = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 1, "seed": 0}
+    for name, least in whole.items():
+        value = getattr(parsed, name)
+        if not least <= value < 2**32:
+            raise UserError(f"{names.option(name)} must be from {least} to {2**32 - 1}, not {value}")
+    if parsed.data_seed is not None and not 0 <= parsed.data_seed < 2**32:
+        raise UserError(f"--data-seed must be from 0 to {2**32 - 1}, not {parsed.data_seed}")
+    for name in ("num_train_epochs", "learning_rate", "weight_decay", "max_grad_norm"):
+        value = getattr(parsed, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"{names.option(name)} must be a number, 0 or above, not {value}")
 
 
 def listing() -> str:

@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from fastadv.train.shown import visible
+
 CSS = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -91,5 +93,5 @@ def entries(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def text(value: Any) -> str:
-    """Escape a string; write anything else as JSON."""
-    return html.escape(value if isinstance(value, str) else json.dumps(value))
+    """Escape a string, and spell what cannot be seen; write anything else as JSON."""
+    return html.escape(visible(value if isinstance(value, str) else json.dumps(value)))

@@ -4,19 +4,22 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
-from transformers.trainer_utils import get_last_checkpoint
 
+from fastadv.integrations import checkpoints
 from fastadv.integrations.adversary import Adversary
+from fastadv.integrations.checkpoints import CheckpointError
 from fastadv.integrations.transformers import AdversarialMixin
+from fastadv.integrations.whole_checkpoints import WholeCheckpoints
 from fastadv.train.behind import Behind
 from fastadv.train.conditions import Conditions, Watch, processor
-from fastadv.train.errors import Interrupted
+from fastadv.train.errors import Interrupted, UserError
 from fastadv.train.evaluate import Evaluator
 from fastadv.train.job import Job
 from fastadv.train.log import JsonLines, Progress, Stop, read_log, rewind
@@ -45,7 +48,7 @@ class Trained(NamedTuple):
     warnings: list[str]
 
 
-class PlainTrainer(Trainer):
+class PlainTrainer(WholeCheckpoints, Trainer):
     """Train with batches whose order follows from seed and epoch alone."""
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -75,15 +78,11 @@ def train(
 
     Raises:
         Interrupted: the user stopped it, after a checkpoint was saved.
-        UserError: the checkpoint to resume from is of another model.
+        UserError: the checkpoint to resume from is of another model, or another method.
     """
     args = job.arguments(folder, **fixed)
     model = job.build(args.seed)
-    checkpoint = get_last_checkpoint(str(folder)) if resume and folder.is_dir() else None
-    if checkpoint is not None:
-        check_same_model(Path(checkpoint), model)
-    rewind(log, title, 0 if checkpoint is None else int(checkpoint.rpartition("-")[2]))
-    progress, stop, behind = Progress(title), Stop(), Behind(log)
+    progress, stop, behind = Progress(title), Stop(), Behind(log, title)
     common: dict[str, Any] = {
         "model": model,
         "args": args,
@@ -94,9 +93,13 @@ def train(
     }
     trainer = PlainTrainer(**common) if adversary is None else AdversarialPhaseTrainer(**common, adversary=adversary)
     trainer.remove_callback(PrinterCallback)
+    checkpoint = _to_go_on(trainer, title, model) if resume else None
+    rewind(log, title, 0 if checkpoint is None else checkpoints.number(checkpoint))
     try:
         with stop, PeakMemory(args.device) as memory, Watch(resumed=checkpoint is not None) as watch:
-            trainer.train(resume_from_checkpoint=checkpoint)
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except CheckpointError as error:
+        raise UserError(str(error)) from None
     finally:
         progress.close()
     if stop.requested and trainer.state.global_step < trainer.state.max_steps:
@@ -104,9 +107,26 @@ def train(
     if job.scale is not None:
         unscale(model, job.scale)
     seconds = [value for row in read_log(log, title) for value in row["step_seconds"]]
-    median = statistics.median(seconds)
+    median = statistics.median(seconds or [0.0])  # a log that somebody removed
     cost = Cost(trainer.state.global_step, median, memory.peak, str(args.device), watch.conditions)
     return Trained(model, cost, [*getattr(trainer, "warnings", []), *behind.warnings])
+
+
+def _to_go_on(trainer: PlainTrainer, title: str, model: MeanPoolClassifier) -> Path | None:
+    """Choose the checkpoint to go on from, and say which are passed over.
+
+    Raises:
+        UserError: it is of another model.
+    """
+    checkpoint, passed_over = trainer.newest()
+    for message in passed_over:
+        print(f"{title}: {message}", file=sys.stderr)
+    if passed_over and checkpoint is None:
+        print(f"{title}: no checkpoint is whole: begins afresh", file=sys.stderr)
+    elif checkpoint is not None:
+        check_same_model(checkpoint, model)
+        print(f"{title}: goes on from {checkpoint}", file=sys.stderr)
+    return checkpoint
 
 
 def measure(job: Job, model: MeanPoolClassifier, *, progress: bool = True) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from fastadv.train import cells
 from fastadv.train.metrics import score
+from fastadv.train.shown import visible
 
 COLOURS = {"plain": "#6b7280", "adversarial": "#1d5fbf", "attacked": "#c2410c"}
 STYLE: dict[str, Any] = {
@@ -29,12 +30,14 @@ STYLE: dict[str, Any] = {
     "grid.color": "#e5e7eb",
     "grid.linewidth": 0.8,
     "legend.frameon": False,
+    "text.parse_math": False,  # a name may hold a $
     "svg.fonttype": "path",  # the page must look the same without this machine's fonts
 }
 
 
 def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
     """Draw training losses against steps: of both trainings, and the adversarial loss of the second."""
+    method = visible(method)
 
     def draw(axes: Axes) -> None:
         highest = 0.0
@@ -77,7 +80,8 @@ def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
             colour = (COLOURS["plain"], COLOURS["adversarial"])[index % 2]
             if len(models) == 1:
                 colour = COLOURS["adversarial"]
-            axes.errorbar(x, y, yerr=[below, above], color=colour, lw=1.6, marker="o", ms=4, capsize=3, label=name)
+            style: dict[str, Any] = {"lw": 1.6, "marker": "o", "ms": 4, "capsize": 3, "label": visible(name)}
+            axes.errorbar(x, y, yerr=[below, above], color=colour, **style)
         axes.set(xlabel=f"radius of the PGD-{steps} attack (l2 norm per sample)", ylabel=cells.name(first))
         if cells.is_share(first):
             axes.set_ylabel("accuracy, %")
@@ -90,7 +94,7 @@ def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
 
 def methods(rows: Sequence[Any]) -> str:
     """Draw a line per method: clean and attacked accuracy of each seed and their mean, and the time of a step."""
-    names = [row.setting for row in rows]
+    names = [visible(row.setting) for row in rows]
     radii = list(rows[0].accuracy)
     panels = [("clean accuracy" if radius == 0 else f"under attack, radius {radius:g}", "%") for radius in radii]
     panels.append(("time of a step", "s"))

@@ -16,8 +16,9 @@ from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from fastadv.train.errors import UserError
 from fastadv.train.job import quiet
-from fastadv.train.model import label_names, load_where_it_runs, longest, tokenizer_of
-from fastadv.train.sources import Columns, file_rows
+from fastadv.train.model import check_length, check_tokens, label_names, load_where_it_runs, longest, tokenizer_of
+from fastadv.train.shown import visible_json
+from fastadv.train.sources import Columns, file_rows, half
 
 BATCH = 64
 POOL = 32 * BATCH  # so many texts are sorted by length before they are cut into batches
@@ -33,15 +34,24 @@ def texts_of(given: Sequence[str], data: str | None, column: str, skip_empty: bo
     if given and data is not None:
         raise UserError("give texts or --data, not both")
     if data == STDIN:
-        texts = [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+        texts = _lines_of_stdin()
     elif data is not None:
         columns = Columns(text=column, label=column, skip_empty=skip_empty)  # no label is needed
         texts = [row.text for row in file_rows(data, columns).rows]
     else:
         texts = list(given)
+    if any(map(half, texts)):
+        raise UserError("a text holds half a character, or bytes that are not UTF-8: convert it")
     if not texts:
         raise UserError('no texts: give some, such as fastadv predict RUN "a warm film", or a file with --data')
     return texts
+
+
+def _lines_of_stdin() -> list[str]:
+    try:
+        return [line.rstrip("\r\n") for line in sys.stdin if line.strip()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding} ({error.reason}): convert it") from None
 
 
 class Predictor:
@@ -53,7 +63,11 @@ class Predictor:
 
     def __init__(self, folder: Path, max_length: int | None = None) -> None:
         quiet(offline=True)
+        if max_length is not None and max_length < 3:
+            raise UserError(f"--max-length must be at least 3, not {max_length}")
         self.model = load_where_it_runs(folder).eval()
+        self.folder = folder
+        check_length(self.model.config, max_length, folder)
         self.tokenizer = tokenizer_of(str(folder))
         self.max_length = longest(self.tokenizer, max_length)
 
@@ -76,6 +90,7 @@ class Predictor:
             batch = self.tokenizer(
                 texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
             ).to(self.model.device)
+            check_tokens(self.model, batch["input_ids"].tolist(), self.folder)
             with torch.inference_mode():
                 logits = self.model(batch["input_ids"], batch["attention_mask"]).logits
             found.update(zip(chosen, logits.float().cpu(), strict=True))
@@ -108,5 +123,5 @@ def write(answers: Iterator[dict[str, Any]], output: Path | None) -> None:
         raise UserError(f"--output {output} cannot be written ({error.strerror}): check the path") from None
     with opened as file:
         for one in answers:
-            file.write(json.dumps(one, ensure_ascii=False) + "\n")
+            file.write(visible_json(json.dumps(one, ensure_ascii=False)) + "\n")
             file.flush()

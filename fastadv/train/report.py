@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastadv.integrations import files
 from fastadv.train import cells, page, plots, radius, report_examples, tables, verdict
 from fastadv.train.folders import ADVERSARIAL, PLAIN
 from fastadv.train.memory import WHAT
@@ -13,7 +14,7 @@ from fastadv.train.memory import WHAT
 
 def write(result: Mapping[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write the page of a comparison. `rows`: of its log."""
-    path.write_text(compose(result, rows), encoding="utf-8")
+    files.write(path, compose(result, rows))
 
 
 def compose(result: Mapping[str, Any], rows: Sequence[dict[str, Any]]) -> str:

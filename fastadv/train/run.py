@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import platform
 import shutil
+import sys
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -12,25 +13,32 @@ from pathlib import Path
 from typing import Any
 
 import fastadv
-from fastadv.train import examples, phase, radius
-from fastadv.train.data import DataSettings
+from fastadv.integrations import files
+from fastadv.integrations.whole_checkpoints import UNFINISHED
+from fastadv.methods.radius_losses import SCALED
+from fastadv.train import examples, phase, radius, report, run_files, run_folder
 from fastadv.train.errors import Interrupted, UserError
-from fastadv.train.folders import ADVERSARIAL, PLAIN, SETTINGS
+from fastadv.train.folders import ADVERSARIAL, PLAIN, RESULT, SETTINGS
 from fastadv.train.job import Job, Settings, read_json, write_json
+from fastadv.train.log import read_log
 from fastadv.train.model import load_checkpoint, place
+from fastadv.train.saved_model import save
+from fastadv.train.shown import visible
 
-RESULT, REPORT, LOG, DONE = "result.json", "report.html", "log.jsonl", "phase.json"
+REPORT, LOG, DONE = "report.html", "log.jsonl", "phase.json"
 RADIUS = "radius.json"
 
 
 def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
     """Run the comparison in `folder`, or go on with an interrupted one, and return the content of result.json.
 
+    `folder` has its settings, and this process holds it: see `run_folder`. The result is the last file that is written.
+
     Raises:
         Interrupted: stopped by its user; everything finished so far is in `folder`.
         UserError: the data have changed since the run began.
     """
-    _begin(job, folder, command)
+    _check_data(job, folder)
     try:
         job, found = _with_radius(job, folder)
         models = {name: _phase(job, folder, name) for name in (PLAIN, ADVERSARIAL)}
@@ -47,6 +55,7 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
         "radius": found,
         "examples": examples.of_run(job, folder, models),
     }
+    report.write(result, read_log(folder / LOG), folder / REPORT)
     write_json(folder / RESULT, result)
     return result
 
@@ -57,14 +66,15 @@ def _said(found: dict[str, Any] | None, models: dict[str, Any]) -> list[str]:
     return [*radii, *(warning for model in models.values() for warning in model.get("warnings", []))]
 
 
-def _begin(job: Job, folder: Path, command: str) -> None:
-    """Write the settings of a new run. One that goes on must find the samples that it began with."""
-    data = job.samples.description()
+def settings(job: Job, command: str) -> dict[str, Any]:
+    """Lay out settings.json, which `to_resume` reads."""
+    return {"command": command, "settings": asdict(job.settings), "data": job.samples.description()}
+
+
+def _check_data(job: Job, folder: Path) -> None:
+    """Refuse other samples than those that the run began with."""
     saved = read_json(folder / SETTINGS)
-    if saved is None:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / SETTINGS, {"command": command, "settings": asdict(job.settings), "data": data})
-    elif saved["data"]["test_fingerprint"] != data["test_fingerprint"]:
+    if saved["data"]["test_fingerprint"] != job.samples.description()["test_fingerprint"]:
         raise UserError(
             f"{job.settings.data.data} or its split has changed since {folder} began, and its two models would be "
             "tested on different samples: train afresh, with another --output-dir"
@@ -73,9 +83,10 @@ def _begin(job: Job, folder: Path, command: str) -> None:
 
 def _with_radius(job: Job, folder: Path) -> tuple[Job, dict[str, Any] | None]:
     """Choose the radius, or read what was chosen when this run began."""
-    saved = read_json(folder / RADIUS)
+    saved = run_files.checked(folder / RADIUS, run_files.Chosen)
     if saved is not None:
-        return replace(job, method_arguments=saved["method_arguments"]), saved["radius"]
+        radii = {name: value for name, value in saved["method_arguments"].items() if name in ("epsilon", *SCALED)}
+        return replace(job, method_arguments={**job.method_arguments, **radii}), saved["radius"]
     job, found = radius.chosen(job, job.arguments(folder).seed)
     if found is not None:
         print(radius.describe(found))
@@ -86,17 +97,16 @@ def _with_radius(job: Job, folder: Path) -> tuple[Job, dict[str, Any] | None]:
 def _phase(job: Job, folder: Path, name: str) -> dict[str, Any]:
     """Train, save and measure; read the parts that are done already."""
     mine = folder / name
-    record = read_json(mine / DONE)
+    record = run_files.checked(mine / DONE, run_files.Phase)
     if record is None:
         adversary = job.adversary if name == ADVERSARIAL else None
         network, cost, warnings = phase.train(job, name, mine, folder / LOG, adversary, resume=True)
-        network.save_pretrained(mine)
-        job.tokenizer.save_pretrained(mine)
+        save(network, job.tokenizer, mine)
         record = {"phase": name, "cost": phase.cost_dict(cost), "warnings": warnings}
         write_json(mine / DONE, record)
-        _forget_checkpoints(job, mine)
     elif "accuracy" not in record:
         network = place(load_checkpoint(mine), record["cost"]["device"])
+    _forget_checkpoints(job, mine)
     if "accuracy" not in record:
         record["accuracy"] = phase.measure(job, network)
         record["only_answer"] = phase.only_answer(job, record["accuracy"][0])
@@ -109,45 +119,26 @@ def _forget_checkpoints(job: Job, folder: Path) -> None:
     if not any(name.startswith("save_") for name in job.training):
         for checkpoint in folder.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-
-
-def claim(folder: Path) -> None:
-    """Refuse a folder that is not empty.
-
-    Raises:
-        UserError: it does.
-    """
-    if (folder / SETTINGS).exists():
-        state = "a finished run" if (folder / RESULT).exists() else "an unfinished run: --resume continues it"
-        raise UserError(f"{folder} holds {state}. Give another --output-dir, or remove the folder")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not an empty folder: give another --output-dir")
+    shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
+    files.remove_leftovers(folder)
 
 
 def to_resume(runs: Path, chosen: Path | None) -> tuple[Path, Settings, str]:
-    """Find the run to continue, its settings, and the command that started it.
+    """Find the run to continue, its settings, and the command that started it; say which it is where none is chosen.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it cannot be continued.
     """
     if chosen is None:
-        started = [path.parent for path in runs.glob(f"*/{SETTINGS}")]
-        open_runs = sorted(path for path in started if not (path / RESULT).exists())
-        if not open_runs:
-            raise UserError(
-                f"no unfinished run in {runs}/: say which to continue with --output-dir, or leave --resume out"
-            )
-        chosen = open_runs[-1]
-    saved = read_json(chosen / SETTINGS)
+        chosen, said = run_folder.latest_unfinished(runs)
+        print(*map(visible, said), sep="\n", file=sys.stderr)
+    try:
+        saved = run_files.begun(chosen / SETTINGS)
+    except UserError as error:
+        raise UserError(f"{chosen} cannot be continued: {error}") from None
     if saved is None:
         raise UserError(f"{chosen} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
-    return chosen, settings_of(saved["settings"]), saved["command"]
-
-
-def settings_of(saved: dict[str, Any]) -> Settings:
-    """Read the settings of settings.json."""
-    lists = {name: tuple(saved[name]) for name in ("attack_radii", "extra")}
-    return Settings(**{**saved, **lists, "data": DataSettings(**saved["data"])})
+    return chosen, run_files.settings_of(saved["settings"], chosen / SETTINGS), saved["command"]
 
 
 def versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -116,9 +117,24 @@ def numbers(option: str, text: str) -> tuple[float, ...]:
         UserError: one of them is none; it names `option`.
     """
     try:
-        return tuple(float(one) for one in text.split(","))
+        found = tuple(float(one) for one in text.split(","))
     except ValueError:
-        raise UserError(f"{option} takes numbers with commas between, not {text!r}") from None
+        found = (math.nan,)
+    if not all(map(math.isfinite, found)):
+        raise UserError(f"{option} takes numbers with commas between, not {text!r}")
+    return found
+
+
+def seeds(option: str, text: str) -> tuple[int, ...]:
+    """Read seeds with commas between.
+
+    Raises:
+        UserError: one of them is no whole number that numpy takes for a seed.
+    """
+    found = numbers(option, text)
+    if not all(one.is_integer() and 0 <= one < 2**32 for one in found):
+        raise UserError(f"{option} takes whole numbers from 0 to {2**32 - 1}, with commas between, not {text!r}")
+    return tuple(map(int, found))
 
 
 def check_extra(context: typer.Context, *, training: bool = True) -> None:

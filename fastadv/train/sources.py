@@ -5,7 +5,9 @@ from __future__ import annotations
 import bz2
 import csv
 import importlib.util
+import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +17,10 @@ from fastadv.train.errors import UserError
 
 # How programs write a label that is not there. "none" in lower case is a class that people do have.
 MISSING = frozenset({"NaN", "nan", "NAN", "None", "null", "NULL", "Null", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaT"})
+
+
+LONGEST, COLUMNS = 60, 20  # characters of a value, and columns, that an error shows
+_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Row(NamedTuple):
@@ -69,10 +75,23 @@ def default_rows() -> list[Row]:
         ]
 
 
+def exists(path: Path) -> bool:
+    """Tell whether something is there. A name that cannot be one is of nothing."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
+
+
+def is_file(path: Path) -> bool:
+    """Tell whether a regular file is there: reading a pipe would wait for ever."""
+    return exists(path) and path.is_file()
+
+
 def is_file_name(data: str) -> bool:
     """Tell whether `--data` names a file, and not a data set of the hub or a folder."""
     path = Path(data)
-    return (path.suffix.lower() in formats.READERS and not path.is_dir()) or path.is_file()
+    return (path.suffix.lower() in formats.READERS and not (exists(path) and path.is_dir())) or is_file(path)
 
 
 def file_rows(name: str, columns: Columns) -> Found:
@@ -83,8 +102,9 @@ def file_rows(name: str, columns: Columns) -> Found:
             pyarrow, a Parquet file.
     """
     path = Path(name)
-    if not path.is_file():
-        raise UserError(f"the data file {name} does not exist: check --data and --test-data")
+    if not is_file(path):
+        what = "is no file, but a folder, a pipe or a device" if exists(path) else "does not exist"
+        raise UserError(f"the data file {name} {what}: check --data and --test-data")
     read = formats.READERS.get(path.suffix.lower())
     if read is None:
         known = ", ".join(formats.READERS)
@@ -104,7 +124,8 @@ def checked(found: Iterable[tuple[str, Mapping[str, Any]]], name: str, columns: 
         _check_columns(row, name, columns)
         empty = next((what for what in ("text", "label") if is_empty(row[getattr(columns, what)])), None)
         if empty is None and not isinstance(row[columns.text], str):
-            raise UserError(f"{name}, {where}: the text is {row[columns.text]!r}, which is none: check --text-column")
+            shown = short(row[columns.text])
+            raise UserError(f"{name}, {where}: the text is {shown}, which is none: check --text-column")
         if columns.skip_empty and (empty is not None or stands_for_nothing(row[columns.label])):
             skipped += 1
         elif empty is not None:
@@ -113,18 +134,52 @@ def checked(found: Iterable[tuple[str, Mapping[str, Any]]], name: str, columns: 
                 "with --skip-empty"
             )
         else:
+            _check_label(row[columns.label], name, where)
             group = None if columns.group is None or is_empty(row[columns.group]) else str(row[columns.group])
-            rows.append(Row(row[columns.text], row[columns.label], group))
+            found_row = Row(row[columns.text], row[columns.label], group)
+            _check_characters(found_row, name, where)
+            rows.append(found_row)
     if not rows:
         raise UserError(f"{name} has no rows" + (" with a text and a label" if skipped else ""))
     return Found(rows, skipped)
+
+
+def _check_label(label: Any, name: str, where: str) -> None:
+    """Refuse what is no class, number or list of classes."""
+    if any(isinstance(one, (dict, list, tuple)) for one in (label if isinstance(label, (list, tuple)) else [])):
+        raise UserError(f"{name}, {where}: the label is a list of lists or objects: give a flat list of classes")
+    if isinstance(label, dict):
+        raise UserError(f"{name}, {where}: the label is an object: give a class, a number or a list of classes")
+
+
+def _check_characters(row: Row, name: str, where: str) -> None:
+    """Refuse half characters, which no tokenizer takes and no file can hold."""
+    labels = row.label if isinstance(row.label, (list, tuple)) else [row.label]
+    for what, held in (("text", [row.text]), ("label", labels), ("group", [row.group])):
+        found = next((match[0] for one in held if isinstance(one, str) and (match := half(one))), None)
+        if found is not None:
+            raise UserError(f"{name}, {where}: the {what} holds half a character ({found}): write the file again")
+
+
+def half(text: str) -> re.Match[str] | None:
+    """Find half a character (a lone surrogate)."""
+    return None if text.isascii() else _HALF.search(text)
+
+
+def short(value: Any) -> str:
+    """Show a value of a file, cut where it is long."""
+    if isinstance(value, (dict, list)):
+        return "an object" if isinstance(value, dict) else "a list"
+    shown = repr(value)
+    return shown if len(shown) <= LONGEST else shown[:LONGEST] + "..."
 
 
 def _check_columns(row: Mapping[str, Any], name: str, columns: Columns) -> None:
     for option in ("text", "label", "group"):
         column = getattr(columns, option)
         if column is not None and column not in row:
-            has = ", ".join(map(str, row))
+            has = ", ".join(str(one)[:LONGEST] for one in itertools.islice(row, COLUMNS))
+            has += f" and {len(row) - COLUMNS} more" if len(row) > COLUMNS else ""
             raise UserError(f"{name} has no column {column!r} (it has {has}): set --{option}-column")
 
 

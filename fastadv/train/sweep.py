@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import itertools
-import json
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastadv.train import options, phase, radius
 from fastadv.train.announce import announce
-from fastadv.train.data import DataSettings
 from fastadv.train.errors import UserError
-from fastadv.train.job import Job, Settings, prepare, read_json, write_json
-from fastadv.train.labels import CLASSIFICATION
+from fastadv.train.job import Job, Settings, prepare
+from fastadv.train.kept import Kept, Point, as_read, check
 from fastadv.train.metrics import score
+from fastadv.train.shown import say, visible
+from fastadv.train.writable import check_files
 
-Point = tuple[str, dict[str, Any]]
 RESULT = "sweep.json"
 
 
@@ -49,9 +48,11 @@ def run(settings: Settings, tries: Sequence[str], seeds: Sequence[int], folder: 
     """Train and measure plainly and with every setting, seed by seed. The folder's JSON file keeps what is finished.
 
     Raises:
-        UserError: `folder` holds a sweep on other data, or with other settings.
+        UserError: `folder` holds a sweep on other data, or with other settings; or cannot be written to.
     """
     grid: list[Point] = [("plain", {}), *points(tries)]
+    check_files(folder, [RESULT])
+    check(folder / RESULT)
     return train_all(ready(settings, grid), grid, seeds, folder / RESULT, command)
 
 
@@ -69,51 +70,42 @@ def common(job: Job) -> dict[str, Any]:
     return shared
 
 
-def as_read(value: Any) -> Any:
-    """Convert to what `read_json` will return: a dtype comes back as its name."""
-    return json.loads(json.dumps(value, default=str))
-
-
 def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Path, command: str) -> dict[str, Any]:
     """Train every point of the grid with every seed that `output` (JSON) does not have yet.
 
+    Another process may train points of the same file at the same time: what it has begun is left to it.
+
     Raises:
-        UserError: `output` holds trainings on other data, or with other settings.
+        UserError: `output` is damaged, or holds trainings on other data, or with other settings.
     """
-    fresh: dict[str, Any] = {"command": command, "job": common(job), "runs": []}
-    result: dict[str, Any] = read_json(output) or fresh
-    known = _as_of_now(result["job"])
-    different = [name for name, value in fresh["job"].items() if known.get(name) != value]
-    if different:
-        raise UserError(
-            f"{output} holds trainings with other settings ({', '.join(different)}): give another --output-dir"
-        )
+    kept = Kept(output, command, common(job))
     announce(job)
     everything = list(itertools.product(seeds, grid))
-    for index, (seed, (name, arguments)) in enumerate(everything, 1):
-        wanted = (name, as_read(arguments), seed)
-        done = any((one["method"], one["arguments"], one["seed"]) == wanted for one in result["runs"])
-        if not done:
-            finished = _one(job, name, arguments, seed, f"[{index}/{len(everything)}] ")
-            result = read_json(output) or fresh  # another process may have added to it
-            result["runs"].append(finished)
-            output.parent.mkdir(parents=True, exist_ok=True)
-            write_json(output, result)
-    return result
+    pending = list(enumerate(everything, 1))
+    while pending:
+        before, pending = (
+            pending,
+            [one for one in pending if not _trained(job, kept, *one, len(everything), wait=False)],
+        )
+        if pending == before:  # others train all of these: wait for the first, and train it should they fail
+            say(f"{len(pending)} trainings are under way in another process: waiting for it")
+            _trained(job, kept, *pending[0], len(everything), wait=True)
+    return kept.read()
 
 
-def _as_of_now(saved: dict[str, Any]) -> dict[str, Any]:
-    """Fill in what a file of an earlier version does not say, since there was no choice."""
-    data = saved["data"]
-    return {
-        "task": CLASSIFICATION,
-        **saved,
-        "data": {**data, "settings": {**asdict(DataSettings()), **data["settings"]}},
-    }
+def _trained(job: Job, kept: Kept, index: int, one: tuple[int, Point], total: int, *, wait: bool) -> bool:
+    """Train a point unless that is done; False where another process is at it."""
+    seed, (name, arguments) = one
+    if kept.holds((name, arguments), seed):
+        return True
+    with kept.claimed((name, arguments), seed, wait=wait) as mine:
+        if mine and not kept.holds((name, arguments), seed):
+            kept.add(as_read(_one(job, name, arguments, seed, f"[{index}/{total}] ")))
+        return mine
 
 
 def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) -> dict[str, Any]:
-    title = f"{place}{label(name, arguments)}, seed {seed}"
+    title = visible(f"{place}{label(name, arguments)}, seed {seed}")
     adversary = found = None
     if name != "plain":
         method = options.method_class(name)

@@ -7,12 +7,14 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fastadv.train import cells
 from fastadv.train.cells import Cell
 from fastadv.train.conditions import obstacles
 from fastadv.train.folders import ADVERSARIAL, PLAIN
 from fastadv.train.paired import difference
+from fastadv.train.shown import visible
 
 
 class Line(NamedTuple):
@@ -88,7 +90,7 @@ def comparison(result: Mapping[str, Any]) -> Table:
     headings = ["", "plain", result["settings"]["method"], difference_heading(result)]
     table = _table(f"{cells.name(first)}, with 95 % intervals", headings)
     for line in lines(result):
-        table.add_row(*line)
+        table.add_row(*map(cell, line))
     return table
 
 
@@ -98,7 +100,7 @@ def evaluation(result: dict[str, Any]) -> Table:
     first = next(iter(found.values()))["accuracy"]
     table = _table(f"{result['folder']}: {cells.name(first[0])}, 95 % intervals", ["", *found])
     for row in zip(*(model["accuracy"] for model in found.values()), strict=True):
-        table.add_row(measure(row[0], result["attack"]["steps"]), *map(cells.with_interval, row))
+        table.add_row(*map(cell, [measure(row[0], result["attack"]["steps"]), *map(cells.with_interval, row)]))
     return table
 
 
@@ -110,7 +112,8 @@ def sweep(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         shares = [f"{100 * row['accuracy'][radius]:.1f} %" for radius in radii]
         difference = "" if row["difference"] is None else f"{100 * row['difference']:+.1f}"
-        table.add_row(row["setting"], str(len(row["seeds"])), *shares, difference, f"{row['seconds_per_step']:.2f}")
+        shown = [row["setting"], len(row["seeds"]), *shares, difference, f"{row['seconds_per_step']:.2f}"]
+        table.add_row(*map(cell, shown))
     return table
 
 
@@ -118,15 +121,20 @@ def methods(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
     """Make the table of a comparison: a row per method, mean and standard deviation over its seeds."""
     table = _table("accuracy, mean ± standard deviation over seeds", headings)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(cell, row))
     return table
 
 
 def _table(title: str, headings: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="dim")
+    table = Table(title=cell(title), title_justify="left", title_style="dim")
     for index, heading in enumerate(headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
+        table.add_column(cell(heading), justify="right" if index else "left", no_wrap=index > 0)
     return table
+
+
+def cell(text: object) -> Text:
+    """Make a cell of a name as it is: what rich takes for markup, and what moves a terminal, is text here."""
+    return Text(visible(text))
 
 
 def show(table: Table) -> None:

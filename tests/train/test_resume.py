@@ -10,11 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastadv.train import phase
+from fastadv.train import phase, run, saved_model
 from fastadv.train.cli import main
 from fastadv.train.log import Stop, read_log
 from fastadv.train.options import methods
 from fastadv.train.run import to_resume
+from tests.small_disk import enlarge, small_disk
 from tests.train.command import FAST, main_ok, refused, train
 
 MORE = {"freeat": ["--replays", "3"]}  # step 4 is in the middle of a batch's replays
@@ -80,6 +81,84 @@ def test_resume_measures_a_model_that_is_trained_already(
     main_ok("train", "--resume")
     assert weights.stat().st_mtime_ns == before
     assert json.loads(Path("runs/a/result.json").read_text())["models"]["adversarial"]["accuracy"]
+
+
+@pytest.mark.slow
+def test_a_model_that_is_half_saved_is_none(
+    encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stopped between the last step and phase.json, with a line of the log cut off; a dtype among the arguments."""
+    chosen = ["--method", "pgd", "--probe-dtype", "bfloat16", "--max-steps", "3", "--logging-steps", "9"]
+    whole = train(encoder, table, "whole", *chosen)
+
+    def interrupted(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    command = ["train", "--model", str(encoder), "--data", str(table), "--output-dir", "run", *FAST, *chosen]
+    for place in ("sync_tree", "write"):
+        with monkeypatch.context() as patch:
+            if place == "sync_tree":
+                patch.setattr(saved_model.files, place, interrupted)
+            else:
+                patch.setattr(run, "write_json", interrupted)  # radius.json is there: the next is phase.json
+            with pytest.raises(SystemExit) as left:
+                main(command)
+        assert left.value.code == 130
+        assert Path("run/plain/config.json").exists() == (place == "write")
+        command = ["train", "--resume", "--output-dir", "run"]
+        with Path("run/log.jsonl").open("ab") as log:
+            log.write('{"phase": "plain", "é'.encode()[:-1])
+    main_ok(*command)
+    assert "plain: goes on from run/plain/checkpoint-3" in capsys.readouterr().err
+    assert {path.relative_to("run") for path in Path("run").rglob("*")} == {
+        path.relative_to(whole) for path in whole.rglob("*")
+    }
+    for name in ("plain", "adversarial"):
+        a, b = (Path(one, name, "model.safetensors").read_bytes() for one in ("whole", "run"))
+        assert a == b, name
+        assert len([s for row in read_log(Path("run/log.jsonl"), name) for s in row["step_seconds"]]) == 3
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line(encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whatever it was that found no room: the command says so, and goes on when there is some."""
+    chosen = ["--max-steps", "4", "--save-steps", "2", "--save-strategy", "steps", "--save-total-limit", "1"]
+    train(encoder, table, "whole", *chosen)
+    size = sum(path.stat().st_size for path in Path("whole/plain/checkpoint-4").iterdir())
+    with small_disk(Path("disk"), int(1.5 * size)) as disk:
+        command = ["train", "--model", str(encoder), "--data", str(table), "--output-dir", "disk/run", *FAST, *chosen]
+        for room in (2.5, 3.5, 8.0):
+            capsys.readouterr()
+            with pytest.raises(SystemExit) as left:
+                main(command)
+            assert left.value.code == 2
+            *_, error = capsys.readouterr().err.strip().splitlines()
+            assert error.startswith("error: the disk of disk/run is full; what was finished is kept. Make room, then: ")
+            assert error.endswith("fastadv train --resume --output-dir disk/run")
+            command = ["train", "--resume", "--output-dir", "disk/run"]
+            enlarge(disk, int(room * size))
+        main_ok(*command)
+        for name in ("plain", "adversarial"):
+            a, b = (Path(one, name, "model.safetensors").read_bytes() for one in ("whole", "disk/run"))
+            assert a == b, name
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_the_methods_state_is_passed_over(
+    encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a kill once left: all of the Trainer's files, and not the method's. The training begins afresh."""
+    chosen = ["--method", "freeat", "--max-steps", "4", "--save-steps", "3", "--save-strategy", "steps"]
+    train(encoder, table, "whole", *chosen)
+    train(encoder, table, "run", *chosen)
+    for file in ("result.json", "adversarial/phase.json", *Path("run/adversarial").glob("checkpoint-*/adversary.*")):
+        Path("run", file).unlink() if isinstance(file, str) else file.unlink()
+    main_ok("train", "--resume", "--output-dir", "run")
+    error = capsys.readouterr().err
+    assert "checkpoint-4 is passed over: it has no adversary.safetensors, the method's state" in error
+    assert "adversarial: no checkpoint is whole: begins afresh" in error
+    a, b = (Path(one, "adversarial/model.safetensors").read_bytes() for one in ("whole", "run"))
+    assert a == b
 
 
 def test_a_run_does_not_go_on_with_other_data(

@@ -36,8 +36,10 @@ def use_attention(**kinds: bool) -> None:
 def look(device: torch.device) -> Surroundings:
     """As they are."""
     kinds = [kind for kind in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(kind)]
-    nesting = torch.autocast_increment_nesting() - 1
-    torch.autocast_decrement_nesting()
+    try:
+        nesting = torch.autocast_increment_nesting() - 1
+    finally:
+        torch.autocast_decrement_nesting()
     return Surroundings(
         torch.is_grad_enabled(),
         {kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds},

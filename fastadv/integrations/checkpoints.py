@@ -1,0 +1,86 @@
+"""Find the newest checkpoint that is whole, and say what is wrong with another."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+STATE = "trainer_state.json"
+PARTS = {"optimizer": "optimizer*", "scheduler": "scheduler.pt", "random state": "rng_state*.pth"}
+WEIGHTS = ("*model*.safetensors", "*model*.bin", "*fsdp*")
+PICKLES = (".pt", ".pth", ".bin")
+
+
+class CheckpointError(ValueError):
+    """Report that training cannot go on from a checkpoint, and what to do."""
+
+
+class Choice(NamedTuple):
+    """Hold the checkpoint to go on from, and why newer ones are passed over."""
+
+    checkpoint: Path | None
+    passed_over: list[str]
+
+
+def newest(folder: Path, flaw: Callable[[Path], str | None]) -> Choice:
+    """Choose the newest checkpoint of a folder that `flaw` finds nothing wrong with."""
+    passed_over: list[str] = []
+    for checkpoint in sorted(all_in(folder), key=number, reverse=True):
+        wrong = flaw(checkpoint)
+        if wrong is None:
+            return Choice(checkpoint, passed_over)
+        passed_over.append(f"{checkpoint} is passed over: {wrong}")
+    return Choice(None, passed_over)
+
+
+def all_in(folder: Path) -> list[Path]:
+    """List the checkpoints of a folder, whole or not."""
+    found = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return [path for path in found if path.is_dir() and path.name.rpartition("-")[2].isdecimal()]
+
+
+def number(checkpoint: Path) -> int:
+    """Read the optimizer step of a checkpoint from its name."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def flaw(checkpoint: Path) -> str | None:
+    """Say why a Trainer cannot go on from a checkpoint; None where it can."""
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return f"it has no {STATE}, so its save did not end"
+    except (OSError, ValueError):
+        state = None
+    if not isinstance(state, dict):
+        return f"its {STATE} is cut off or damaged"
+    for file in sorted(checkpoint.iterdir()):
+        if file.is_file() and _is_damaged(file):
+            return f"its {file.name} is cut off or damaged"
+    if not any(any(checkpoint.rglob(name)) for name in WEIGHTS):
+        return "it has no weights"
+    missing = [part for part, name in PARTS.items() if not any(checkpoint.glob(name))]
+    if 0 < len(missing) < len(PARTS):  # none of them: save_only_model
+        return f"its {missing[0]} is missing"
+    return None
+
+
+def _is_damaged(file: Path) -> bool:
+    """Look at the part that says how long the file must be; contents are not read."""
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, framework="pt"):  # type: ignore[no-untyped-call, unused-ignore]
+                return False
+        except (SafetensorError, OSError):
+            return True
+    if file.suffix in PICKLES:
+        with file.open("rb") as opened:
+            start = opened.read(2)
+        return not start or (start == b"PK" and not zipfile.is_zipfile(file))
+    return False
