@@ -163,11 +163,15 @@ py::object grads_cpu(const Signature& signature, const py::list& into, const py:
     return py::none();
   }
   fastadv::GradsPlan plan;
+  std::vector<View> pair(2);  // of many: nothing is made anew for each
   for (std::size_t i = 0; i < into.size() && i < sources.size(); ++i) {
-    const py::tuple tensors = py::make_tuple(into[i], sources[i]);
-    const Taken taken(signature, tensors);
-    if (!taken) return py::none();
-    plan.add({taken[0].dtype, taken[0].address, taken[1].address, taken[0].count()});
+    const py::object tensors[] = {into[i], sources[i]};
+    pair[0] = pair[1] = View();
+    if (!fastadv::reader().read(tensors[0], pair[0]) || !fastadv::reader().read(tensors[1], pair[1]) ||
+        !signature.takes(pair) || pair[0].device != fastadv::kOnCpu) {
+      return py::none();
+    }
+    plan.add({pair[0].dtype, pair[0].address, pair[1].address, pair[0].count()});
   }
   unlocked([&] { return plan.run_cpu(fastadv::GradsKind(kind), number, threads), 0; });
   return py::bool_(true);
@@ -265,6 +269,20 @@ py::object rows_step(const Signature& signature, const py::tuple& tensors, const
   return py::bool_(true);
 }
 
+// What a function answers to arguments of other types. pybind11 would print them, and a tensor whose memory was freed
+// ends the process when it is printed.
+auto refusal(const char* name) {
+  return [name](const py::args&, const py::kwargs&) -> py::object {
+    throw py::type_error(std::string(name) + ": an argument is missing, or of a type that it does not take");
+  };
+}
+
+template <class F>
+void define(py::module_& m, const char* name, const F& function) {
+  m.def(name, function);
+  m.def(name, refusal(name));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -272,33 +290,34 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.attr("cuda") = kCuda;
   m.attr("most_grads") = fastadv::kMostGrads;
   m.attr("grads_chunk") = fastadv::kGradsChunk;
-  m.def("connect", [](const py::object& tensor_class, const py::list& dtypes, bool exchange) {
+  define(m, "connect", [](const py::object& tensor_class, const py::list& dtypes, bool exchange) {
     fastadv::reader().connect(tensor_class, dtypes, exchange);
   });
   py::class_<Signature>(m, "Signature")
       .def(py::init<std::string, const std::vector<Signature::Line>&, bool>())
       .def("takes",
-           [](const Signature& signature, const py::tuple& tensors) { return bool(Taken(signature, tensors, 0)); });
+           [](const Signature& signature, const py::tuple& tensors) { return bool(Taken(signature, tensors, 0)); })
+      .def("takes", refusal("Signature.takes"));
   py::class_<fastadv::OnDevice>(m, "OnDevice").def(py::init([](int device, std::uintptr_t stream, std::uintptr_t flag) {
     return fastadv::OnDevice{device, stream, flag};
   }));
-  m.def("ascend_cpu", &ascend_cpu);
-  m.def("table_step_cpu", &table_step_cpu);
-  m.def("gather_perturb_cpu", &gather_perturb_cpu);
-  m.def("gather_perturb_backward_cpu", &gather_perturb_backward_cpu);
-  m.def("segments_cpu", &segments_cpu);
-  m.def("segment_sum_cpu", &segment_sum_cpu);
-  m.def("divergence_cpu", &divergence_cpu);
-  m.def("rows_touched_cpu", &rows_touched_cpu);
-  m.def("rows_back_up", &rows_back_up);
-  m.def("rows_restore", &rows_restore);
-  m.def("rows_step", &rows_step);
-  m.def("grads_cpu", &grads_cpu);
+  define(m, "ascend_cpu", &ascend_cpu);
+  define(m, "table_step_cpu", &table_step_cpu);
+  define(m, "gather_perturb_cpu", &gather_perturb_cpu);
+  define(m, "gather_perturb_backward_cpu", &gather_perturb_backward_cpu);
+  define(m, "segments_cpu", &segments_cpu);
+  define(m, "segment_sum_cpu", &segment_sum_cpu);
+  define(m, "divergence_cpu", &divergence_cpu);
+  define(m, "rows_touched_cpu", &rows_touched_cpu);
+  define(m, "rows_back_up", &rows_back_up);
+  define(m, "rows_restore", &rows_restore);
+  define(m, "rows_step", &rows_step);
+  define(m, "grads_cpu", &grads_cpu);
 #ifndef Py_GIL_DISABLED  // it reads dictionaries that another thread could change meanwhile
-  m.def("same_members", &fastadv::same_members);
+  define(m, "same_members", &fastadv::same_members);
 #endif
 #ifdef FASTADV_WITH_CUDA
-  m.def("grads_cuda", &grads_cuda);
-  m.def("cuda_problem", &cuda_problem);
+  define(m, "grads_cuda", &grads_cuda);
+  define(m, "cuda_problem", &cuda_problem);
 #endif
 }

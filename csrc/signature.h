@@ -71,10 +71,16 @@ enum class DtypeWord { kFloat, kWide, kWideOf, kGoesWith, kSame, kNear, kInt64, 
 enum class Size { kOne, kMany, kProduct, kOneMore, kAtLeast };
 enum class Layout { kContiguous, kCopied, kRows, kRowsCopied, kOwn, kEven };
 
+// Not a std::pair, which would be seen outside of the library: an enum is never hidden.
+struct Extent {
+  Size kind;
+  int symbol;
+};
+
 struct Argument {
   DtypeWord dtype;
   int of;
-  std::vector<std::pair<Size, int>> shape;
+  std::vector<Extent> shape;
   Layout layout;
   bool optional, written;
 };
@@ -84,7 +90,7 @@ class Sizes {
  public:
   Sizes() { one_.fill(-1); }
 
-  bool take(const View& view, const std::vector<std::pair<Size, int>>& wanted) {
+  bool take(const View& view, const std::vector<Extent>& wanted) {
     int dim = 0;
     const int spread = view.dims - int(wanted.size()) + 1;  // how many sizes a kMany takes
     for (const auto& [kind, symbol] : wanted) {
@@ -145,7 +151,7 @@ class Signature {
                         Layout(known(layout, 6)),
                         optional,
                         written};
-      for (const auto& [kind, symbol] : shape) argument.shape.emplace_back(Size(known(kind, 5)), known(symbol, 26));
+      for (const auto& [kind, symbol] : shape) argument.shape.push_back({Size(known(kind, 5)), known(symbol, 26)});
       arguments_.push_back(std::move(argument));
     }
   }

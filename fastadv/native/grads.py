@@ -12,8 +12,9 @@ from torch.autograd.graph import increment_version
 from fastadv import native
 from fastadv.arguments.signatures import GRADS_PAIR
 from fastadv.arguments.tensors import CODES
+from fastadv.native import launch
 from fastadv.native.flags import destination
-from fastadv.native.launch import compiled, require_device
+from fastadv.native.launch import require_device
 
 # csrc/grads.h has the same codes.
 COPY, ACCUMULATE, AVERAGE = 0, 1, 2
@@ -71,7 +72,7 @@ def grads_average(into: Sequence[Tensor], sources: Sequence[Tensor], decay: floa
 
 def run_cpu(into: Sequence[Tensor], sources: Sequence[Tensor], kind: int, number: float) -> bool:
     """One launch for pairs on the CPU; False where a pair is not `served`, and nothing has been written then."""
-    pairs, threads = compiled(GRADS_PAIR), torch.get_num_threads()
+    pairs, threads = launch.compiled(GRADS_PAIR), torch.get_num_threads()
     return native.extension().grads_cpu(pairs, list(into), list(sources), kind, number, threads) is not None
 
 
@@ -80,7 +81,7 @@ def served(into: Tensor, source: Tensor) -> bool:
     if not (is_plain(into) and is_plain(source)):
         return False
     there = into.is_cpu or (into.is_cuda and native.cuda_reason() is None)
-    return there and bool(compiled(GRADS_PAIR).takes((into, source)))
+    return there and bool(launch.compiled(GRADS_PAIR).takes((into, source)))
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -101,17 +102,17 @@ class CudaPlan:
 
     Args:
         device: of all pairs, which are `served`.
-        into: their `fingerprint`.
-        sources: likewise.
+        into: what is written.
+        sources: what is read.
     """
 
-    def __init__(self, device: torch.device, into: Sequence[Any], sources: Sequence[Any]) -> None:
+    def __init__(self, device: torch.device, into: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
         self._extension, self._device = native.extension(), device
         chunk, first, rows = self._extension.grads_chunk, 0, []
-        for (address, count, dtype, _), source in zip(into, sources, strict=True):
-            if count > 0:  # one without elements has no chunk
-                rows.append((CODES[dtype], address, source[0], count, first))
-                first += -(-count // chunk)
+        for one, other in zip(into, sources, strict=True):
+            if one.numel() > 0:  # one without elements has no chunk
+                rows.append((CODES[one.dtype], one.data_ptr(), other.data_ptr(), one.numel(), first))
+                first += -(-one.numel() // chunk)
         self._chunks = first
         table = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 5).pin_memory()
         self._table = table.to(device, non_blocking=True)
@@ -130,7 +131,7 @@ def _run(op: str, kind: int, into: Sequence[Tensor], sources: Sequence[Tensor], 
     device, pairs = into[0].device, [_fitted(op, pair, into[0].device) for pair in zip(into, sources, strict=True)]
     firsts, seconds = [one for one, _ in pairs], [other for _, other in pairs]
     if device.type == "cuda":
-        CudaPlan(device, fingerprint(firsts), fingerprint(seconds)).run(kind, number)
+        CudaPlan(device, firsts, seconds).run(kind, number)
     elif not run_cpu(firsts, seconds, kind, number):
         raise RuntimeError(f"{op}: the arguments were checked and are refused all the same")
     for one, fit in zip(into, firsts, strict=True):

@@ -170,8 +170,9 @@ class Plan:
         self._on_cuda = []
         for device in {self._into[i].device: None for i in self._direct if self._into[i].is_cuda}:
             group = [i for i in self._direct if self._into[i].device == device]
-            into, sources = map(native_grads.fingerprint, self._pairs(group))
-            self._on_cuda.append((group, (into, sources), native_grads.CudaPlan(device, into, sources)))
+            pairs_there = self._pairs(group)
+            known = tuple(map(native_grads.fingerprint, pairs_there))
+            self._on_cuda.append((group, known, native_grads.CudaPlan(device, *pairs_there)))
         plain = [i for i in rest if native_grads.is_plain(self._into[i])]
         self._others = [[i] for i in rest if i not in plain] + ([plain] if plain else [])
 

@@ -179,8 +179,11 @@ def blended(name: str, number: float, into: Tensor, source: Tensor) -> Tensor:
 
 def close(got: Tensor, want: Tensor, largest: float) -> bool:
     """Of a sum whose terms are at most `largest`, rounded once or twice."""
-    exact = 4 * float(torch.finfo(got.dtype).eps)
-    return bool(torch.allclose(got.double(), want.double(), rtol=exact, atol=exact * largest, equal_nan=True))
+    info = torch.finfo(got.dtype)
+    exact, apart = 4 * info.eps, info.smallest_normal * info.eps  # denormals are so far apart, whatever their size
+    return bool(
+        torch.allclose(got.double(), want.double(), rtol=exact, atol=exact * largest + 2 * apart, equal_nan=True)
+    )
 
 
 def log_softmax(x: Array) -> Array:

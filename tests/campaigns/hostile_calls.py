@@ -38,8 +38,13 @@ def fake(tensor: Tensor) -> Tensor:
 
 
 def freed(tensor: Tensor) -> Tensor:
+    """Without its memory: whatever torch reads of it ends the process."""
     tensor.untyped_storage().resize_(0)
     return tensor
+
+
+def is_freed(value: Any) -> bool:
+    return type(value) is Tensor and value.layout is torch.strided and value.untyped_storage().nbytes() == 0
 
 
 WAYS: dict[str, Callable[[Tensor], Any]] = {
@@ -205,6 +210,8 @@ def attempt(rng: Random, called: list[Target]) -> str:
     for _ in range(1 + int(rng.integers(3))):
         name = list(given)[rng.integers(len(given))]
         tensors = [one for one in given.values() if isinstance(one, Tensor)] or [torch.zeros(3)]
+        if is_freed(given[name]):
+            continue
         with contextlib.suppress(Exception):  # torch has no such tensor
             given[name] = broken(rng, given[name], tensors)
     try:

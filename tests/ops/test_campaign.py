@@ -66,6 +66,20 @@ def test_a_crash_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "planted, seed [1, " in found["details"][0]
 
 
+@pytest.mark.parametrize("name", ["ascend_cpu", "rows_restore", "divergence_cpu"])
+def test_a_refusal_prints_no_tensor_whose_memory_is_gone(name: str) -> None:
+    target = next(one for one in hostile_calls.targets() if one.name == f"_C.{name}")
+
+    def call(number: Any) -> None:
+        given = target.arguments()
+        given["t0"] = hostile_calls.freed(given["t0"])
+        given[list(given)[-1]] = "a word"
+        target.call(**given)
+
+    refused = hostile_calls.Target("refused", call, lambda: {"number": 1})
+    assert hostile_calls.batch([[1, 0]], [refused]) == (["TypeError"], 0)
+
+
 def test_every_exported_function_is_a_target() -> None:
     exported = {f"_C.{name}" for name in dir(native.extension()) if callable(getattr(native.extension(), name))}
     on_a_gpu = {"_C.OnDevice", "_C.grads_cuda", "_C.cuda_problem"}  # the first is but numbers
