@@ -14,7 +14,7 @@ INSTALL := $(BIN)/python -m pip install
 REPAIR = for d in $(VENV)/lib/python*/site-packages/*.dist-info; do \
 	[ -e "$$d/INSTALLER" ] || { echo "repairing $$d"; rm -rf "$$d"; }; done
 
-.PHONY: train test test-slow test-all lint bench report bench-compare bench-profile gpu-check docs asan tsan tidy campaign clean
+.PHONY: train test test-slow test-all versions lint bench report bench-compare bench-profile gpu-check docs asan tsan tidy campaign clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
@@ -37,6 +37,11 @@ test-slow: $(VENV)/.test
 test-all:
 	$(MAKE) test
 	$(MAKE) test-slow
+
+# The core tests under every Python that is here, with every torch that is not several GB. ARGS="-- --all" takes those too.
+versions: $(VENV)/.test
+	$(BIN)/python -m pip install -q nox
+	$(BIN)/nox -f tests/noxfile.py --no-error-on-missing-interpreters $(ARGS)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

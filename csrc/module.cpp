@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "calls.h"
+#include "define.h"
 #include "grads.h"
 #include "members.h"
 #include "refusals.h"
@@ -22,27 +23,17 @@ namespace py = pybind11;
 
 namespace {
 
+using fastadv::define;
 using fastadv::GivenRule;
+using fastadv::kCuda;
+using fastadv::refusal;
 using fastadv::RowsCall;
 using fastadv::Signature;
 using fastadv::Taken;
+using fastadv::unlocked;
 using fastadv::View;
 
-constexpr bool kCuda =
-#ifdef FASTADV_WITH_CUDA
-    true;
-#else
-    false;
-#endif
-
 const View kNone;
-
-// Runs `op` without Python's lock.
-template <class F>
-auto unlocked(F&& op) {
-  py::gil_scoped_release released;
-  return op();
-}
 
 // delta, grad, mask, skipped; and weight, ids, embedded; and slot.
 py::object ascend_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
@@ -267,20 +258,6 @@ py::object rows_step(const Signature& signature, const py::tuple& tensors, const
   fastadv::check_rows("rows_step", call);
   unlocked([&] { return fastadv::rows_step_cpu(call, by, threads), 0; });
   return py::bool_(true);
-}
-
-// What a function answers to arguments of other types. pybind11 would print them, and a tensor whose memory was freed
-// ends the process when it is printed.
-auto refusal(const char* name) {
-  return [name](const py::args&, const py::kwargs&) -> py::object {
-    throw py::type_error(std::string(name) + ": an argument is missing, or of a type that it does not take");
-  };
-}
-
-template <class F>
-void define(py::module_& m, const char* name, const F& function) {
-  m.def(name, function);
-  m.def(name, refusal(name));
 }
 
 }  // namespace

@@ -70,9 +70,16 @@ class _Calls:
             table.restore()
         self._moved = None
 
-    @torch.no_grad()
     def _move(self, emb_name: str | None, rule: Rule) -> None:
         """One step of every parameter that `emb_name` names, by default the constructor's."""
+        grad = torch.is_grad_enabled()
+        try:
+            torch._C._set_grad_enabled(False)
+            self._move_all(emb_name, rule)
+        finally:
+            torch._C._set_grad_enabled(grad)  # one call, which an interrupt cannot cut in two
+
+    def _move_all(self, emb_name: str | None, rule: Rule) -> None:
         if self.scope not in ("table", "row"):
             raise ValueError(f"attack() moves the table itself: scope must be 'table' or 'row', not {self.scope!r}")
         moving = _named(self.model, emb_name or self._emb_name or EMB_NAME)

@@ -130,4 +130,5 @@ def _version(tensor: Tensor) -> int:
 def _is_ours(tensor: Tensor) -> bool:
     """Whether no other tensor (a graph's, or one that the closure kept) shares this one's memory."""
     count = getattr(torch._C, "_storage_Use_Count", None)
-    return count is not None and count(tensor.untyped_storage()._cdata) == 2  # the tensor, and the handle just made
+    handle = tensor.untyped_storage()  # kept, since torch 2.6 does not count one that is gone, and later ones do
+    return count is not None and count(handle._cdata) == 2  # the tensor and the handle

@@ -186,6 +186,14 @@ def _check(into: Tensor, source: Tensor) -> None:
         raise TypeError(f"a pair of tensors must have one dtype, not {into.dtype} and {source.dtype}")
     if into.shape != source.shape:
         raise ValueError(f"a pair of tensors must have one shape, not {tuple(into.shape)} and {tuple(source.shape)}")
+    if _is_freed(into) or _is_freed(source):
+        raise ValueError("a tensor's memory has been freed (its storage was resized to nothing): give it memory first")
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether there are elements and no memory, which PyTorch's own ops would read all the same."""
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and tensor.device.type != "meta"
+    return plain and tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
 class Backup:

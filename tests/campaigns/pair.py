@@ -179,11 +179,9 @@ def _attempt(call: Callable[[], Any]) -> BaseException | None:
 
 def at_the_entry_of_an_end(error: BaseException | None) -> bool:
     """Whether an exception came from nowhere as the end of a `with` block was entered. Signals do not: they wait."""
-    last = None if error is None else error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    code = Block.__exit__.__code__
-    return last is not None and last.tb_frame.f_code is code and last.tb_lineno <= code.co_firstlineno + 1
+    frames = [] if error is None else [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    ours = [frame.f_code for frame in frames if frame.f_code.co_filename.startswith(PACKAGE)]
+    return bool(ours) and ours[-1] is Block.__exit__.__code__
 
 
 def described(error: BaseException | None) -> str:

@@ -175,3 +175,14 @@ def test_memory_serves_again_and_gradients_are_not_held() -> None:
 def test_restore_needs_a_save() -> None:
     with pytest.raises(RuntimeError, match="without save"):
         Backup([nn.Parameter(torch.zeros(1))]).restore()
+
+
+@pytest.mark.parametrize("freed", [0, 1])
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_tensor_without_its_memory_is_refused(fused: bool | None, freed: int) -> None:
+    """PyTorch's own ops read it all the same, and the process ends."""
+    pair = [torch.ones(3), torch.ones(3)]
+    pair[freed].untyped_storage().resize_(0)
+    for call in ("copy", "accumulate", "average"):
+        with pytest.raises(ValueError, match="has been freed"):
+            getattr(Plan([pair[0]], [pair[1]], fused), call)(*([] if call == "copy" else [0.5]))
