@@ -125,12 +125,12 @@ def test_the_campaigns_table_is_the_committed_one() -> None:
     results = json.loads((ROOT / "docs/results/reliability.json").read_text())
     text = (ROOT / "docs/reliability.md").read_text()
     assert table.section(results) in text
-    assert results["share"] == 1
+    share = results["share"]
     assert {row["name"]: row["title"] for row in results["rows"]} == {
         name: campaign.title for name, campaign in CAMPAIGNS.items()
     }
     for row in results["rows"]:
-        assert row["cases"] >= CAMPAIGNS[row["name"]].total, row["name"]
+        assert row["cases"] >= round(share * CAMPAIGNS[row["name"]].total), row["name"]
         assert bool(row["details"]) == bool(row["wrong"]), row["name"]
 
 
