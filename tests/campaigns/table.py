@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+DONE = ("as done", "after the step", "when let go")
 HEAD = ("campaign", "cases", "as before", "as done", "wrong")
 BEGIN, END = "<!-- campaign: written by `make campaign` -->", "<!-- /campaign -->"
 
@@ -13,7 +14,7 @@ BEGIN, END = "<!-- campaign: written by `make campaign` -->", "<!-- /campaign --
 def cells(row: dict[str, Any]) -> list[str]:
     """One campaign: its title, cases, how they ended, and each kind of violation with its number."""
     outcomes = row["outcomes"]
-    before, done = outcomes.get("as before"), outcomes.get("as done", 0) + outcomes.get("after the step", 0)
+    before, done = outcomes.get("as before"), sum(outcomes.get(kind, 0) for kind in DONE)
     wrong = ", ".join(f"{count:,} {kind}" for kind, count in row["wrong"].items() if count)
     shown = ["" if before is None else f"{before:,}", f"{done:,}" if before is not None else ""]
     return [row["title"], f"{row['cases']:,}", *shown, wrong or "0"]

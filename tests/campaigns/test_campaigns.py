@@ -38,10 +38,9 @@ def test_a_little(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [2, 3])
 @pytest.mark.parametrize("name", STEPS)
-def test_more(name: str, seed: int) -> None:
-    nothing_wrong(getattr(trials, name)(400, seed), 400)
+def test_more(name: str) -> None:
+    nothing_wrong(getattr(trials, name)(400, 2), 400)
 
 
 @pytest.mark.slow
