@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 from collections.abc import Callable, Iterator
@@ -139,6 +140,12 @@ class Kept:
         mark = hashlib.sha256(named).hexdigest()[:16]
         with lock(self.path.with_name(f"{self.path.name}.{mark}.lock"), wait=wait) as mine:
             yield mine
+
+    def tidy(self) -> None:
+        """Remove the marks of processes that were killed while they trained; what is held stays."""
+        for mark in self.path.parent.glob(f"{glob.escape(self.path.name)}.*.lock"):
+            with lock(mark, wait=False):
+                pass
 
 
 def _in(runs: list[dict[str, Any]], point: Point, seed: int) -> bool:

@@ -90,6 +90,7 @@ def train_all(job: Job, grid: Sequence[Point], seeds: Sequence[int], output: Pat
         if pending == before:  # others train all of these: wait for the first, and train it should they fail
             say(f"{len(pending)} trainings are under way in another process: waiting for it")
             _trained(job, kept, *pending[0], len(everything), wait=True)
+    kept.tidy()
     return kept.read()
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from fastadv.train import sweep
 from fastadv.train.errors import UserError
+from fastadv.train.lock import lock
 
 OUTPUT = Path("swept/sweep.json")
 FORKED = multiprocessing.get_context("fork")  # with torch loaded already
@@ -104,3 +105,14 @@ def test_two_with_other_settings_are_not_mixed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(sweep, "_one", later)
     sweep.train_all(None, [("plain", {})], [0], OUTPUT, "c")
     assert _kept() == [("plain", 0)]
+
+
+def test_what_a_killed_one_had_begun_leaves_no_mark() -> None:
+    """Its training may have been finished and kept before the mark was removed."""
+    sweep.train_all(None, POINTS, [0], OUTPUT, "c")
+    left, held = OUTPUT.with_name("sweep.json.0.lock"), OUTPUT.with_name("sweep.json.1.lock")
+    left.touch()
+    with lock(held):
+        sweep.train_all(None, POINTS, [0], OUTPUT, "c")
+        assert sorted(OUTPUT.parent.iterdir()) == [OUTPUT, held]
+    assert list(OUTPUT.parent.iterdir()) == [OUTPUT]
