@@ -160,7 +160,7 @@ def cases(size: Sizes) -> Iterator[tuple[str, Launches]]:
     for name, group in {"token": 2, "sample": 1, "batch": 0}.items():
         yield f"ascend, {name}", step(group, words=False)
         yield f"ascend, {name}, and the words", step(group, words=True)
-    rule, into = Rule(0.1, 1.0, "l2", "l2", 0), lookup._replace(ids=ids.flatten(), embedded=flat)
+    rule, into = Rule(0.1, 1.0, "l2", "l2", 0), lookup._replace(ids=ids.flatten(), embedded=empty(count, dim))
     yield "table_step", lambda: table_step.table_step(rows, flat, skipped, rule, groups, into, torch.empty_like(rows))
 
 

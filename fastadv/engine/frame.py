@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from fastadv.engine.profile import span
 from fastadv.engine.safety import rng, surroundings
 from fastadv.engine.safety.dropout import Draws, quieted
 from fastadv.engine.safety.interrupts import Interrupts, insist, whole
@@ -44,7 +45,8 @@ class Frame:
         around = surroundings.look(engine.inventory.device)
         self.undo += [lambda: surroundings.put_back(around), engine.remember(), engine.parallelism.remember()]
         if not rng.capturing():
-            self.undo += engine.guard.put_back(engine.guard.save())
+            with span("guard"):
+                self.undo += engine.guard.put_back(engine.guard.save())
         engine.busy = True
         self._quiet = quieted(engine.dropout, engine.inventory.modules)
         for module in self._quiet:
