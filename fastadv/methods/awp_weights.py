@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.ops.ascend import l2_norm
-from fastadv.ops.grads import Plan
+from fastadv.ops.grads import Plan, fit
 
 SAFE = {torch.float32: 1e-15, torch.float64: 1e-130}  # of a norm whose squares have lost nothing that matters
 FAR = 2.0**100  # a gradient below one over that is scaled by it
@@ -37,7 +37,7 @@ class MovedWeights:
     def set_out(self, undo: list[Callable[[], None]]) -> None:
         """Copy the weights as they are. From here on they may move, until `put_back`, which `undo` is told."""
         self.put_back()  # never are moved weights taken for the ones to go back to
-        if len(self.saved) != len(self.weights) or not all(map(_alike, self.saved, self.weights)):
+        if not fit(self.saved, self.weights):
             self._make_room()
         undo.append(self.put_back)
         self._save.copy()
@@ -94,11 +94,6 @@ class MovedWeights:
                 reach = epsilon * saved.abs()
                 torch.clamp(weight, saved - reach, saved + reach, out=weight)
         torch.clear_autocast_cache()
-
-
-def _alike(saved: Tensor, weight: Tensor) -> bool:
-    """Whether one can hold the other."""
-    return (saved.device, saved.dtype, saved.shape) == (weight.device, weight.dtype, weight.shape)
 
 
 def _add(weight: Tensor, grad: Tensor, power: Tensor, share: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from fastadv.engine.safety.inventory import Inventory
-from fastadv.ops.grads import Plan
+from fastadv.ops.grads import Plan, fit
 
 OTHER_SHAPE = (
     "{name} was {was} when the teacher was made, and is {now}: resize the model first, and make the method after it"
@@ -67,7 +67,7 @@ class Teacher:
         self._inventory.look()
         parameters = self._inventory.parameters
         same = len(self._known) == len(parameters) and all(map(is_, self._known, parameters))
-        if same and all(map(_alike, self.weights.values(), self.students.values())):
+        if same and fit(self.weights.values(), self.students.values()):
             return
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad or name in self.students:
@@ -95,10 +95,6 @@ class _Run(nn.Module):
 
     def forward(self, closure: Callable[[], Any]) -> Any:
         return closure()
-
-
-def _alike(one: Tensor, other: Tensor) -> bool:
-    return one.dtype is other.dtype and one.device == other.device
 
 
 def _teacher_of(name: str, parameter: nn.Parameter, before: Tensor | None) -> Tensor:

@@ -11,7 +11,7 @@ through a `Plan`; `Backup` keeps and puts back the gradients of a model.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -261,16 +261,18 @@ class Backup:
         plan.rebind([], [])
 
 
+def fit(copies: Collection[Tensor], tensors: Collection[Tensor]) -> bool:
+    """Whether each of `copies` can hold its fellow in `tensors`: of its shape and dtype, on its device."""
+    return len(copies) == len(tensors) and all(map(_fits, copies, tensors))
+
+
+def _fits(one: Tensor, other: Tensor) -> bool:
+    return one.dtype == other.dtype and one.shape == other.shape and one.device == other.device
+
+
 def _alike(one: Tensor | None, other: Tensor) -> bool:
-    """Whether `one` can take what `other` holds."""
-    return (
-        one is not None
-        and type(one) is type(other)
-        and one.dtype == other.dtype
-        and one.shape == other.shape
-        and one.device == other.device
-        and one.layout == other.layout
-    )
+    """Whether `one` can take what `other` holds, of whatever kind that is."""
+    return one is not None and type(one) is type(other) and one.layout == other.layout and _fits(one, other)
 
 
 def _room_for(tensor: Tensor) -> Tensor:

@@ -76,34 +76,13 @@ VALUES: list[Any] = [
     [[]],
     *ODD,
 ]
+TRAINS = ["--data", "t.csv", "--model", "encoder", "--output-dir", "out", "--max-steps", "1"]
 COMMANDS = {
-    "train": [
-        "--data",
-        "t.csv",
-        "--model",
-        "encoder",
-        "--output-dir",
-        "out",
-        "--max-steps",
-        "1",
-        "--attack-samples",
-        "2",
-    ],
+    "train": [*TRAINS, "--attack-samples", "2"],
     "evaluate": ["model", "--data", "t.csv", "--attack-samples", "2", "--attack-steps", "1", "--radii", "0.1"],
     "predict": ["model", "a fine film"],
-    "sweep": [
-        "--data",
-        "t.csv",
-        "--model",
-        "encoder",
-        "--output-dir",
-        "out",
-        "--try",
-        "fgm epsilon=0",
-        "--max-steps",
-        "1",
-    ],
-    "compare": ["--data", "t.csv", "--model", "encoder", "--output-dir", "out", "--methods", "fgm", "--max-steps", "1"],
+    "sweep": [*TRAINS, "--try", "fgm epsilon=0"],
+    "compare": [*TRAINS, "--methods", "fgm"],
 }
 # None says how much work to do: a large number there is no defect, but hours.
 OPTIONS = [

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.distributed import disagreeing, workers
 from tests.support import assert_gradients, same_bits
 
-pytestmark = [pytest.mark.dist, pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")]
+pytestmark = workers.MARKS
 TOLERANCE = 1e-6
 VOID = "RuntimeError: rank 1 failed in this step"
 APART = "RuntimeError: the ranks have come apart"
 FAULTY = disagreeing.FAULTY
-
-
-def start(cases: str, folder: Path) -> Path:
-    mp.spawn(disagreeing.run, (cases, str(folder)), nprocs=workers.WORLD)
-    return folder
+start = functools.partial(workers.start, disagreeing.run)
 
 
 @pytest.fixture(scope="module")

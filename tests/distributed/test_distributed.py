@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import fastadv
@@ -15,13 +15,9 @@ from tests.bert import text, tiny_bert
 from tests.distributed import workers
 from tests.support import assert_gradients, batch, clear, gradients, same_bits
 
-pytestmark = [pytest.mark.dist, pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")]
+pytestmark = workers.MARKS
 TOLERANCE = 1e-6
-
-
-def start(suite: str, folder: Path) -> Path:
-    mp.spawn(workers.run, (suite, str(folder)), nprocs=workers.WORLD)
-    return folder
+start = functools.partial(workers.start, workers.run)
 
 
 @pytest.fixture(scope="module")

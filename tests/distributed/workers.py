@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
+import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -21,6 +23,7 @@ from tests.models import TinyModel, TwoCalls
 from tests.support import assert_unchanged, batch, gradients, seeded, snapshot
 
 WORLD = 2
+MARKS = [pytest.mark.dist, pytest.mark.skipif(not torch.distributed.is_available(), reason="no torch.distributed")]
 PGD: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3}
 LB: dict[str, Any] = {"epsilon": 0.5, "step_size": 0.3, "steps": 3, "random_start": False}
 FREEAT: dict[str, Any] = {"epsilon": 0.1, "step_size": 0.06, "replays": 3}
@@ -322,6 +325,12 @@ FSDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] 
     "sharded-replays": (replays, ("fsdp",)),
 }
 SUITES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES}
+
+
+def start(run: Callable[[int, str, str], None], suite: str, folder: Path) -> Path:
+    """Run a suite's cases in as many processes as there are ranks; what they find is in the folder."""
+    mp.spawn(run, (suite, str(folder)), nprocs=WORLD)
+    return folder
 
 
 def run(rank: int, suite: str, folder: str) -> None:

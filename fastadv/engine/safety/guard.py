@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastadv.engine.safety import rng
 from fastadv.engine.safety.inventory import Holding, Inventory
 from fastadv.engine.safety.watched import GRADIENT
-from fastadv.ops.grads import Backup
+from fastadv.ops.grads import Backup, fit
 
 TRAINED = attrgetter("requires_grad")
 
@@ -79,7 +79,7 @@ class Guard:
         Of all buffers, every time: what is written through `.data`, numpy or a kernel does not count as a version.
         """
         sources = [distinct(buffer) for buffer in buffers]
-        if len(sources) != len(self._copies) or not all(map(_alike, self._copies, sources)):
+        if not fit(self._copies, sources):
             self._copies = [source.detach().clone() for source in sources]
         elif sources:
             torch._foreach_copy_(self._copies, sources)
@@ -131,8 +131,3 @@ def distinct(buffer: Tensor) -> Tensor:
         if stride == 0:
             buffer = buffer.narrow(dim, 0, min(1, buffer.shape[dim]))
     return buffer
-
-
-def _alike(copy: Tensor, buffer: Tensor) -> bool:
-    """Whether one can hold the other."""
-    return copy.shape == buffer.shape and copy.dtype == buffer.dtype and copy.device == buffer.device
