@@ -186,6 +186,7 @@ class Engine:
                 self.last, self.buffers.lookups = step.perturbation, step.lookups.items
                 result = schedule(step)
                 step.settle()
+                frame.hear()
                 self.agreement.end()
                 frame.end()
                 return result

@@ -53,9 +53,13 @@ class Frame:
             module.training = False
         return Draws(engine.dropout, engine.inventory.device)
 
+    def hear(self) -> None:
+        """An interrupt that has waited comes now: while other processes still wait to hear whether all is well."""
+        self._interrupts.hand_on()
+
     @whole
     def end(self) -> None:
-        """The step is done. An interrupt that has waited comes now, and the step is undone."""
+        """The step is done. An interrupt that came meanwhile is heard, and the step is undone."""
         self._leave()
         self._interrupts.release()
 

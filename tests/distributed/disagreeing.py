@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -100,7 +101,7 @@ class Run:
         began = time.monotonic()
         try:
             call()
-        except Exception as error:  # noqa: BLE001 - a user who catches everything and goes on
+        except BaseException as error:  # noqa: BLE001 - a user who catches everything and goes on
             self.errors[number] = f"{type(error).__name__}: {error}"
         else:
             self.optimizer.step()
@@ -162,6 +163,24 @@ def fails_when_all_is_reduced(rank: int) -> dict[str, Any]:
     for number in range(STEPS):
         data = workers.half(rank, number)
         run.adv.search = fail if (rank, number) == (1, FAULTY) else search
+        run.step(number, lambda data=data: run.adv.backward(Trap(run.model, data, None), mask=data["attention_mask"]))
+    return run.outcome()
+
+
+def interrupted(rank: int) -> dict[str, Any]:
+    """By a Ctrl-C that comes while the step is set up, and waits there."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run = wrapped("pgd-sample")
+    guard = run.adv._engine.guard
+    save = guard.save
+
+    def struck() -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return save()
+
+    for number in range(STEPS):
+        data = workers.half(rank, number)
+        guard.save = struck if (rank, number) == (1, FAULTY) else save  # type: ignore[method-assign]
         run.step(number, lambda data=data: run.adv.backward(Trap(run.model, data, None), mask=data["attention_mask"]))
     return run.outcome()
 
@@ -266,6 +285,7 @@ CASES: Cases = {
     **{f"before-{name}-{index}": (closure_fails, (name, index, "before")) for name, index in PASSES},
     "first-model": (first_step_fails, ("model",)),
     "mask": (mask_is_wrong, ()),
+    "interrupted": (interrupted, ()),
     "micro": (micro_batch_fails, ()),
     "empty-pgd-sample": (empty_batch, ("pgd-sample",)),
     "both-sharded": (sharded_fails, ((0, 1), "before")),

@@ -82,11 +82,12 @@ def test_a_closure_fails(folder: Path, name: str, index: int) -> None:
         pytest.param("inner", "pgd-sample", "PlannedError", marks=SLOW),
         pytest.param("inner-plain", "plain", "PlannedError", marks=SLOW),
         ("mask", "pgd-sample", "ValueError"),
+        ("interrupted", "pgd-sample", "KeyboardInterrupt"),
         pytest.param("ascent", "freeat", "PlannedError", marks=SLOW),
     ],
 )
 def test_the_step_is_void_on_both(folder: Path, case: str, name: str, own: str) -> None:
-    """A fault after the forward, with a method made on the model inside DDP, of an argument, after the reduction."""
+    """After the forward, a method made on the model inside DDP, an argument, a Ctrl-C, after the reduction."""
     found = outcomes(folder, case)
     void(found, FAULTY, own)
     trained(found, name, FAULTY)

@@ -65,6 +65,15 @@ class Interrupts:
         for number, handler in self._handlers.items():
             if _get(number) is self._stand_in:  # somebody inside may have set another, to stay
                 _set(number, handler)
+        self.hand_on()
+
+    @whole
+    def hand_on(self) -> None:
+        """Call the handlers of what waited.
+
+        Raises:
+            Whatever they raise.
+        """
         waiting, self._waiting = self._waiting, set()
         self._hand_on(waiting, _outside(sys._getframe()))
 
