@@ -40,7 +40,6 @@ test-all:
 
 # The core tests under every Python that is here, with every torch that is not several GB. ARGS="-- --all" takes those too.
 versions: $(VENV)/.test
-	$(BIN)/python -m pip install -q nox
 	$(BIN)/nox -f tests/noxfile.py --no-error-on-missing-interpreters $(ARGS)
 
 lint: $(VENV)/.test

@@ -49,6 +49,7 @@ PYENV = Path.home() / ".pyenv/versions"  # where only pyenv's shims are on PATH,
 os.environ["PATH"] = os.pathsep.join([*(str(one) for one in sorted(PYENV.glob("3.*/bin"))), os.environ["PATH"]])
 nox.options.error_on_missing_interpreters = False  # it is skipped, and says so
 nox.options.default_venv_backend = "virtualenv"
+nox.options.envdir = str(ROOT / "build/nox")
 
 
 @nox.session(python=PYTHONS)
@@ -100,7 +101,7 @@ def copy(scratch: Path) -> Path:
     shutil.rmtree(scratch)
     (scratch / "source").mkdir(parents=True)
     (scratch / "run").mkdir()
-    stale = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json")
+    stale = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json", ".nox")
     for place, names in (("source", SOURCES), ("run", ("tests", "bench", "pyproject.toml"))):
         for name in names:
             take = functools.partial(shutil.copytree, ignore=stale) if (ROOT / name).is_dir() else shutil.copy
