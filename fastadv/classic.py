@@ -24,6 +24,7 @@ from fastadv.engine.engine import Engine
 from fastadv.engine.model import find
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.table_rollback import TableRollback
+from fastadv.engine.safety.surroundings import grad_mode_kept
 from fastadv.ops.grads import Backup
 
 EMB_NAME = "word_embeddings"
@@ -56,6 +57,7 @@ class _Calls:
                 raise TypeError(f"{cls.__name__} was given {', '.join(sorted(twice))} twice: give it once")
             return super().__new__(cls, *args, **options)
 
+    @grad_mode_kept
     def restore(self, emb_name: str | None = None) -> None:  # noqa: ARG002
         """Put back everything that was attacked, bit for bit and in the same memory; also after an error.
 
@@ -70,16 +72,10 @@ class _Calls:
             table.restore()
         self._moved = None
 
+    @grad_mode_kept
     def _move(self, emb_name: str | None, rule: Rule) -> None:
         """One step of every parameter that `emb_name` names, by default the constructor's."""
-        grad = torch.is_grad_enabled()
-        try:
-            torch._C._set_grad_enabled(False)
-            self._move_all(emb_name, rule)
-        finally:
-            torch._C._set_grad_enabled(grad)  # one call, which an interrupt cannot cut in two
-
-    def _move_all(self, emb_name: str | None, rule: Rule) -> None:
+        torch.set_grad_enabled(False)
         if self.scope not in ("table", "row"):
             raise ValueError(f"attack() moves the table itself: scope must be 'table' or 'row', not {self.scope!r}")
         moving = _named(self.model, emb_name or self._emb_name or EMB_NAME)
@@ -188,6 +184,7 @@ class ClassicPGD(_Calls):
         radius = rule.epsilon if epsilon is None or isinstance(epsilon, (bool, str)) else epsilon
         self._move(emb_name, rule._replace(step_size=step_size, epsilon=radius))
 
+    @grad_mode_kept
     def backup_grad(self) -> None:
         """Copy every gradient there is (the script fails where one is None)."""
         parameters = list(self.model.parameters())
@@ -195,6 +192,7 @@ class ClassicPGD(_Calls):
             self._backup = Backup(parameters, fused=self._fused)
         self._backup.save()
 
+    @grad_mode_kept
     def restore_grad(self) -> None:
         """Put the copies back, in place where there is a gradient; a parameter that had none has none again.
 

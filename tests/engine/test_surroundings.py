@@ -67,3 +67,28 @@ def test_casts_that_autocast_kept_of_moved_weights_are_forgotten() -> None:
         with pytest.raises(KeyboardInterrupt):
             adv.backward(closure)
         assert same_bits(model(**data).logits, want)
+
+
+@pytest.mark.parametrize("call", ["attack", "restore", "backup_grad", "restore_grad"])
+def test_a_classic_call_whose_no_grad_never_ends(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = with_gradients()
+    adv = fastadv.PGD(model, "word_embeddings", fused=False)
+    calls = {
+        "attack": lambda: adv.attack(is_first_attack=True),
+        "backup_grad": adv.backup_grad,
+        "restore_grad": adv.restore_grad,
+        "restore": adv.restore,
+    }
+    first = {"restore": "attack", "restore_grad": "backup_grad"}
+    if call in first:
+        calls[first[call]]()
+
+    def struck(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.no_grad, "__exit__", struck)
+        with pytest.raises(KeyboardInterrupt):
+            calls[call]()
+    assert torch.is_grad_enabled()
+    calls[call]()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Surroundings(NamedTuple):
@@ -62,3 +67,17 @@ def put_back(found: Surroundings) -> None:
     torch.autocast_decrement_nesting()
     torch.clear_autocast_cache()
     use_attention(**found.attention)
+
+
+def grad_mode_kept(call: Callable[P, T]) -> Callable[P, T]:
+    """Outside of a step: grad mode is as before, even if an interrupt cuts off a `no_grad` inside on its way out."""
+
+    @functools.wraps(call)
+    def kept(*args: P.args, **options: P.kwargs) -> T:
+        grad = torch.is_grad_enabled()
+        try:
+            return call(*args, **options)
+        finally:
+            torch._C._set_grad_enabled(grad)  # one call, which nothing cuts in two
+
+    return kept
