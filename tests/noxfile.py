@@ -28,7 +28,7 @@ BEGIN, END = "<!-- begin: written by `make versions` -->", "<!-- end -->"
 SOURCES = ("fastadv", "kernels", "csrc", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 TORCHES = ("2.6", "2.11", "2.13", "newest")
-NEEDS = ("pytest>=8", "hypothesis", "numpy")
+NEEDS = ("pytest>=8", "hypothesis", "numpy", "transformers>=5")
 # Where a change of Python or torch would show: hooks, copies, autocast, every method, each op's way to its backend.
 CORE = (
     *(

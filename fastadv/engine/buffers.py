@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,15 @@ class Buffers:
         if self.skipped.device != device:
             self.skipped = self.skipped.to(device, non_blocking=True)
         return self.skipped
+
+    def remember(self) -> Callable[[], None]:
+        """Return what takes the count back to here, should the step fail."""
+        skipped = self.skipped.clone()
+
+        def put_back() -> None:
+            self.skipped.copy_(skipped)
+
+        return put_back
 
     def memory(self) -> list[Tensor]:
         """Every tensor that a captured graph must keep."""

@@ -323,11 +323,16 @@ def test_the_methods_own_state_after_a_fault_at_the_very_end(kind: str, monkeypa
         "bregman": lambda: fastadv.BregmanProximal(model, method=fastadv.SMART(model, embedding=model.embed)),
     }
     adv = make[kind]()
+    overflow = [False]
 
     def closure() -> Any:
-        return model(data["input_ids"], data["labels"])
+        output = model(data["input_ids"], data["labels"])
+        if output.logits.requires_grad:  # the teacher's have none
+            output.logits.register_hook(lambda grad: grad * float("nan") if overflow[0] else None)
+        return output
 
     adv.backward(closure)
+    overflow[0], skipped = True, int(adv.skipped)
     before = {name: tensor.clone() for name, tensor in adv.state_dict().items()}
     distance = getattr(adv, "distance", None)
 
@@ -344,3 +349,4 @@ def test_the_methods_own_state_after_a_fault_at_the_very_end(kind: str, monkeypa
     for name, want in before.items():
         assert same_bits(after[name], want), name
     assert getattr(adv, "distance", None) is distance
+    assert int(adv.skipped) == skipped
