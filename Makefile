@@ -31,7 +31,7 @@ test: $(VENV)/.test
 	$(PYTEST) -m "not slow" $(INTERPRETED)
 
 test-slow: $(VENV)/.test
-	$(PYTEST) -m slow --maxschedchunk=1 $(ARGS)
+	$(PYTEST) -m slow --maxschedchunk=1 --durations=20 $(ARGS)
 	$(PYTEST) $(MATRIX)
 
 test-all:

@@ -1,4 +1,4 @@
-"""A seeded part of the campaigns: a little of each in every test run, more of each with the slow tests."""
+"""A seeded part of the campaigns: a little in every test run, a tenth of each with the slow tests."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.campaigns import ranks, runner, table, trials
+from tests.campaigns import runner, table, trials
 from tests.campaigns.catalogue import CAMPAIGNS
 from tests.campaigns.result import Result, read
 
+DIST = pytest.mark.dist
 STEPS = ("torch_operations", "python_calls", "signals_at_calls", "sigints", "storms", "second_faults")
 
 
@@ -38,25 +39,9 @@ def test_a_little(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STEPS)
-def test_more(name: str) -> None:
-    nothing_wrong(getattr(trials, name)(400, 2), 400)
-
-
-@pytest.mark.slow
-def test_compiled() -> None:
-    nothing_wrong(trials.compiled(100, 2), 100)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_two_ranks() -> None:
-    nothing_wrong(ranks.ranks(50, 2), 50)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("name", "count"), [("kills", 6), ("files", 60), ("ops", 4_500), ("native", 100)])
-def test_the_others(name: str, count: int) -> None:
+@pytest.mark.parametrize("name", [pytest.param(one, marks=DIST if one == "ranks" else ()) for one in CAMPAIGNS])
+def test_a_tenth(name: str) -> None:
+    count = CAMPAIGNS[name].total // 10
     found = CAMPAIGNS[name].run(count, 2)
     assert found.cases >= count
     nothing_wrong(found, found.cases)
