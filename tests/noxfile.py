@@ -1,7 +1,7 @@
 """The core tests under other Pythons and torches: `make versions`, `make versions ARGS="-s 'core-3.12(newest)'"`.
 
 Each session installs the package from a copy of the tree, C++ part and all, with a torch of its own, and runs the tests
-that need neither transformers nor the tree. A torch that brings CUDA's libraries along is several GB: `-- --all` takes
+of the engine, the methods and the ops. A torch that brings CUDA's libraries along is several GB: `-- --all` takes
 it nonetheless. `-- --write` keeps what ran in docs/results/versions.json and shows it in docs/versions.md.
 """
 
@@ -102,7 +102,7 @@ def copy(scratch: Path) -> Path:
     (scratch / "source").mkdir(parents=True)
     (scratch / "run").mkdir()
     stale = shutil.ignore_patterns("__pycache__", "*.so", "_build_info.json", ".nox")
-    for place, names in (("source", SOURCES), ("run", ("tests", "bench", "pyproject.toml"))):
+    for place, names in (("source", SOURCES), ("run", ("tests", "bench", "csrc", "pyproject.toml"))):
         for name in names:
             take = functools.partial(shutil.copytree, ignore=stale) if (ROOT / name).is_dir() else shutil.copy
             take(ROOT / name, scratch / place / name)
