@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -31,12 +31,20 @@ def gradients(step: Step, back: Gradients) -> Sequence[Tensor | None]:
     sharded = engine.parallelism.sharded
     crossing = Crossing(split.name, partial=True, ends=not sharded)
     ends, weights = [], []
+
+    def to_the_split() -> Any:
+        with contextlib.suppress(Reached):
+            return step.target()
+        return None
+
     step.draws.next_pass()
     forward = engine.entrance.forward = Forward(step, "partial", crossing)
-    with engine.probe_autocast.lowered(step.device), contextlib.suppress(Reached), span("forward"):
+    with engine.probe_autocast.lowered(step.device), span("forward"):
+        output = step.call(to_the_split)
+    if output is not None:
         # Under FSDP2 the forward runs to its end, since its modules must see the end of what they began; the loss takes
         # part with a zero, since a module's weights are gathered when its output's gradient comes.
-        loss = loss_of(step.target())
+        loss = loss_of(output)
         ends, weights = [loss], [torch.zeros_like(loss)]
     hidden = crossing.output(len(step.lookups))
     forward.ended = True

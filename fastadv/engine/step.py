@@ -54,7 +54,7 @@ class Step:
     ) -> None:
         self.draws = draws = frame.begin()
         self.undo = frame.undo
-        self.call = Watched(engine.inventory.parameters)
+        self.call = Watched(engine.inventory, sharded=engine.parallelism.sharded)
         self.closure = closure
         self.engine = engine
         self.device = draws.device
@@ -223,7 +223,7 @@ class Step:
         """The unperturbed model's output, without a gradient."""
         self.draws.next_pass()
         with torch.no_grad(), span("forward"):
-            return self.closure()
+            return self.call(self.closure)
 
     # The perturbation's steps
 

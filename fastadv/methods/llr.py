@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+from operator import is_
 from typing import Literal
 
 import torch
@@ -19,10 +21,16 @@ from fastadv.engine.step import Step
 from fastadv.methods.adam import Adam
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, one_of
+from fastadv.methods.second_derivative import CustomFunctions
 from fastadv.methods.smart import refuse_tied
 
 OPTIMIZERS = ("sign", "adam")
 ONCE = ("derivative for", "differentiate twice", "double back", "is not implemented", "once_differentiable")
+SHARDED = (
+    "LLR differentiates the model twice, and torch cannot through weights that are sharded: FSDP2 ends the process, "
+    "tensor parallelism returns a wrong gradient. Train with DistributedDataParallel, or take a method that "
+    "differentiates once"
+)
 
 
 class LLR(EmbeddingMethod):
@@ -68,10 +76,11 @@ class LLR(EmbeddingMethod):
         probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
 
     Raises:
-        TypeError, ValueError: an argument that cannot be, an embedding that cannot be found, a compiled model, or
-            `attack=` in a step.
+        TypeError, ValueError: an argument that cannot be, an embedding that cannot be found, a compiled model or one
+            that FSDP2 or tensor parallelism shards, or `attack=` in a step.
         RuntimeError: `fused=True` where not every op has a native backend. In a step: a part of the model has no second
-            derivative.
+            derivative. Fused losses that torch would differentiate in silence, and wrongly, are found by comparing
+            their gradients in the first step's passes, and again where the model or the closure is another.
 
     Examples:
         >>> import fastadv, torch
@@ -128,6 +137,13 @@ class LLR(EmbeddingMethod):
             self.close()
             raise ValueError("LLR differentiates the model twice, and torch.compile's backward cannot be: leave it out")
         self._adam = Adam(self.rule.step_size) if optimizer == "adam" else None
+        self._tried: tuple[object, object] = None, None  # the parameters and the closure that were looked into
+        self._engine.inventory.look()
+        try:
+            self._look_for_shards()
+        except ValueError:
+            self.close()
+            raise
 
     def backward(
         self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
@@ -145,9 +161,13 @@ class LLR(EmbeddingMethod):
             return self._run(step)
 
     def _run(self, step: Step) -> StepResult:
-        losses, slope = self._linearised(step)
+        losses = self._clean(step)
+        functions = self._untried(step, losses)
+        slope = self._linearised(step, losses)
         self.search(step)
         moved = step.forward(read=losses_of)
+        if functions is not None:
+            functions.check(moved.loss)
         linear = along([delta.detach().clone() for delta in step.perturbation.leaves()], slope, losses)
         gap = (moved.loss - losses - linear).abs().mean()
         penalty = self.gap_weight * gap + self.slope_weight * linear.abs().mean()
@@ -179,14 +199,35 @@ class LLR(EmbeddingMethod):
 
     def _aim(self, step: Step) -> None:
         with TwiceDifferentiable():
-            self._linearised(step)
+            self._linearised(step, self._clean(step))
 
-    def _linearised(self, step: Step) -> tuple[Tensor, list[Tensor]]:
-        """L(x) of each sample, and g as a function of the weights; ascents maximise the gap between the two."""
-        losses = step.forward(read=losses_of, last=False, clean=True).loss
+    def _clean(self, step: Step) -> Tensor:
+        """L(x) of each sample."""
+        losses: Tensor = step.forward(read=losses_of, last=False, clean=True).loss
+        return losses
+
+    def _linearised(self, step: Step, losses: Tensor) -> list[Tensor]:
+        """G as a function of the weights; ascents maximise the gap between the loss and what L(x) and g say of it."""
         slope = _slope(step, losses.sum())
         step.maximise(self._gaps(step, losses.detach(), [g.detach() for g in slope]))
-        return losses, slope
+        return slope
+
+    # What has no second derivative
+
+    def _untried(self, step: Step, losses: Tensor) -> CustomFunctions | None:
+        """The functions of a model, or of a closure, that no step has looked into yet."""
+        now = self._engine.inventory.parameters, getattr(step.closure, "__code__", type(step.closure))
+        if all(map(is_, now, self._tried)):
+            return None
+        self._look_for_shards()
+        step.undo.append(partial(setattr, self, "_tried", self._tried))
+        self._tried = now
+        return CustomFunctions(losses)
+
+    def _look_for_shards(self) -> None:
+        """Raises ValueError if the weights are sharded; as listed before a forward, in which FSDP2 gathers them."""
+        if any(hasattr(parameter, "device_mesh") for parameter in self._engine.inventory.parameters):
+            raise ValueError(SHARDED)
 
     def _by_adam(self, index: int, delta: Tensor, grad: Tensor) -> Tensor:
         assert self._adam is not None

@@ -6,6 +6,7 @@ in a pass of its own (`Step.finish`).
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -42,10 +43,10 @@ class TeacherTerm:
         draws = self._step.draws
         if draws.same:
             draws.next_pass()  # the pass replays it
-            self._answer = self._teacher.answer(closure)
+            self._answer = self._teacher.answer(partial(self._step.call, closure))
             return
         state = rng.Replayed(draws.device)
-        self._answer = self._teacher.answer(closure)
+        self._answer = self._teacher.answer(partial(self._step.call, closure))
         state.again()
 
     def compare(self, output: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -69,9 +70,9 @@ class Once(torch.autograd.Function):
 
 
 class Attends(nn.Module):
-    """Attention by torch's fused op; `fast`: an activation without a second derivative."""
+    """Attention by torch's fused op; `fast`: an activation."""
 
-    def __init__(self, fast: bool = False) -> None:
+    def __init__(self, fast: Callable[[Tensor], Tensor] = torch.tanh) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(V, D), nn.Linear(D, CLASSES)
         self.tap, self.qkv, self.fast = nn.Identity(), nn.Linear(D, 3 * D), fast
@@ -79,8 +80,7 @@ class Attends(nn.Module):
     def forward(self, ids: Tensor, labels: Tensor, plain: bool = False) -> Tensor:
         q, k, v = self.qkv(self.tap(self.embed(ids))).unsqueeze(1).chunk(3, -1)
         attended = (q @ k.mT / D**0.5).softmax(-1) @ v if plain else F.scaled_dot_product_attention(q, k, v)
-        hidden = Once.apply(attended) if self.fast else attended.tanh()
-        return F.cross_entropy(self.head(hidden[:, 0].mean(1)), labels, reduction="none")
+        return F.cross_entropy(self.head(self.fast(attended)[:, 0].mean(1)), labels, reduction="none")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -102,11 +102,20 @@ def test_llr_differentiates_fused_attention_twice(dtype: torch.dtype) -> None:
         slope.sum().backward()
 
 
-def test_llr_says_where_there_is_no_second_derivative() -> None:
-    model, data = seeded(lambda: Attends(fast=True)), batch()
+@pytest.mark.parametrize(
+    ("fast", "says"),
+    [
+        (Once.apply, "Once has no second derivative"),
+        (lambda x: torch.cdist(x, x.detach() + 1, p=3.0) @ x, "_cdist_backward"),
+    ],
+    ids=["once-differentiable", "torch's own"],
+)
+def test_llr_says_where_there_is_no_second_derivative(fast: Callable[[Tensor], Tensor], says: str) -> None:
+    model, data = seeded(lambda: Attends(fast)), batch()
     adv = fastadv.LLR(model)
     closure = lambda: model(data["input_ids"], data["labels"])  # noqa: E731
-    refused(model, lambda: adv.backward(closure), RuntimeError, "LLR differentiates the model twice", "once_diff")
+    for _ in range(2):
+        refused(model, lambda: adv.backward(closure), RuntimeError, "LLR differentiates the model twice", says)
 
 
 def test_llr_refuses_a_compiled_model() -> None:
