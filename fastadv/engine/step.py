@@ -10,7 +10,7 @@ ascend    moves the perturbation up that gradient
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -207,7 +207,7 @@ class Step:
 
     def probe(self, target: Closure | None = None) -> Tensor:
         """Compute the perturbation's gradient of `target` alone, and return its value."""
-        with self._quiet():
+        with self.probing(), self.engine.parallelism.quiet(self.perturbation.leaves):
             with self.engine.probe_autocast.lowered(self.device):
                 _, loss = self._run("probe", self.target if target is None else target, loss_of)
             with cast(Forward, self._pending).backward():
@@ -216,16 +216,20 @@ class Step:
         self._followed = True
         return cast(Tensor, loss.detach())
 
+    def probing(self) -> contextlib.AbstractContextManager[None]:
+        """Around what a method differentiates by itself, so that the owner of the backward knows of it."""
+        return self._around.one(self.engine.owner.probing())
+
     def partial(self) -> None:
         """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""
-        with self._quiet():
+        with self.probing(), self.engine.parallelism.quiet(self.perturbation.leaves):
             grads = partial.gradients(self, self._gradients)
         self.perturbation.take(grads)
 
     def gradients_by(self, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The gradient of the target by weights that a method moves, and by nothing else."""
         owner, autocast = self.engine.owner, self.engine.probe_autocast
-        with self._around.one(owner.probing()):
+        with self.probing():
             with autocast.lowered(self.device), self.engine.parallelism.synchronised(False):
                 _, loss = self._run("full", self.target, loss_of)
             with span("backward"):
@@ -270,12 +274,6 @@ class Step:
         output, loss = forward.run(closure, read)
         self.first = self.first or self._detached(loss, output)
         return output, loss
-
-    @contextlib.contextmanager
-    def _quiet(self) -> Iterator[None]:
-        """Around a pass that is about the perturbation alone."""
-        with self._around.one(self.engine.owner.probing()), self.engine.parallelism.quiet(self.perturbation.leaves):
-            yield
 
     def _gradients(self, ends: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:
         """Of the perturbation, and nothing else's."""
