@@ -33,6 +33,7 @@ __all__ = [
     "FreeLB",
     "Method",
     "NEFTune",
+    "Owner",
     "Pass",
     "Radius",
     "Step",

@@ -11,8 +11,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples/recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "toy")
-NEEDS = {"lightning_loop": "lightning", "lora": "peft", "prompt_tuning": "peft"}
-SLOW = {"another_attack", "contrastive", "lora", "prompt_tuning", "semi_supervised", "sentence_pairs"}
+NEEDS = {"fabric_loop": "lightning", "lightning_loop": "lightning", "lora": "peft", "prompt_tuning": "peft"}
+SLOW = {
+    "accelerate_loop",
+    "another_attack",
+    "contrastive",
+    "fabric_loop",
+    "lora",
+    "prompt_tuning",
+    "semi_supervised",
+    "sentence_pairs",
+}
 LONGEST = 30
 
 

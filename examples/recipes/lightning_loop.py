@@ -1,7 +1,8 @@
 """Lightning: manual optimisation, since a step has more than one backward.
 
-`backward=self.manual_backward` lets Lightning see the loss of each full pass (precision, strategies). Make the method
-in `on_fit_start`, when the model is where it will be trained. Needs `pip install lightning`.
+The owner hands the loss of each full pass to `self.manual_backward` (precision, strategies), and lets DDP reduce
+gradients in the last one alone. Make the method in `on_fit_start`, when the model is where it will be trained. Needs
+`pip install lightning`.
 """
 
 import lightning
@@ -10,6 +11,7 @@ import toy
 from transformers import BertConfig, BertForSequenceClassification
 
 import fastadv
+from fastadv.integrations.lightning import LightningOwner
 
 
 class Classifier(lightning.LightningModule):
@@ -23,7 +25,7 @@ class Classifier(lightning.LightningModule):
 
     def on_fit_start(self) -> None:
         options = {"epsilon": 0.5, "scope": "sample", "relative": True}
-        self.adv = fastadv.FGM(self.model, backward=self.manual_backward, **options)
+        self.adv = fastadv.FGM(self.model, backward=LightningOwner(self), **options)
 
     def training_step(self, batch: toy.Batch, index: int) -> None:  # noqa: ARG002
         self.adv.backward(lambda: self.model(**batch).loss, mask=batch["attention_mask"])

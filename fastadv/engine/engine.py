@@ -99,7 +99,7 @@ class Engine:
         self.probe_autocast = ProbeAutocast(model, probe_dtype)
         self.new_term: Callable[[Step], Term] | None = None
         self.split: Split | None = None
-        self.share = 1.0  # of an optimizer step that one batch is; terms that methods add are multiplied with it
+        self.share: float | Tensor | None = None  # of the optimizer step that the batch is; None: as its loss counts
         self.entrance = Entrance()
         self.closed = False
         self.busy = False
@@ -144,6 +144,10 @@ class Engine:
     def watched(self) -> bool:
         """Whether somebody outside waits for autograd to bring every parameter's gradient."""
         return self.owner.reads_gradients or self.parallelism.reduces()
+
+    def term_factor(self) -> float | Tensor:
+        """What a term is multiplied with so that, after the owner's backward, it counts the batch's share."""
+        return 1.0 if self.share is None else self.share * self.owner.divisor
 
     def names(self) -> str:
         """The perturbed modules, as the model calls them."""

@@ -22,6 +22,7 @@ from fastadv.engine.lookups import Lookups, Masks
 from fastadv.engine.model.split import Crossing
 from fastadv.engine.model.table_gradients import TableGradients
 from fastadv.engine.outputs import detached, loss_of
+from fastadv.engine.owner import Around, scaled
 from fastadv.engine.perturb.perturbation import Move
 from fastadv.engine.perturb.rows import RowPerturbation
 from fastadv.engine.perturb.rule import Rule
@@ -46,7 +47,7 @@ class Step:
         first: the first pass, detached.
         undo: what leads back from changes that a method makes in place, should the step fail.
         waiting: whether a clean forward's graph waits for a later backward.
-        share: the part of an optimizer step that this batch is.
+        share: what terms that a method adds are multiplied with, so that they count as much as this batch does.
     """
 
     def __init__(
@@ -58,7 +59,8 @@ class Step:
         self.closure = closure
         self.engine = engine
         self.device = draws.device
-        self.share = engine.share
+        self.share = engine.term_factor()
+        self._around = Around(frame.undo)
         self.lookups = Lookups(engine.places, masks, engine.buffers.lookups)
         self.perturbation = engine.new_perturbation(self.lookups)
         self.tables = TableGradients(self.lookups, watched=engine.watched)
@@ -67,9 +69,7 @@ class Step:
         self._term = None if engine.new_term is None else engine.new_term(self)
         self._target = attack
         self._start, self._seed = start, rng.new_seed() if start is not None and start.random else 0
-        self._started = self._followed = (
-            False  # where ascents begin; the last pass's gradient is one that they may follow
-        )
+        self._started = self._followed = False  # where ascents begin; they may follow the last pass's gradient
         self._pending: Forward | None = None  # the forward that the next backward goes through
         self.crossing: Crossing | None = None  # of the split, in the last pass that brought a gradient there
 
@@ -126,7 +126,7 @@ class Step:
         Args:
             closure: in place of the step's.
             read: takes the loss out of what the closure returns; None from it: a batch without a loss.
-            last: no other full pass follows, so data parallelism reduces gradients in this one's backward.
+            last: no other full pass of the method follows, so gradients are reduced in this one's backward.
             clean: there is no perturbation yet, and no ascent follows this pass's gradient. Without a `backward` of its
                 own, its graph waits for that of a later pass.
         """
@@ -134,6 +134,8 @@ class Step:
         term = self._term if clean else None
         if term is not None:
             term.ask(closure)
+        last = last and (clean or self._term is None or not self._term.owing)  # otherwise `finish` has a pass to come
+        self._around.enter(self.engine.owner.sync(last))
         with self.engine.parallelism.synchronised(last):
             output, loss = self._run("full", closure, read, last=last)
         if term is not None:
@@ -146,6 +148,7 @@ class Step:
         forward = cast(Forward, self._pending)
         with self.perturbation.collecting(), forward.backward():
             self._hand_over(loss, weight, forward.last)
+        self._around.leave()
         self.tables.collect()
         self._followed = self._target is None and (self._started or self._start is None)
 
@@ -170,13 +173,14 @@ class Step:
         if self._term is not None:
             self._term.ask(self.closure)
         self.draws.next_pass()
-        with self.engine.parallelism.synchronised(True), span("forward"):
-            output = self.call(self.closure)
-        loss = read(output)
-        if self._term is not None:
-            self._term.compare(output)
-        with span("backward"):
-            self._hand_over(loss)
+        with self._around.one(self.engine.owner.sync(True)):
+            with self.engine.parallelism.synchronised(True), span("forward"):
+                output = self.call(self.closure)
+            loss = read(output)
+            if self._term is not None:
+                self._term.compare(output)
+            with span("backward"):
+                self._hand_over(loss)
         self.first = self._detached(loss, output)
         return self.first
 
@@ -190,6 +194,7 @@ class Step:
 
     def settle(self) -> None:
         """At the very end: what has moved in place is put back, and no pass is kept, so that the step can be freed."""
+        self._around.leave()  # of a forward that no backward has followed
         self.perturbation.settle()
         self._pending = None
 
@@ -202,22 +207,33 @@ class Step:
 
     def probe(self, target: Closure | None = None) -> Tensor:
         """Compute the perturbation's gradient of `target` alone, and return its value."""
-        engine = self.engine
-        with self._quiet():
-            with engine.probe_autocast.lowered(self.device):
+        with self.probing(), self.engine.parallelism.quiet(self.perturbation.leaves):
+            with self.engine.probe_autocast.lowered(self.device):
                 _, loss = self._run("probe", self.target if target is None else target, loss_of)
-            assert self._pending is not None
-            with self._pending.backward():
-                grads = self._gradients([engine.owner.scaled(loss)])
+            with cast(Forward, self._pending).backward():
+                grads = self._gradients([scaled(self.engine.owner, loss)])
         self.perturbation.take(grads)
         self._followed = True
         return cast(Tensor, loss.detach())
 
+    def probing(self) -> contextlib.AbstractContextManager[None]:
+        """Around what a method differentiates by itself, so that the owner of the backward knows of it."""
+        return self._around.one(self.engine.owner.probing())
+
     def partial(self) -> None:
         """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""
-        with self._quiet():
+        with self.probing(), self.engine.parallelism.quiet(self.perturbation.leaves):
             grads = partial.gradients(self, self._gradients)
         self.perturbation.take(grads)
+
+    def gradients_by(self, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """The gradient of the target by weights that a method moves, and by nothing else."""
+        owner, autocast = self.engine.owner, self.engine.probe_autocast
+        with self.probing():
+            with autocast.lowered(self.device), self.engine.parallelism.synchronised(False):
+                _, loss = self._run("full", self.target, loss_of)
+            with span("backward"):
+                return torch.autograd.grad(scaled(owner, loss), weights, allow_unused=True)
 
     def look(self) -> Any:
         """The unperturbed model's output, without a gradient."""
@@ -259,10 +275,6 @@ class Step:
         self.first = self.first or self._detached(loss, output)
         return output, loss
 
-    def _quiet(self) -> contextlib.AbstractContextManager[None]:
-        """Around a pass that is about the perturbation alone."""
-        return self.engine.parallelism.quiet(self.perturbation.leaves)
-
     def _gradients(self, ends: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:
         """Of the perturbation, and nothing else's."""
         try:
@@ -279,7 +291,7 @@ class Step:
         total = loss if self._term is None else self._term.joined(loss)
         if total is not None:
             with self.engine.agreement.reduction(total, last):
-                self.engine.owner.backward(total)
+                self.engine.owner.backward(total, last)
 
     def _detached(self, loss: Tensor | None, output: Any) -> Pass:
         value = torch.zeros((), device=self.device) if loss is None else loss.detach()

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from fastadv.engine.owner import Unowned
 from fastadv.integrations import method_state
+from fastadv.integrations.accelerate import AccelerateOwner
 from fastadv.integrations.adversary import Adversary, factory, refuse
 from fastadv.integrations.collapse import Collapse
 from fastadv.integrations.counters import Counters
@@ -79,9 +81,8 @@ class AdversarialMixin(WholeCheckpoints):
         if self.adversary is not None:  # an earlier train(), or a smaller batch size after running out of memory
             self.adversary.close()
         method = self._make_adversary(self.model_wrapped)
-        owner = method._engine.owner
-        owner.function = owner.function or self.accelerator.backward
-        owner.scaler = owner.scaler or getattr(self.accelerator, "scaler", None)
+        if isinstance(method._engine.owner, Unowned):
+            method._engine.owner = AccelerateOwner(self.accelerator)
         if hasattr(method, "attach"):
             method.attach(self.optimizer)
         self.adversary = method

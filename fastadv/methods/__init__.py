@@ -1,6 +1,7 @@
 """The methods, one file each; each reads like its paper."""
 
 from fastadv.engine.found import Found
+from fastadv.engine.owner import Owner
 from fastadv.engine.results import Pass, StepResult
 from fastadv.engine.step import Step
 from fastadv.methods.awp import AWP
@@ -36,6 +37,7 @@ __all__ = [
     "FreeLB",
     "Method",
     "NEFTune",
+    "Owner",
     "Pass",
     "Radius",
     "Step",

@@ -7,12 +7,10 @@ from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.engine.lookups import Masks
-from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.interrupts import Block
 from fastadv.engine.step import Step
@@ -126,16 +124,9 @@ class AWP(Method):
     def search(self, step: Step, gradients: Sequence[Tensor | None] | None = None) -> None:
         """The movement, along gradients that are there already or are found by a probe."""
         for _ in range(self.steps):
-            found = self._gradients(step) if gradients is None else gradients
+            found = step.gradients_by(self._weights.weights) if gradients is None else gradients
             self._weights.step(found, self.gamma, self.epsilon)
             gradients = None
-
-    def _gradients(self, step: Step) -> Sequence[Tensor | None]:
-        """The gradient of the step's target by the weights that move, and by nothing else."""
-        with step.engine.probe_autocast.lowered(step.device):
-            loss = step.forward(step.target, last=False).loss
-        with span("backward"):
-            return torch.autograd.grad(step.engine.owner.scaled(loss), self._weights.weights, allow_unused=True)
 
     def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
         """Move the weights up one batch's loss, for every forward inside the block; see `Method.perturbed`."""

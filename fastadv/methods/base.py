@@ -14,13 +14,13 @@ from typing_extensions import Self, Unpack
 from fastadv.engine.capture.graph import Captured
 from fastadv.engine.engine import Engine
 from fastadv.engine.lookups import Masks
-from fastadv.engine.owner import Owner
+from fastadv.engine.owner import owner_of
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.dropout import MODES
 from fastadv.engine.step import Step
 from fastadv.methods import given
-from fastadv.methods.options import Dropout, StepOptions, check_module, check_options, number, one_of
+from fastadv.methods.options import Dropout, StepOptions, check_module, check_options, number, one_of, scalar
 from fastadv.methods.schedule import Schedule
 from fastadv.native import flags
 from fastadv.ops import dispatch
@@ -59,14 +59,11 @@ class Method:
         check_trainable(model.parameters())
         fused = options.get("fused")
         dispatch.require(fused, next(model.parameters()).device.type)
-        backward = options.get("backward")
-        owner = backward if isinstance(backward, Owner) else Owner(backward, reads_gradients=backward is not None)
-        owner.scaler = options.get("scaler") or owner.scaler
         self._engine = Engine(
             model,
             dropout=dropout,
             fused=fused,
-            owner=owner,
+            owner=owner_of(options.get("backward"), options.get("scaler")),
             atomic=options.get("atomic", True),
             probe_dtype=options.get("probe_dtype"),
             **self._places,
@@ -185,16 +182,29 @@ class Method:
         self.close()
 
     @property
-    def share(self) -> float:
-        """This micro-batch's fraction of the optimizer step: 1, or 1 / n where a closure divides its loss by n.
+    def share(self) -> float | Tensor:
+        r"""The batch's weight in the optimizer step: the terms that SMART, VAT and BregmanProximal add count as much.
 
-        Under gradient accumulation the terms that SMART, VAT and BregmanProximal add are multiplied with it.
+        A term is a mean over the batch's own m samples (or, for logits of tokens, the positions that its mask has). So
+        that all terms of a step together are the mean over its M of them, in all micro-batches and on all processes:
+
+        .. math:: \mathrm{share} = m / M 	ext{ where gradients are summed over processes}, \qquad
+            \mathrm{share} = R \, m / M 	ext{ where they are averaged over R of them (DDP, FSDP)}
+
+        One process, batches of equal size, a closure that divides its loss by n: 1 / n. None, the default: the term
+        counts as the closure's loss does, 1, or 1 / n where the owner of the backward divides by n (accelerate).
+
+        A number, or a 0-d tensor on the model's device, which nothing waits for; set it before each `backward`.
         """
-        return self._engine.share
+        share = self._engine.share
+        return 1 / self._engine.owner.divisor if share is None else share
 
     @share.setter
-    def share(self, part: float) -> None:
-        self._engine.share = number("share", part)
+    def share(self, part: float | Tensor | None) -> None:
+        if isinstance(part, Tensor):
+            self._engine.share = scalar("share", part)
+        else:
+            self._engine.share = None if part is None else number("share", part)
 
     @property
     def attacked(self) -> int:

@@ -76,7 +76,7 @@ class Comparison:
             )
         return logits
 
-    def __call__(self, logits: Tensor, target: Tensor, step: Step, weight: float = 1.0) -> Tensor:
+    def __call__(self, logits: Tensor, target: Tensor, step: Step, weight: float | Tensor = 1.0) -> Tensor:
         """Weight * D: 0-d, in float32 (float64 for float64)."""
         kind = self.kind
         if callable(kind):
@@ -85,7 +85,7 @@ class Comparison:
         mask = step.lookups.mask_of(logits.shape[:-1])
         if mask is None:
             count = max(logits[..., 0].numel(), 1)
-            weights = torch.full(logits.shape[:-1], weight / count, dtype=wide, device=logits.device)
+            weights = torch.ones(logits.shape[:-1], dtype=wide, device=logits.device) * (weight / count)
         else:
             weights = mask.to(wide)
             weights = weights * (weight / weights.sum().clamp(min=1))

@@ -246,7 +246,8 @@ def along(deltas: list[Tensor], slope: list[Tensor], losses: Tensor) -> Tensor:
 def _slope(step: Step, loss: Tensor) -> list[Tensor]:
     """The perturbation's gradient of a waiting forward's loss, with a graph; zeros where there is none."""
     leaves = step.perturbation.leaves()
-    grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
+    with step.probing():
+        grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
     if all(grad is None for grad in grads):
         raise RuntimeError(NO_GRADIENT)
     return [torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads, strict=True)]

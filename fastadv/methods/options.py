@@ -181,6 +181,15 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def scalar(name: str, value: torch.Tensor) -> torch.Tensor:
+    """`value` as a 0-d tensor without a graph, or an error that names it. Nothing waits for what it holds."""
+    if value.numel() != 1 or not (value.is_floating_point() or value.dtype in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"{name} must be a number or a 0-d tensor, not a tensor of {tuple(value.shape)}, {value.dtype}"
+        )
+    return value.detach().reshape(())
+
+
 def whole(name: str, value: Any, least: int) -> int:
     """`value` as an int of at least `least`, or an error that names it."""
     if isinstance(value, bool) or not isinstance(value, int):

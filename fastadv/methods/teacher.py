@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from operator import is_
 from typing import Any
 
@@ -42,9 +42,25 @@ class Teacher:
     def answer(self, closure: Callable[[], Any]) -> Any:
         """What the closure returns where its model has the teacher's weights, without a gradient."""
         buffers = {name: buffer.clone() for name, buffer in self.buffers.items()}  # a forward may write to them
-        named = {f"model.{name}": tensor for name, tensor in (*self.weights.items(), *buffers.items())}
         with torch.no_grad():
-            return functional_call(self._run, named, (closure,))
+            return functional_call(
+                self._run, self._by_place({**self.weights, **buffers}), (closure,), tie_weights=False
+            )
+
+    def _by_place(self, mine: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The teacher's tensors, one for every place in the model that has a tensor of its.
+
+        Two parts may share a tensor. One part that has two names (Fabric keeps a model and what wraps it) comes once:
+        swapped by both, it would not be put back.
+        """
+        model = self.model
+        of = {id(old): mine[name] for name, old in (*model.named_parameters(), *model.named_buffers()) if name in mine}
+        places = (
+            (f"{path}.{name}".lstrip("."), tensor)
+            for path, part in self._run.named_modules()
+            for name, tensor in _own(part)
+        )
+        return {place: of[id(tensor)] for place, tensor in places if id(tensor) in of}
 
     def average(self, decay: float) -> None:
         """Move towards the model: on the device, in one call, without synchronising."""
@@ -95,6 +111,11 @@ class _Run(nn.Module):
 
     def forward(self, closure: Callable[[], Any]) -> Any:
         return closure()
+
+
+def _own(part: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    tensors = (*part._parameters.items(), *part._buffers.items())
+    return ((name, tensor) for name, tensor in tensors if tensor is not None)
 
 
 def _teacher_of(name: str, parameter: nn.Parameter, before: Tensor | None) -> Tensor:

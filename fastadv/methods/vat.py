@@ -138,7 +138,7 @@ class VAT(EmbeddingMethod):
             if left:
                 step.probe()
 
-    def _distance(self, step: Step, answer: Tensor, weight: float = 1.0) -> Closure:
+    def _distance(self, step: Step, answer: Tensor, weight: float | Tensor = 1.0) -> Closure:
         """KL(f(x) || f(x + r)) by r, f(x) given."""
         return lambda: self.compare(self.compare.logits(step.closure()), answer, step, weight)
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fastadv
 from fastadv.methods.proximal import BregmanProximal
 from tests.models import TinyModel
-from tests.support import ready, refused, seeded
+from tests.support import batch, ready, refused, seeded
 
 
 class TestWrongUse:
@@ -88,3 +88,25 @@ class TestWrongUse:
         model, _, closure = ready()
         adv = BregmanProximal(model)
         refused(model, lambda: adv.backward(closure, attack=closure), ValueError, "attack=")
+
+
+def test_a_module_that_has_two_names_gets_its_weights_back() -> None:
+    """As Fabric wraps a model: the model, and what wraps it, side by side."""
+
+    class Wrapping(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wrapped = seeded(lambda: TinyModel("tfm"))
+            self.original = self.wrapped
+
+        def forward(self, **data: Tensor) -> Any:
+            return self.wrapped(**data)
+
+    model, data = Wrapping(), batch()
+    before = list(model.parameters())
+    adv = fastadv.BregmanProximal(model, 2.0, 0.5)
+    for tensor in adv.teacher.values():
+        tensor.mul_(0.9)
+    adv.backward(lambda: model(**data))
+    assert all(one is other for one, other in zip(model.parameters(), before, strict=True))
+    assert float(adv.distance) > 0
