@@ -54,7 +54,7 @@ class Step:
     ) -> None:
         self.draws = draws = frame.begin()
         self.undo = frame.undo
-        self.call = Watched(engine.inventory.parameters)
+        self.call = Watched([] if engine.parallelism.flat else engine.inventory.parameters)
         self.closure = closure
         self.engine = engine
         self.device = draws.device

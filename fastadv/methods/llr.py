@@ -24,6 +24,9 @@ from fastadv.methods.smart import refuse_tied
 OPTIMIZERS = ("sign", "adam")
 ONCE = ("derivative for", "differentiate twice", "double back", "is not implemented", "once_differentiable")
 
+COMPILED = "LLR differentiates the model twice, and torch.compile's backward cannot be: leave it out"
+FLAT = "LLR differentiates the model twice, and FSDP1 and ZeRO-3 lose gradients then: shard by FSDP2, or train with DDP"
+
 
 class LLR(EmbeddingMethod):
     r"""Trains the loss to be as linear around each sample as it can be: then one gradient says all of its surroundings.
@@ -124,9 +127,7 @@ class LLR(EmbeddingMethod):
             random_start=random_start,
             **options,
         )
-        if self._engine.parallelism.compiled:
-            self.close()
-            raise ValueError("LLR differentiates the model twice, and torch.compile's backward cannot be: leave it out")
+        self._engine.refuse(compiled=COMPILED, flat=FLAT)
         self._adam = Adam(self.rule.step_size) if optimizer == "adam" else None
 
     def backward(
