@@ -61,6 +61,7 @@ class Engine:
         tied: "both" moves the tables themselves.
         perturbs: False: nothing at any module.
         ignore_padding: no mask follows from an embedding's `padding_idx`.
+        communication: what FSDP2 sends between the passes of a step.
         refusal: why no step can be run, where that is known already.
     """
 
@@ -78,21 +79,23 @@ class Engine:
         tied: str = "lookup",
         perturbs: bool = True,
         ignore_padding: bool = False,
+        communication: str = "each",
         refusal: str = "",
     ) -> None:
         self.model = model
         self.refusal = refusal
         self.modules = find.find(model, embedding) if perturbs else []
-        self.parallelism = Parallelism(model)
+        self._refusals: dict[str, str] = {}
+        self.inventory = Inventory(model)
+        self.parallelism = Parallelism(self.inventory, communication, atomic)
         self.agreement = Agreement(self.parallelism, model)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
-        by_row = scope in TABLE_SCOPES and not self.parallelism.compiled
-        self.places = Places(self.modules, padding, by_row, fused, MaskCheck())
+        self._of_tables = scope in TABLE_SCOPES
+        self.places = Places(self.modules, padding, self._by_row(), fused, MaskCheck())
         self.buffers = Buffers()
         self.new_perturbation = self._scoped(scope, tied)
         self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
         self.last: Perturbation | None = None  # of the last step, for its norm
-        self.inventory = Inventory(model)
         self.guard = Guard(self.inventory, atomic, fused)
         self.dropout = dropout
         self.owner = owner
@@ -117,6 +120,30 @@ class Engine:
             kind = TiedTables
         buffers = self.buffers  # and not the engine, which would then wait for the garbage collector
         return lambda lookups: kind(lookups, scope, buffers)
+
+    def _by_row(self) -> bool:
+        return self._of_tables and not self.parallelism.compiled
+
+    def look(self) -> None:
+        """Read what the model is wrapped in, where that has changed.
+
+        Raises:
+            ValueError: a wrapper under which no step can be run.
+        """
+        if self.parallelism.look():
+            self.places = self.places._replace(by_row=self._by_row())
+        for kind, why in self._refusals.items():
+            if getattr(self.parallelism, kind):
+                raise ValueError(why)
+
+    def refuse(self, **kinds: str) -> None:
+        """From now on a model that is `compiled`, `sharded` or `flat` (see `Parallelism`) is an error that says why."""
+        self._refusals = kinds
+        try:
+            self.look()
+        except BaseException:
+            self.close()
+            raise
 
     def split_at(self, choice: SplitChoice) -> None:
         """From now on partial passes can be run, which end at the output of that module."""
@@ -212,6 +239,7 @@ class Engine:
             raise RuntimeError(BUSY)
         if self.entrance.forward is not None:
             raise RuntimeError(APPLIED)
+        self.look()
 
     def remember(self) -> Undo:
         """Return what forgets a step that failed."""

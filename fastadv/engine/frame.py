@@ -41,7 +41,6 @@ class Frame:
         """Write down what there is."""
         engine = self.engine
         self._interrupts.hold()
-        engine.inventory.look()
         around = surroundings.look(engine.inventory.device)
         self.undo += [lambda: surroundings.put_back(around), engine.remember(), engine.parallelism.remember()]
         if not rng.capturing():
@@ -79,5 +78,6 @@ class Frame:
         for module in self._quiet:
             module.training = True
         rng.end_step()
+        self.engine.parallelism.leave()
         self.engine.entrance.forward = None
         self.engine.busy = False

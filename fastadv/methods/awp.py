@@ -18,6 +18,8 @@ from fastadv.methods.awp_weights import MovedWeights
 from fastadv.methods.base import Method
 from fastadv.methods.options import StepOptions, number, whole
 
+SHARDED = "AWP moves each weight as a whole, and FSDP or DeepSpeed's ZeRO-3 shards them: train with DDP, or without"
+
 Choice = Callable[[str, nn.Parameter], bool]
 
 
@@ -88,8 +90,7 @@ class AWP(Method):
         self.clean_weight = number("clean_weight", clean_weight)
         self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(model, **options)
-        if self._engine.parallelism.sharded:
-            raise ValueError("AWP moves each weight as a whole, and FSDP shards them: train with DDP, or without")
+        self._engine.refuse(sharded=SHARDED)
         self._choice = matrices if parameters is None else parameters
         self._weights = MovedWeights([], self._engine.places.fused)
         self._known: tuple[list[nn.Parameter], list[bool]] = [], []

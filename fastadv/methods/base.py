@@ -14,6 +14,7 @@ from typing_extensions import Self, Unpack
 from fastadv.engine.capture.graph import Captured
 from fastadv.engine.engine import Engine
 from fastadv.engine.lookups import Masks
+from fastadv.engine.model.units import CHOICES
 from fastadv.engine.owner import owner_of
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.results import Closure, StepResult
@@ -54,6 +55,8 @@ class Method:
         check_module(model)
         dropout = options.get("dropout", self._dropout)
         one_of("dropout", dropout, MODES)
+        communication = options.get("communication", "each")
+        one_of("communication", communication, CHOICES)
         self._schedule = Schedule(options.get("start_step", 0), options.get("every", 1))
         self.model = model
         check_trainable(model.parameters())
@@ -66,6 +69,7 @@ class Method:
             owner=owner_of(options.get("backward"), options.get("scaler")),
             atomic=options.get("atomic", True),
             probe_dtype=options.get("probe_dtype"),
+            communication=communication,
             **self._places,
         )
 
@@ -135,6 +139,7 @@ class Method:
             ...     optimizer.zero_grad()
         """
         device, parallelism = self._engine.device, self._engine.parallelism
+        self._engine.look()
         if device.type != "cuda":
             raise RuntimeError(f"capture() records a CUDA graph, and the model is on the {device}: call backward()")
         if parallelism.reduces() or parallelism.sharded:

@@ -32,6 +32,9 @@ SHARDED = (
     "differentiates once"
 )
 
+COMPILED = "LLR differentiates the model twice, and torch.compile's backward cannot be: leave it out"
+FLAT = "LLR differentiates the model twice, and FSDP1 and ZeRO-3 lose gradients then: shard by FSDP2, or train with DDP"
+
 
 class LLR(EmbeddingMethod):
     r"""Trains the loss to be as linear around each sample as it can be: then one gradient says all of its surroundings.
@@ -133,9 +136,7 @@ class LLR(EmbeddingMethod):
             random_start=random_start,
             **options,
         )
-        if self._engine.parallelism.compiled:
-            self.close()
-            raise ValueError("LLR differentiates the model twice, and torch.compile's backward cannot be: leave it out")
+        self._engine.refuse(compiled=COMPILED, flat=FLAT)
         self._adam = Adam(self.rule.step_size) if optimizer == "adam" else None
         self._tried: tuple[object, object] = None, None  # the parameters and the closure that were looked into
         self._engine.inventory.look()

@@ -24,6 +24,7 @@ Ball = Literal["l2", "linf"]
 Scope = Literal["table", "row", "batch", "sample", "token"]
 Dropout = Literal["fresh", "same", "off"]
 Tied = Literal["lookup", "both"]
+Communication = Literal["each", "last", "keep"]
 
 DIRECTIONS, BALLS = typing.get_args(Direction), typing.get_args(Ball)
 
@@ -36,6 +37,7 @@ SHARED: dict[str, Any] = {
     "scaler": None,
     "atomic": True,
     "probe_dtype": None,
+    "communication": "each",
     "embedding": None,
     "relative": False,
     "direction": "by norm",
@@ -76,6 +78,7 @@ class StepOptions(TypedDict, total=False):
     scaler: GradScaler | None
     atomic: bool
     probe_dtype: torch.dtype | None
+    communication: Communication
 
 
 class NoiseOptions(StepOptions, total=False):

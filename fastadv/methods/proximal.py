@@ -27,6 +27,10 @@ NEVER_UPDATED = (
     "the model's weights have changed, and its teacher has never been updated: it would hold the model to where it "
     "began. Call attach(optimizer) once, or update() after every optimizer.step()"
 )
+SHARDED = (
+    "BregmanProximal cannot call a model with a teacher's weights where FSDP or DeepSpeed's ZeRO-3 shards it: train "
+    "with DDP, or without"
+)
 
 
 class BregmanProximal(Method):
@@ -96,10 +100,9 @@ class BregmanProximal(Method):
         self.compare = Comparison(divergence, "BregmanProximal", model)
         self.method = _held(model, method, options)
         self.model, self._engine, self._schedule = model, self.method._engine, self.method._schedule
-        if self._engine.parallelism.sharded:
-            raise ValueError("BregmanProximal cannot call a model with a teacher's weights where FSDP shards it")
         if self._engine.new_term is not None:
             raise ValueError("this method is held by a BregmanProximal already")
+        self._engine.refuse(sharded=SHARDED)
         self._check_resolution()
         self._teacher = Teacher(model, self._engine.inventory, self._engine.places.fused)
         self._changes = WeightChanges(model)
@@ -150,6 +153,7 @@ class BregmanProximal(Method):
         self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
     ) -> StepResult:
         """The method's step, or plain training's, and the term."""
+        self._engine.look()
         self._look_at_the_weights()
         result = self.method.backward(closure, mask, attack, step)
         self._changed = self._changes.count()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 EmbeddingChoice = str | nn.Module | Sequence[str | nn.Module] | None
 
 
+FLAT = "_fsdp_wrapped_module"  # the name that FSDP1 gives to what it wraps
+
+
 def unwrap(model: nn.Module) -> nn.Module:
-    """The user's own module under torch.compile, DDP, DeepSpeed and PEFT."""
+    """The user's own module under torch.compile, DDP, FSDP1, DeepSpeed and PEFT."""
     inner = _inside(model)
     while inner is not None:
         model, inner = inner, _inside(inner)
@@ -23,6 +26,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _inside(model: nn.Module) -> nn.Module | None:
     if "_orig_mod" in model._modules:
         return model._modules["_orig_mod"]
+    if FLAT in model._modules:
+        return model._modules[FLAT]
     library = type(model).__module__.split(".")[0]
     if isinstance(model, (DistributedDataParallel, nn.DataParallel)) or library == "deepspeed":
         return model._modules.get("module")
@@ -113,7 +118,7 @@ def chosen(model: nn.Module, choice: object, option: str = "embedding") -> nn.Mo
     if not isinstance(choice, str):
         raise TypeError(f"{option}= takes names and modules, not {choice!r}")
     inner = unwrap(model)
-    named: dict[str, nn.Module] = dict(inner.named_modules(remove_duplicate=False))  # a shared module has several names
+    named: dict[str, nn.Module] = dict(_names(inner))
     outer: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))  # as a wrapper's user lists them
     exact = named.get(choice, outer.get(choice))
     found = {} if exact is None else {choice: exact}
@@ -125,6 +130,12 @@ def chosen(model: nn.Module, choice: object, option: str = "embedding") -> nn.Mo
         problem = f"no module is called {choice!r}"
     known = _listed(inner) if option == "embedding" else "model.named_modules() has them all."
     raise ValueError(f"{problem}. Give one full name. {known}")
+
+
+def _names(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module by its names (a shared one has several), as they are without FSDP1."""
+    for name, part in model.named_modules(remove_duplicate=False):
+        yield name.replace(f"{FLAT}.", ""), part
 
 
 def _candidates(model: nn.Module) -> dict[str, nn.Module]:
@@ -151,7 +162,19 @@ def is_plain_lookup(module: nn.Module) -> bool:
     if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return False
     weight = module.weight
-    return type(weight) in (nn.Parameter, torch.Tensor) and weight.stride(-1) == 1
+    return is_whole(weight) and weight.stride(-1) == 1
+
+
+def is_whole(weight: torch.Tensor) -> bool:
+    """Whether a weight is there as a whole, in memory that stays: FSDP and DeepSpeed's ZeRO-3 see to that otherwise."""
+    return type(weight) in (nn.Parameter, torch.Tensor) and not is_cut(weight)
+
+
+def is_cut(weight: torch.Tensor) -> bool:
+    """Whether FSDP1 or DeepSpeed's ZeRO-3 gathers this weight for a pass, and frees it after."""
+    base = weight._base
+    flat = hasattr(weight, "_fsdp_flattened") or (base is not None and hasattr(base, "_fsdp_flattened"))
+    return flat or hasattr(weight, "ds_id")
 
 
 def first_tensor(output: Any) -> Any:
@@ -178,6 +201,11 @@ def _row_norms(module: nn.Module) -> torch.Tensor:
             "in the units of its output"
         )
     weight: torch.Tensor = module.weight
+    if is_cut(weight):
+        raise ValueError(
+            "relative=True reads all rows of the embedding, and FSDP1 or ZeRO-3 has freed them: make the method before "
+            "they wrap the model, or give radii in the embedding's own units"
+        )
     wide = torch.float32 if weight.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
     if type(module).forward is nn.Embedding.forward:
         whole: torch.Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight

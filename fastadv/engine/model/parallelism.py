@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import gc
+import functools
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,23 +14,78 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fastadv.engine.model.find import is_compiled
+from fastadv.engine.model.flat import Flat
+from fastadv.engine.model.units import Units
+from fastadv.engine.model.wrapper import wrapper_of
+from fastadv.engine.safety.inventory import Inventory
+
+UNREDUCED = (
+    "the last pass of this step had no loss, or its weight is 0 (adv_weight?), so that the gradients of the earlier "
+    "passes would never be reduced: give the last pass a loss and a weight above 0"
+)
+BYPASSED = (
+    "the closure runs the model inside of its DistributedDataParallel, past {why}, so that gradients would not be "
+    "reduced, or not of the right numbers: call the wrapper in the closure, ddp_model(**batch)"
+)
 
 
 class Parallelism:
-    """The wrappers of one model, as they are when the method is made.
+    """The wrappers of one model, as they are when the method is made, and again where a step finds others.
+
+    Args:
+        inventory: of the model.
+        communication: what FSDP2 sends between the passes of a step: "each", "last" or "keep".
+        atomic: whether gradients that are there already are copied, to be put back on a fault.
+
+    Attributes:
+        compiled: the model, or a part of it, is.
+        sharded: by FSDP2, FSDP1 or ZeRO-3.
+        flat: what FSDP1 or ZeRO-3 has made of it.
+        talks: forwards send.
+        units: FSDP2's.
+        parallel: the DDP in the model or around it.
 
     Raises:
         ValueError: the model is under DistributedDataParallel with a static graph.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.compiled = is_compiled(model)
-        self.sharded = _is_sharded(model)
-        self.talks = self.sharded or any(isinstance(part, nn.SyncBatchNorm) for part in model.modules())
-        self.parallel = next((part for part in model.modules() if isinstance(part, DistributedDataParallel)), None)
+    def __init__(self, inventory: Inventory, communication: str = "each", atomic: bool = True) -> None:
+        self.inventory = inventory
+        self.model = inventory.model
+        self.compiled = self.sharded = self.talks = False
+        self.flat = Flat(self.model, [], [])
+        self.parallel: DistributedDataParallel | None = None
+        self.units = Units([], communication, atomic)
+        self._new_units = functools.partial(Units, communication=communication, atomic=atomic)
+        self._seen: tuple[object, list[Any]] = None, []
         self._sought = False
         self._deferred = False  # forwards prepare no reduction
+        self._watches = False  # whether the closure calls the wrapper is looked at
+        self._called = False  # it did in the last full pass
+        self._unreduced = False  # a full pass of this step has left gradients for a later one to reduce
+        self._frozen: list[nn.Parameter] = []
+        self.look()
+
+    def look(self) -> bool:
+        """Read the wrappers where they are others than before; whether they were."""
+        inventory = self.inventory
+        inventory.look()
+        kinds, (holdings, before) = inventory.kinds(), self._seen
+        if holdings is inventory.holdings and before == kinds:
+            return False
+        self._read()
+        self._seen = inventory.holdings, kinds
+        return True
+
+    def _read(self) -> None:
+        modules = self.inventory.modules
+        self.compiled = is_compiled(self.model)
+        self.units = self._new_units(modules)
+        self.flat = Flat(self.model, modules, self.inventory.parameters)
+        self.sharded = bool(self.units or self.flat)
+        self.talks = self.sharded or any(isinstance(part, nn.SyncBatchNorm) for part in modules)
+        self.parallel = next((part for part in modules if isinstance(part, DistributedDataParallel)), None)
+        self._sought = False
         self._check()
 
     def _check(self) -> None:
@@ -48,7 +103,7 @@ class Parallelism:
             return False
         if self.parallel is None and not self.sharded and not self._sought:
             self._sought = True
-            self.parallel = _wrapper_of(self.model)
+            self.parallel = wrapper_of(self.model, DistributedDataParallel)
             self._check()
         return self.sharded or (self.parallel is not None and self.parallel.process_group.size() > 1)
 
@@ -57,6 +112,8 @@ class Parallelism:
         if self.parallel is not None:
             group = self.parallel.process_group
             return [group], dist.get_process_group_ranks(group)
+        if not self.units:
+            return self.flat.processes()
         from torch.distributed.tensor import DTensor
 
         mesh = next(p for p in self.model.parameters() if isinstance(p, DTensor)).device_mesh
@@ -84,7 +141,8 @@ class Parallelism:
         """
         ddp: Any = self.parallel
         if ddp is None or self.joins() or getattr(ddp, "_use_python_reducer", False):
-            yield
+            with self._watching():
+                yield
             return
         if torch.is_grad_enabled():
             ddp.reducer._rebuild_buckets()
@@ -97,8 +155,27 @@ class Parallelism:
         finally:
             ddp.require_forward_param_sync, self._deferred = reduces, False
 
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Around a step in which DDP's own forward must prepare the reduction: see whether the closure calls it."""
+        if self.parallel is None or not self.joins():
+            yield
+            return
+        handle = self.parallel.register_forward_pre_hook(self._note)
+        self._watches = True
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._watches = False
+
+    def _note(self, *_: Any) -> None:
+        self._called = True
+
     def remember(self) -> Callable[[], None]:
         """Return what puts the wrappers' switches where they are now."""
+        self._unreduced, self._frozen = False, []
+        self.units.begin()
         parallel, compiler = self.parallel, sys.modules.get("torch._dynamo.eval_frame") if self.compiled else None
         reduces = parallel is not None and parallel.require_backward_grad_sync
         stance = None if compiler is None else compiler._stance
@@ -108,16 +185,44 @@ class Parallelism:
                 parallel.require_backward_grad_sync = reduces
             if compiler is not None and compiler._stance is not stance:
                 compiler._set_stance(stance)
+            for parameter in self._frozen:
+                parameter.requires_grad_(True)
+            self.units.undo()
 
         return put_back
+
+    def leave(self) -> None:
+        """The step is over, done or undone."""
+        self.units.end()
 
     # Around a pass. Where one fails, `remember` leads back.
 
     def synchronised(self, reduce: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a forward: gradients are reduced in the last full pass alone, and `prepare` may see to that."""
+        self._called = False
+        if not reduce:
+            self.units.hold()
         if self.parallel is None or (reduce and not self._deferred):
             return contextlib.nullcontext()
         return _unreduced(self.parallel)
+
+    def send(self, last: bool) -> None:
+        """Before a full pass's backward, which reduces gradients if it is the last.
+
+        Raises:
+            RuntimeError: the closure has gone past what prepares DDP for that.
+        """
+        self._unreduced = not last
+        if not last:
+            return
+        self.units.send()
+        if self._watches and not self._called and self.reduces_now():
+            raise RuntimeError(BYPASSED.format(why="what torch's Join needs of its forward"))
+
+    def check_reduced(self) -> None:
+        """Raises RuntimeError if gradients of this step are left that no pass reduces."""
+        if self._unreduced and (self.units.late or self.reduces_now()):
+            raise RuntimeError(UNREDUCED)
 
     def prepare(self, loss: Tensor) -> None:
         """Let the backward of `loss` reduce gradients, as DDP does at the end of a forward.
@@ -132,22 +237,24 @@ class Parallelism:
     @contextlib.contextmanager
     def quiet(self, leaves: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
         """Around a pass that reduces nothing, and is about the gradients of `leaves` alone."""
-        with self.synchronised(False), self.frozen(leaves):
+        with self.synchronised(False), self.flat.quiet(), self.frozen(leaves):
             yield
 
     @contextlib.contextmanager
     def frozen(self, leaves: Callable[[], Iterable[Tensor]]) -> Iterator[None]:
         """A compiled backward computes every gradient it was compiled for: ask for none but those of `leaves`."""
-        if not self.compiled or self.parallel is not None:
+        if not self.compiled:
             yield
             return
         wanted = {id(leaf) for leaf in leaves()}
-        thawed = [p for p in self.model.parameters() if p.requires_grad and id(p) not in wanted]
-        for parameter in thawed:
+        frozen = self._frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in wanted]
+        for parameter in frozen:
             parameter.requires_grad_(False)
         yield
-        for parameter in thawed:
+        for parameter in frozen:
             parameter.requires_grad_(True)
+        self._frozen = []
+        self.units.thaw()
 
     def eagerly(self, wanted: bool) -> contextlib.AbstractContextManager[Any]:
         """Run one pass of a compiled model eagerly."""
@@ -169,21 +276,3 @@ def _unreduced(parallel: DistributedDataParallel) -> Iterator[None]:
 def _is_grouped() -> bool:
     """Whether there are other processes."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
-def _wrapper_of(model: nn.Module) -> DistributedDataParallel | None:
-    """The only DDP that holds `model`; None where there is none, or more."""
-    if any(issubclass(type(one), DistributedDataParallel) for one in gc.get_objects()):
-        gc.collect()  # one that is no longer used may still be there
-    wrappers = [one for one in gc.get_objects() if issubclass(type(one), DistributedDataParallel)]
-    holding = [wrapper for wrapper in wrappers if any(part is model for part in wrapper.modules())]
-    return holding[0] if len(holding) == 1 else None
-
-
-def _is_sharded(model: nn.Module) -> bool:
-    """Whether FSDP2 shards `model` or a part of it."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return any(isinstance(module, FSDPModule) for module in model.modules())

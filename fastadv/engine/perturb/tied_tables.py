@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.lookups import Lookups
+from fastadv.engine.model.find import is_cut, is_whole
 from fastadv.engine.perturb.perturbation import Perturbation, mean_norm
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.table_rollback import TableRollback
@@ -120,9 +121,10 @@ def tied_weights(modules: Sequence[nn.Module]) -> list[Tensor]:
 
 def _plain(module: nn.Module) -> Tensor:
     weight = cast(Tensor, module.weight)
-    if type(weight) not in (nn.Parameter, Tensor) or not weight.requires_grad:
+    if not is_whole(weight) or not weight.requires_grad:
+        kind = "sharded" if is_cut(weight) else type(weight).__name__
         raise ValueError(
             "tied='both' moves the table in place, so it must be a plain tensor that is trained; this one is "
-            f"{'frozen' if not weight.requires_grad else type(weight).__name__}. tied='lookup' needs neither"
+            f"{'frozen' if not weight.requires_grad else kind}. tied='lookup' needs neither"
         )
     return weight

@@ -94,6 +94,7 @@ class Agreement:
         Raises:
             RuntimeError: another process failed.
         """
+        self._parallelism.send(last)
         if not (last and self._running and self._parallelism.reduces_now()):
             yield
             return
@@ -108,8 +109,9 @@ class Agreement:
         """The last thing in a step that can be put back: it counts if every process has come here.
 
         Raises:
-            RuntimeError: another process failed.
+            RuntimeError: another process failed, or gradients are left that nothing reduces.
         """
+        self._parallelism.check_reduced()
         if self._running:
             self._reach(END)
             self._over = self._done = True

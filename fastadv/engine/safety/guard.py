@@ -105,7 +105,8 @@ def _hang(holdings: Iterable[Holding]) -> None:
 @torch.no_grad()
 def _gradients(saved: Saved, backup: Backup | None) -> None:
     for parameter, grad in zip(saved.parameters, saved.gradients, strict=True):
-        parameter.grad = grad
+        if parameter.grad is not grad:  # FSDP1 keeps one of another shape, which could not be given again
+            parameter.grad = grad
     if backup is not None:
         backup.restore()
 

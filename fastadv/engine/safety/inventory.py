@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from itertools import chain
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from fastadv import native
 
 CHILDREN = ("_modules",)
 KINDS, TRAINING = (*CHILDREN, "_parameters", "_buffers"), itemgetter("training")
+COMPILED = attrgetter("_compiled_call_impl")
 
 
 class Holding(NamedTuple):
@@ -69,6 +70,10 @@ class Inventory:
     def device(self) -> torch.device:
         """Where the model is."""
         return self.parameters[0].device if self.parameters else torch.device("cpu")
+
+    def kinds(self) -> list[Any]:
+        """What a module may become without another child or parameter: its class (FSDP2), and what a call runs."""
+        return [*map(type, self.modules), *map(COMPILED, self.modules)]
 
     def modes(self) -> list[bool]:
         """Of each module, whether it is in training mode."""
