@@ -21,6 +21,7 @@ from fastadv.engine.owner import Owner
 from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.perturbation import Perturbation
 from fastadv.engine.perturb.positions import PositionPerturbation
+from fastadv.engine.perturb.ranks import Ranks
 from fastadv.engine.perturb.rows import RowPerturbation
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
@@ -61,6 +62,7 @@ class Engine:
         tied: "both" moves the tables themselves.
         perturbs: False: nothing at any module.
         ignore_padding: no mask follows from an embedding's `padding_idx`.
+        ranks: that each hold a part of what a norm is over; None: this one holds all of it.
         refusal: why no step can be run, where that is known already.
     """
 
@@ -78,6 +80,7 @@ class Engine:
         tied: str = "lookup",
         perturbs: bool = True,
         ignore_padding: bool = False,
+        ranks: Ranks | None = None,
         refusal: str = "",
     ) -> None:
         self.model = model
@@ -89,6 +92,7 @@ class Engine:
         by_row = scope in TABLE_SCOPES and not self.parallelism.compiled
         self.places = Places(self.modules, padding, by_row, fused, MaskCheck())
         self.buffers = Buffers()
+        self.ranks = ranks
         self.new_perturbation = self._scoped(scope, tied)
         self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
         self.last: Perturbation | None = None  # of the last step, for its norm
@@ -115,8 +119,14 @@ class Engine:
         if scope in TABLE_SCOPES and tied == "both":
             tied_weights(self.modules)  # refuses tables that cannot move
             kind = TiedTables
-        buffers = self.buffers  # and not the engine, which would then wait for the garbage collector
-        return lambda lookups: kind(lookups, scope, buffers)
+        buffers, ranks = self.buffers, self.ranks  # and not the engine, which would then wait for the garbage collector
+
+        def made(lookups: Lookups) -> Perturbation:
+            perturbation = kind(lookups, scope, buffers)
+            perturbation.meeting = None if ranks is None else ranks.meet()
+            return perturbation
+
+        return made
 
     def split_at(self, choice: SplitChoice) -> None:
         """From now on partial passes can be run, which end at the output of that module."""

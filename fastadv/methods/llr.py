@@ -127,6 +127,12 @@ class LLR(EmbeddingMethod):
         if self._engine.parallelism.compiled:
             self.close()
             raise ValueError("LLR differentiates the model twice, and torch.compile's backward cannot be: leave it out")
+        if self._ranks is not None:
+            self.close()
+            raise ValueError(
+                "LLR compares the loss of a whole sample with its slope, and process_group= gives a rank a part of it: "
+                "use another method there"
+            )
         self._adam = Adam(self.rule.step_size) if optimizer == "adam" else None
 
     def backward(

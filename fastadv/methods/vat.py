@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar, Literal
 
 import torch
@@ -153,7 +154,9 @@ class VAT(EmbeddingMethod):
     def _resolve(self, random_start: RandomStart) -> Draw | None:
         """Xi d, d uniform over the sphere."""
         leading = LEADING[self.scope]
-        return resolve(random_start, self.xi, lambda radius: somewhere_at(radius * self._unit, leading))
+        total = None if self.scope == "token" else self._lengths
+        drawn = functools.partial(somewhere_at, leading=leading, total=total)
+        return resolve(random_start, self.xi, lambda radius: drawn(radius * self._unit))
 
 
 def by_dtype(model: nn.Module, probe_dtype: torch.dtype | None) -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.lookups import Lookups
+from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.safety.rng import apart
@@ -20,7 +21,13 @@ Move = Callable[[int, Tensor, Tensor], Tensor]  # a lookup's index, its delta an
 
 
 class Perturbation:
-    """One step's. `lookups` carry its gradient, and what their modules' outputs are moved by."""
+    """One step's. `lookups` carry its gradient, and what their modules' outputs are moved by.
+
+    Attributes:
+        meeting: of the ranks that each hold a part of what a norm is over; None: this one holds all of it.
+    """
+
+    meeting: Meeting | None = None
 
     def __init__(self, lookups: Lookups, scope: str, buffers: Buffers) -> None:
         self.lookups = lookups
