@@ -105,6 +105,7 @@ class Engine:
         self.split: Split | None = None
         self.share = 1.0  # of an optimizer step that one batch is; terms that methods add are multiplied with it
         self.entrance = Entrance()
+        self.entrance.ranks = ranks
         self.closed = False
         self.busy = False
         self._hooks: list[Hook | Split] = []

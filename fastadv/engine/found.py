@@ -127,6 +127,9 @@ class Applied:
         """Never: the table is trained as in any forward."""
         return False
 
+    def divide(self, module: int, *, has_ids: bool) -> None:
+        """The search has seen to that."""
+
 
 def _same_batch(lookup: Lookup, ids: Tensor | None) -> bool:
     if lookup.ids is None or ids is None:

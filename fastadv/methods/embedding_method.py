@@ -90,8 +90,7 @@ class EmbeddingMethod(Method):
         self._relative, self._random_start = options.pop("relative", False), random_start
         self._unit = mean_row_norm(model, embedding) if self._relative else 1.0
         self._start = self._resolve(random_start)
-        if self._lengths is not None and scope == "batch" and self._start is not None and self._start.by_sample:
-            raise ValueError(LENGTHS)
+        self._check_lengths()
         self._places = {"embedding": embedding, "scope": scope, "tied": tied, "ranks": self._ranks, **self._places}
         super().__init__(model, **options)  # type: ignore[misc]  # the others have been taken out
 
@@ -175,6 +174,10 @@ class EmbeddingMethod(Method):
         drawn = uniform(self._kind, self._lengths)
         by_sample = self._kind == "l2"
         return resolve(random_start, self.epsilon, lambda size: drawn(size * self._unit), by_sample=by_sample)
+
+    def _check_lengths(self) -> None:
+        if self._lengths is not None and self.scope == "batch" and self._start is not None and self._start.by_sample:
+            raise ValueError(LENGTHS)
 
     @property
     def _lengths(self) -> Total | None:

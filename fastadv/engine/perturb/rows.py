@@ -13,7 +13,7 @@ from torch import Tensor
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.lookups import Lookups
-from fastadv.engine.perturb.perturbation import Perturbation, fill, mean_norm
+from fastadv.engine.perturb.perturbation import NO_IDS, Perturbation, fill, mean_norm
 from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.segments import numbered, together
@@ -35,6 +35,11 @@ class RowPerturbation(Perturbation):
         self._group = 0 if scope == "table" else 1
         self.rows: Tensor | None = None  # [R, D]; None: zero
         self._shared: SharedRows | None = None  # those of all ranks
+
+    def divide(self, *, has_ids: bool) -> None:
+        """Words are summed over all ranks that `process_group=` names, where each knows the ids of its own part."""
+        if not has_ids or self.meeting is None:
+            raise ValueError(NO_IDS)
 
     def zero_(self) -> None:
         """Back to no perturbation; a gradient stays."""
