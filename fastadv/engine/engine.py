@@ -16,6 +16,7 @@ from fastadv.engine.lookups import Lookups, Masks, Places
 from fastadv.engine.model import find
 from fastadv.engine.model.hook import Hook, install
 from fastadv.engine.model.parallelism import Parallelism
+from fastadv.engine.model.placed import SeedCheck
 from fastadv.engine.model.split import Split, SplitChoice
 from fastadv.engine.owner import Owner
 from fastadv.engine.perturb.masks import MaskCheck
@@ -90,7 +91,8 @@ class Engine:
         self.agreement = Agreement(self.parallelism, model)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
         by_row = scope in TABLE_SCOPES and not self.parallelism.compiled
-        self.places = Places(self.modules, padding, by_row, fused, MaskCheck())
+        self.places = Places(self.modules, padding, by_row, fused, MaskCheck(parts=ranks is not None))
+        self.seed_check = SeedCheck()
         self.buffers = Buffers()
         self.ranks = ranks
         self.new_perturbation = self._scoped(scope, tied)

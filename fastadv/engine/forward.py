@@ -14,6 +14,7 @@ from fastadv.engine.profile import span
 from fastadv.engine.results import Closure
 
 if TYPE_CHECKING:
+    from fastadv.engine.model.placed import Placed
     from fastadv.engine.model.split import Crossing
     from fastadv.engine.perturb.ranks import Ranks
     from fastadv.engine.step import Step
@@ -66,6 +67,9 @@ class Perturbing(Protocol):
 
     def detaches(self, lookup: Lookup, table: Tensor) -> bool:
         """Whether autograd need not compute this lookup's gradient by `table`."""
+
+    def place(self, placed: Placed) -> None:
+        """The result of the next lookup lies on a mesh of ranks."""
 
     def divide(self, module: int, *, has_ids: bool) -> None:
         """The result of the next lookup is a part of each sample; `has_ids`: and its ids are those of that part."""
@@ -141,6 +145,13 @@ class Forward:
         if self.kind != "full":
             return True
         return lookup.table is table and self.step.tables.owns(lookup.module, table)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def place(self, placed: Placed) -> None:
+        """See `Perturbing`; ranks that hold the same must draw the same."""
+        seed = self.step.drawn_from()
+        if seed is not None:
+            self.step.engine.seed_check.on(placed, seed)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def divide(self, module: int, *, has_ids: bool) -> None:

@@ -50,7 +50,7 @@ class Shards(nn.Module):
         if spoilt and h.requires_grad:
             h.register_hook(lambda grad: grad * self.spoil)
         h = torch.tanh(self.first(h + self.places[shard.at : shard.at + h.shape[1]]))
-        h = self.attend(h, ~shard.every, group)
+        h = h if shard.alone else self.attend(h, ~shard.every, group)
         if shard.pooled:
             whole, mask = gathered(h, group), shard.every.unsqueeze(-1)
             logits = self.head((whole * mask).sum(1) / mask.sum(1))
@@ -94,6 +94,7 @@ class Shard(NamedTuple):
     labels: Tensor
     at: int  # the first of them
     pooled: bool
+    alone: bool = False  # without attention, so that shards may have different lengths
 
 
 def shard(rank: int | None, padded: bool, pooled: bool) -> Shard:
@@ -146,6 +147,23 @@ SPOILT = (("sample", "l2"), ("sample", "linf"), ("token", "linf"), ("batch", "l2
 CASES += [Case("pgd", *one, padded=True, spoilt=True) for one in SPOILT]
 
 
+def uneven_shards(rank: int | None, cut: int, name: str) -> dict[str, Tensor]:
+    """PGD on shards of different lengths, one of them perhaps empty."""
+    model, whole = seeded(Shards), shard(None, True, False)
+    if cut == LENGTH // 2:  # all tokens in the first half
+        every = whole.every & (torch.arange(LENGTH) < cut)
+        whole = whole._replace(mask=every, every=every)
+    own = slice(None) if rank is None else (slice(0, cut), slice(cut, None))[rank]
+    group = None if rank is None else dist.group.WORLD
+    data = whole._replace(ids=whole.ids[:, own], mask=whole.mask[:, own], at=own.start or 0, alone=True)
+    scope, norm = name.split("-")
+    make, options = METHODS["pgd"]
+    adv = make(model, embedding="words", scope=scope, norm=norm, process_group=group, **options)
+    adv.backward(lambda: model(data), mask=data.mask)
+    found = {f"sum {name}": grad for name, grad in gradients(model).items()}
+    return {**found, "same norm": adv.perturbation_norm}
+
+
 def sharded(rank: int | None, case: Case) -> dict[str, Tensor]:
     """One step of a rank (None: of one process with all positions): gradients, the loss and the figures."""
     model, make_options = seeded(Shards), METHODS[case.name]
@@ -168,6 +186,8 @@ def sharded(rank: int | None, case: Case) -> dict[str, Tensor]:
         "same skipped": adv.skipped,
     }
 
+
+UNEVEN = [*itertools.product((LENGTH // 2, 5, LENGTH), ("sample-l2", "sample-linf", "batch-l2"))]
 
 # Halves of the batch
 
@@ -275,6 +295,7 @@ def mesh_dimension(rank: int) -> dict[str, Tensor]:
 SUITE: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{str(case): (sharded, (case,)) for case in CASES},
     **{name: (of_the_batch, (name,)) for name in WHOLE},
+    **{f"uneven-{cut}-{name}": (uneven_shards, (cut, name)) for cut, name in UNEVEN},
     "lengths": (lengths, ()),
     "told": (told, ()),
     "mesh": (mesh_dimension, ()),

@@ -89,7 +89,9 @@ METHODS: dict[str, tuple[Callable[..., fastadv.Method], dict[str, Any]]] = {
     "freelb-batch": (fastadv.FreeLB, {"epsilon": 0.3, "scope": "batch", "random_start": waves}),
     "yopo-sample": (fastadv.YOPO, {"steps": 2, "split": "first", "random_start": waves}),
     "neftune": (fastadv.NEFTune, {}),
+    "freelb-random": (fastadv.FreeLB, {"epsilon": 0.3}),
 }
+ONCE = ("freelb-batch", "freelb-random", "yopo-sample", "neftune")
 EXACT = ("rowwise", "rowwise-dtensor", "colwise", "colwise-dtensor", "sequence", "sequence-dtensor", "prepared")
 
 
@@ -125,6 +127,7 @@ def step(
         adv = adv or make(model, **options)
     else:
         adv = make(model, **options)
+    torch.manual_seed(3)
     adv.backward(lambda: model(**data), mask=mask)
     found = {key: workers.whole(p.grad) for key, p in model.named_parameters()}
     return {**found, "norm": adv.perturbation_norm, "skipped": adv.skipped}
@@ -150,6 +153,18 @@ def moved_weights(rank: int) -> None:
     fastadv.AWP(model)
 
 
+def unlike_seeds(rank: int) -> None:
+    """A random start that every rank draws for itself."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import parallelize_module
+
+    model, data = seeded(Stack), batch(length=LENGTH)
+    parallelize_module(model, init_device_mesh("cpu", (workers.WORLD,)), plan("rowwise"))
+    adv = fastadv.FreeLB(model, embedding="words")
+    torch.manual_seed(rank)
+    adv.backward(lambda: model(**data), mask=data["attention_mask"])
+
+
 def unmasked(rank: int) -> None:
     """A shard of an embedding that knows its padding, without a mask."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -169,7 +184,7 @@ STEPS: dict[str, tuple[Any, ...]] = {
         for kind in EXACT
         for name in ("pgd-sample", "pgd-table")
     },
-    **{f"{kind}-{name}": (kind, name) for kind in ("rowwise", "sequence") for name in ("freelb-batch", "yopo-sample")},
+    **{f"{kind}-{name}": (kind, name) for kind in ("rowwise", "sequence") for name in ONCE},
     **{
         f"{kind}-{name}-parts": (kind, name, "words", "plan", True)
         for kind in ("sequence", "sequence-dtensor")
@@ -194,6 +209,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "same-everywhere": (step, ("rowwise-dtensor", "pgd-sample", "words", "plan", True), "leave process_group out"),
     "table": (step, ("sequence", "pgd-table", "words", "plan", True), "use scope='sample'"),
     "awp": (moved_weights, (), "parameters="),
+    "seeds": (unlike_seeds, (), "with the same number"),
     "padding": (unmasked, (), "give mask="),
 }
 SUITE: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {

@@ -43,6 +43,14 @@ def test_halves_of_sequences(found: Path, case: groups.Case) -> None:
     assert int(want["same skipped"]) == (3 if case.spoilt else 0)  # one sample in each of three ascents
 
 
+@pytest.mark.parametrize(("cut", "name"), groups.UNEVEN)
+def test_shards_of_different_lengths(found: Path, cut: int, name: str) -> None:
+    ranks, want = by_rank(found, f"uneven-{cut}-{name}"), groups.uneven_shards(None, cut, name)
+    assert_close(ranks[0]["same norm"], want["same norm"], TOLERANCE, "norm")
+    summed = {name: sum(one[name] for one in ranks) for name in want if name.startswith("sum")}
+    assert_gradients(summed, {name: want[name] for name in summed}, TOLERANCE)
+
+
 @pytest.mark.parametrize("name", groups.WHOLE)
 def test_halves_of_the_batch(found: Path, name: str) -> None:
     ranks, want = by_rank(found, name), groups.of_the_batch(None, name)

@@ -51,6 +51,8 @@ class Hook:
         placed = Placed(hidden, self.entrance.ranks) if is_placed(hidden) else None
         local, ids = (hidden if placed is None else placed.local), here(ids)
         apart = ids is not None and ids.shape != local.shape[:-1]  # a plan has sharded what the ids gave
+        if placed is not None:
+            forward.place(placed)
         if self.divided or apart or (placed is not None and placed.over_sequence):
             forward.divide(self.index, has_ids=not apart)
         lookup = forward.enter(local, local.shape, None if apart else ids, self.index)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -20,6 +22,12 @@ PLANS = "torch.distributed.tensor"
 SAME = (
     "the embedding's output is the same on all ranks of process_group=, so that its norm is whole on each: leave "
     "process_group out. (Where the plan shards it over the sequence, make the method after parallelize_module.)"
+)
+
+
+SEEDS = (
+    "the ranks of a tensor-parallel mesh hold the same embedding, and draw its random start from different seeds: "
+    "torch.manual_seed(...) with the same number on all of them, as their dropout needs too"
 )
 
 
@@ -69,10 +77,34 @@ class Placed:
         return moved if in_place else moved.redistribute(placements=self._placements)  # type: ignore[no-any-return]
 
 
+class SeedCheck:
+    """The check of one method's draws: in its first step, since reading waits for a GPU."""
+
+    def __init__(self) -> None:
+        self._trusted: set[Any] = set()
+
+    def on(self, placed: Placed, seed: int) -> None:
+        """Look whether the ranks that hold the same draw from the same seed.
+
+        Raises:
+            ValueError: they do not.
+        """
+        mesh = placed.output.device_mesh
+        for dimension, place in enumerate(placed.output.placements):
+            if not place.is_replicate() or (mesh, dimension) in self._trusted:
+                continue
+            ends = torch.tensor([seed, -seed], device=mesh.device_type)
+            dist.all_reduce(ends, dist.ReduceOp.MIN, mesh.get_group(dimension))
+            least, most = ends.tolist()
+            if least != -most:
+                raise ValueError(SEEDS)
+            self._trusted.add((mesh, dimension))
+
+
 def _waited(gradient: Tensor) -> Tensor:
     """A gradient that another rank is still sending, when it is there."""
     wait = getattr(gradient, "wait", None)
-    return gradient if wait is None else wait()  # type: ignore[no-any-return]
+    return gradient if wait is None else wait()
 
 
 def is_placed(tensor: object) -> bool:
