@@ -16,11 +16,13 @@ from fastadv.engine.lookups import Lookups, Masks, Places
 from fastadv.engine.model import find
 from fastadv.engine.model.hook import Hook, install
 from fastadv.engine.model.parallelism import Parallelism
+from fastadv.engine.model.placed import SeedCheck
 from fastadv.engine.model.split import Split, SplitChoice
 from fastadv.engine.owner import Owner
 from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.perturbation import Perturbation
 from fastadv.engine.perturb.positions import PositionPerturbation
+from fastadv.engine.perturb.ranks import Ranks
 from fastadv.engine.perturb.rows import RowPerturbation
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
@@ -62,6 +64,7 @@ class Engine:
         perturbs: False: nothing at any module.
         ignore_padding: no mask follows from an embedding's `padding_idx`.
         communication: what FSDP2 sends between the passes of a step.
+        ranks: that each hold a part of what a norm is over; None: this one holds all of it.
         refusal: why no step can be run, where that is known already.
     """
 
@@ -80,6 +83,7 @@ class Engine:
         perturbs: bool = True,
         ignore_padding: bool = False,
         communication: str = "each",
+        ranks: Ranks | None = None,
         refusal: str = "",
     ) -> None:
         self.model = model
@@ -91,8 +95,10 @@ class Engine:
         self.agreement = Agreement(self.parallelism, model)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
         self._of_tables = scope in TABLE_SCOPES
-        self.places = Places(self.modules, padding, self._by_row(), fused, MaskCheck())
+        self.places = Places(self.modules, padding, self._by_row(), fused, MaskCheck(parts=ranks is not None))
+        self.seed_check = SeedCheck()
         self.buffers = Buffers()
+        self.ranks = ranks
         self.new_perturbation = self._scoped(scope, tied)
         self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
         self.last: Perturbation | None = None  # of the last step, for its norm
@@ -104,6 +110,7 @@ class Engine:
         self.split: Split | None = None
         self.share: float | Tensor | None = None  # of the optimizer step that the batch is; None: as its loss counts
         self.entrance = Entrance()
+        self.entrance.ranks = ranks
         self.closed = False
         self.busy = False
         self._hooks: list[Hook | Split] = []
@@ -118,8 +125,14 @@ class Engine:
         if scope in TABLE_SCOPES and tied == "both":
             tied_weights(self.modules)  # refuses tables that cannot move
             kind = TiedTables
-        buffers = self.buffers  # and not the engine, which would then wait for the garbage collector
-        return lambda lookups: kind(lookups, scope, buffers)
+        buffers, ranks = self.buffers, self.ranks  # and not the engine, which would then wait for the garbage collector
+
+        def made(lookups: Lookups) -> Perturbation:
+            perturbation = kind(lookups, scope, buffers)
+            perturbation.meeting = None if ranks is None else ranks.meet()
+            return perturbation
+
+        return made
 
     def _by_row(self) -> bool:
         return self._of_tables and not self.parallelism.compiled

@@ -14,7 +14,9 @@ from fastadv.engine.profile import span
 from fastadv.engine.results import Closure
 
 if TYPE_CHECKING:
+    from fastadv.engine.model.placed import Placed
     from fastadv.engine.model.split import Crossing
+    from fastadv.engine.perturb.ranks import Ranks
     from fastadv.engine.step import Step
 
 Kind = Literal["full", "probe", "partial"]
@@ -37,6 +39,10 @@ APPLIED = "a perturbation is applied to this model already: leave that `applied(
 MOVED_ON = (
     "activation checkpointing recomputes the perturbed module after the perturbation has moved on, and this method "
     "goes back through the passes before that: keep it outside of checkpointed segments"
+)
+WHICH_PADDING = (
+    "the embedding's output is sharded over the sequence, and padding_idx does not say what of this rank's part is "
+    "padding: give mask=, [B, T] of this rank's positions"
 )
 WHICH_CALL = (
     "activation checkpointing recomputes an embedding, and which of its calls cannot be told ({alike} calls of shape "
@@ -62,11 +68,18 @@ class Perturbing(Protocol):
     def detaches(self, lookup: Lookup, table: Tensor) -> bool:
         """Whether autograd need not compute this lookup's gradient by `table`."""
 
+    def place(self, placed: Placed) -> None:
+        """The result of the next lookup lies on a mesh of ranks."""
+
+    def divide(self, module: int, *, has_ids: bool) -> None:
+        """The result of the next lookup is a part of each sample; `has_ids`: and its ids are those of that part."""
+
 
 class Entrance:
     """Where the hooks in a model find the running pass. None, as between steps: the model is the plain one."""
 
     forward: Perturbing | None = None
+    ranks: Ranks | None = None  # that each hold a part of what is perturbed
 
 
 class Forward:
@@ -132,6 +145,21 @@ class Forward:
         if self.kind != "full":
             return True
         return lookup.table is table and self.step.tables.owns(lookup.module, table)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def place(self, placed: Placed) -> None:
+        """See `Perturbing`; ranks that hold the same must draw the same."""
+        seed = self.step.drawn_from()
+        if seed is not None:
+            self.step.engine.seed_check.on(placed, seed)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
+    def divide(self, module: int, *, has_ids: bool) -> None:
+        """See `Perturbing`; where no group says who has the other parts, what needs all of a sample is refused."""
+        by_ids = self.lookups.given_mask(self.cursor) is None and self.lookups.places.padding[module] is not None
+        if by_ids and not has_ids:
+            raise ValueError(WHICH_PADDING)
+        self.step.perturbation.divide(has_ids=has_ids)
 
     def _again(self, shape: Size, ids: Tensor | None) -> Lookup:
         """The call that a checkpoint recomputes: the same ids, or else the only one of that shape."""

@@ -19,6 +19,7 @@ from fastadv.engine.safety.interrupts import Block
 
 if TYPE_CHECKING:
     from fastadv.engine.engine import Engine
+    from fastadv.engine.model.placed import Placed
     from fastadv.engine.model.split import Crossing
     from fastadv.engine.step import Step
 
@@ -126,6 +127,12 @@ class Applied:
     def detaches(self, lookup: Lookup, table: Tensor) -> bool:  # noqa: ARG002
         """Never: the table is trained as in any forward."""
         return False
+
+    def place(self, placed: Placed) -> None:
+        """The search has seen to that."""
+
+    def divide(self, module: int, *, has_ids: bool) -> None:
+        """The search has seen to that."""
 
 
 def _same_batch(lookup: Lookup, ids: Tensor | None) -> bool:

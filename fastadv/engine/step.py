@@ -107,6 +107,10 @@ class Step:
         if self._started and self._start is not None:
             self.perturbation.start(self._start, self._seed, lookup)
 
+    def drawn_from(self) -> int | None:
+        """The seed of a random start; None: nothing is drawn."""
+        return self._seed if self._start is not None and self._start.random else None
+
     def zero_(self) -> None:
         """Put the perturbation at zero; the last pass's gradient stays."""
         self.perturbation.zero_()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.engine.lookups import Masks
+from fastadv.engine.model.placed import is_placed
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.interrupts import Block
 from fastadv.engine.step import Step
@@ -19,6 +20,10 @@ from fastadv.methods.base import Method
 from fastadv.methods.options import StepOptions, number, whole
 
 SHARDED = "AWP moves each weight as a whole, and FSDP or DeepSpeed's ZeRO-3 shards them: train with DDP, or without"
+PLACED = (
+    "AWP moves each weight as a whole, and a rank has a part of {name}, which tensor parallelism has placed on a mesh: "
+    "choose weights that are whole, parameters=lambda name, p: ..., or train with DDP"
+)
 
 Choice = Callable[[str, nn.Parameter], bool]
 
@@ -108,6 +113,9 @@ class AWP(Method):
             raise ValueError(
                 "no weight moves: parameters=(name, parameter) -> bool chose none of those that require a gradient"
             )
+        placed = [name for name, p in self.model.named_parameters() if is_placed(p) and any(p is one for one in chosen)]
+        if placed:
+            raise ValueError(PLACED.format(name=placed[0]))
         self._known, self._weights.weights, self._weights.saved = now, chosen, []
 
     def run(self, step: Step) -> StepResult:

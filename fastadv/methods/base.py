@@ -142,7 +142,7 @@ class Method:
         self._engine.look()
         if device.type != "cuda":
             raise RuntimeError(f"capture() records a CUDA graph, and the model is on the {device}: call backward()")
-        if parallelism.reduces() or parallelism.sharded:
+        if parallelism.reduces() or parallelism.sharded or self._engine.ranks is not None:
             raise RuntimeError("capture() serves one process: where several train a model, call backward()")
         return Captured(self, fn, example_batch, device)
 

@@ -15,12 +15,18 @@ from fastadv.engine.engine import SCOPES, TABLE_SCOPES
 from fastadv.engine.found import Found
 from fastadv.engine.lookups import Masks
 from fastadv.engine.model.find import mean_row_norm
+from fastadv.engine.perturb.ranks import Ranks
 from fastadv.engine.perturb.rule import Rule
-from fastadv.engine.perturb.start import Draw, RandomStart, resolve, uniform
+from fastadv.engine.perturb.start import Draw, RandomStart, Total, resolve, uniform
 from fastadv.engine.results import Closure
 from fastadv.engine.step import Step
 from fastadv.methods.base import Method
 from fastadv.methods.options import BALLS, DIRECTIONS, Norm, Scope, TiedOptions, number, one_of, whole
+
+LENGTHS = (
+    "a random start is scaled by each sample's length, and with scope='batch' a sample may lie on one rank of "
+    "process_group= or on several: use scope='sample' for sequence shards, or random_start=False or a callable"
+)
 
 
 class EmbeddingMethod(Method):
@@ -39,6 +45,8 @@ class EmbeddingMethod(Method):
             rows, taken once, when the method is made. A callable start is not scaled.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         tied: "lookup" or "both"; see `fastadv.PGD`.
+        process_group: a ProcessGroup or DeviceMesh dimension whose ranks each hold a part of what a norm is over: of
+            every sample (sequence shards), or for scope "batch", "table" and "row" of the batch.
         start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype: see `fastadv.PGD`.
 
     Raises:
@@ -75,11 +83,15 @@ class EmbeddingMethod(Method):
         self.step_size = number("step_size", step_size)
         self.steps = whole("steps", steps, 1)
         self.scope = scope
+        self._ranks = Ranks.of(options.pop("process_group", None))
+        if tied == "both" and self._ranks is not None:
+            raise ValueError("tied='both' moves each rank's own table: process_group= needs tied='lookup'")
         self._direction, self._ball = self._directed(norm, options)
         self._relative, self._random_start = options.pop("relative", False), random_start
         self._unit = mean_row_norm(model, embedding) if self._relative else 1.0
         self._start = self._resolve(random_start)
-        self._places = {"embedding": embedding, "scope": scope, "tied": tied, **self._places}
+        self._check_lengths()
+        self._places = {"embedding": embedding, "scope": scope, "tied": tied, "ranks": self._ranks, **self._places}
         super().__init__(model, **options)  # type: ignore[misc]  # the others have been taken out
 
     def _directed(self, norm: Norm, options: TiedOptions) -> tuple[str, str]:
@@ -159,7 +171,18 @@ class EmbeddingMethod(Method):
 
     def _resolve(self, random_start: RandomStart) -> Draw | None:
         """The start that the argument stands for."""
-        return resolve(random_start, self.epsilon, lambda magnitude: uniform(self._kind)(magnitude * self._unit))
+        drawn = uniform(self._kind, self._lengths)
+        by_sample = self._kind == "l2"
+        return resolve(random_start, self.epsilon, lambda size: drawn(size * self._unit), by_sample=by_sample)
+
+    def _check_lengths(self) -> None:
+        if self._lengths is not None and self.scope == "batch" and self._start is not None and self._start.by_sample:
+            raise ValueError(LENGTHS)
+
+    @property
+    def _lengths(self) -> Total | None:
+        """What adds up the parts of a sample that other ranks hold; a table's rows are known to all of them."""
+        return None if self._ranks is None or self.scope in TABLE_SCOPES else self._ranks.total
 
     def _draw(self) -> Draw | None:
         return self._start

@@ -137,6 +137,12 @@ class LLR(EmbeddingMethod):
             **options,
         )
         self._engine.refuse(compiled=COMPILED, flat=FLAT)
+        if self._ranks is not None:
+            self.close()
+            raise ValueError(
+                "LLR compares the loss of a whole sample with its slope, and process_group= gives a rank a part of it: "
+                "use another method there"
+            )
         self._adam = Adam(self.rule.step_size) if optimizer == "adam" else None
         self._tried: tuple[object, object] = None, None  # the parameters and the closure that were looked into
         self._engine.inventory.look()

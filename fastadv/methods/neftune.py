@@ -99,4 +99,4 @@ class NEFTune(EmbeddingMethod):
         step.start()
 
     def _resolve(self, random_start: RandomStart) -> Draw | None:
-        return resolve(random_start, None, lambda alpha: uniform_l2(alpha * self._unit))
+        return resolve(random_start, None, lambda alpha: uniform_l2(alpha * self._unit, self._lengths), by_sample=True)

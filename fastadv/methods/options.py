@@ -17,6 +17,7 @@ from typing_extensions import TypedDict
 
 from fastadv.engine.model.find import EmbeddingChoice
 from fastadv.engine.owner import Backward, Owner
+from fastadv.engine.perturb.ranks import Group
 
 Norm = Literal["l2", "linf"]
 Direction = Literal["l2", "sign", "max"]
@@ -40,6 +41,7 @@ SHARED: dict[str, Any] = {
     "communication": "each",
     "embedding": None,
     "relative": False,
+    "process_group": None,
     "direction": "by norm",
     "ball": "by norm",
     "tied": "lookup",
@@ -86,6 +88,7 @@ class NoiseOptions(StepOptions, total=False):
 
     embedding: EmbeddingChoice
     relative: bool
+    process_group: Group
 
 
 class EmbeddingOptions(NoiseOptions, total=False):

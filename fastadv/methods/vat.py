@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import ClassVar, Literal
 
 import torch
@@ -150,10 +151,16 @@ class VAT(EmbeddingMethod):
         done = step.plain(loss_if_any)
         return StepResult(done.loss, None, done.output)
 
+    def _check_lengths(self) -> None:
+        """A start on the sphere has the length of what its norm is over, and needs no sample's."""
+
     def _resolve(self, random_start: RandomStart) -> Draw | None:
         """Xi d, d uniform over the sphere."""
         leading = LEADING[self.scope]
-        return resolve(random_start, self.xi, lambda radius: somewhere_at(radius * self._unit, leading))
+        total = None if self.scope == "token" else self._lengths
+        drawn = functools.partial(somewhere_at, leading=leading, total=total)
+        by_sample = self.scope != "token"
+        return resolve(random_start, self.xi, lambda radius: drawn(radius * self._unit), by_sample=by_sample)
 
 
 def by_dtype(model: nn.Module, probe_dtype: torch.dtype | None) -> float:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # torch comes with a method, and not before
     from fastadv.methods import Method
 
 # The job decides these itself, or only a program can give them.
-INTERNAL = {"self", "model", "method", "parameters", "backward", "scaler", "atomic"}
+INTERNAL = {"self", "model", "method", "parameters", "backward", "scaler", "atomic", "process_group"}
 IN_A_SCRIPT = "leave it out, or write a script with AdversarialTrainer"
 TAKEN = dict.fromkeys((
     "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "disable_tqdm", "local_rank", "deepspeed",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.forward import Entrance, Perturbing
 from fastadv.engine.model.find import first_tensor, is_plain_lookup
+from fastadv.engine.model.placed import Placed, here, is_placed, is_planned, planned_over_sequence
 from fastadv.engine.profile import span
 from fastadv.ops.gather_perturb import gather_perturb
 
@@ -36,6 +37,7 @@ class Hook:
         self.module = module
         self.index = index
         self.entrance = entrance
+        self.divided = planned_over_sequence(module, before=isinstance(self, LookupHook))
 
     def remove(self) -> None:
         """Leave the module as it was found."""
@@ -44,8 +46,21 @@ class Hook:
     def add(self, hidden: Tensor, ids: Tensor | None) -> Tensor:
         """`hidden` + delta, summed in delta's dtype and rounded once."""
         forward = self.entrance.forward
-        lookup = None if forward is None else forward.enter(hidden, hidden.shape, ids, self.index)
-        return hidden if lookup is None else (hidden.to(lookup.delta.dtype) + lookup.delta).to(hidden.dtype)
+        if forward is None:
+            return hidden
+        placed = Placed(hidden, self.entrance.ranks) if is_placed(hidden) else None
+        local, ids = (hidden if placed is None else placed.local), here(ids)
+        apart = ids is not None and ids.shape != local.shape[:-1]  # a plan has sharded what the ids gave
+        if placed is not None:
+            forward.place(placed)
+        if self.divided or apart or (placed is not None and placed.over_sequence):
+            forward.divide(self.index, has_ids=not apart)
+        lookup = forward.enter(local, local.shape, None if apart else ids, self.index)
+        if lookup is None:
+            return hidden
+        if placed is not None:
+            return placed.plus(lookup.delta)
+        return (hidden.to(lookup.delta.dtype) + lookup.delta).to(hidden.dtype)
 
 
 class NotCopied:
@@ -65,7 +80,8 @@ class OutputHook(NotCopied, Hook):
 
     def __init__(self, module: nn.Module, index: int, entrance: Entrance) -> None:
         super().__init__(module, index, entrance)
-        self.handle = module.register_forward_hook(self, with_kwargs=True)
+        first = entrance.ranks is None and is_planned(module)  # the whole output, before a plan shards it
+        self.handle = module.register_forward_hook(self, with_kwargs=True, prepend=first)
 
     def remove(self) -> None:
         """Take the hook off."""
@@ -105,6 +121,8 @@ class LookupHook(Hook):
 
     def _look_up(self, module: Any, forward: Perturbing, input: Tensor) -> Tensor:
         """The lookup of a pass that is running, perturbed."""
+        if self.divided:
+            forward.divide(self.index, has_ids=True)
         weight: Tensor = module.weight
         shape = torch.Size((*input.shape, weight.shape[1]))
         lookup = forward.enter(weight, shape, input, self.index, plain=True)

@@ -28,9 +28,14 @@ INVERTED = (
 
 
 class MaskCheck:
-    """The check of one method's masks. On the CPU of all; elsewhere, where reading waits, of the first of its dtype."""
+    """The check of one method's masks. On the CPU of all; elsewhere, where reading waits, of the first of its dtype.
 
-    def __init__(self) -> None:
+    Args:
+        parts: other ranks have the rest of what a mask is of, so that it may be 0 everywhere.
+    """
+
+    def __init__(self, parts: bool = False) -> None:
+        self._parts = parts
         self._trusted: set[tuple[str, torch.dtype]] = set()
 
     def values(self, mask: Tensor) -> None:
@@ -42,7 +47,7 @@ class MaskCheck:
         if mask.dtype.is_complex:
             raise ValueError(COMPLEX.format(dtype=mask.dtype))
         if self._reads("values", mask):
-            _check_values(mask)
+            _check_values(mask, self._parts)
 
     def padding(self, mask: Tensor, ids: Tensor, padding: int) -> None:
         """Look at where a mask has its tokens: padding may lie among them.
@@ -53,6 +58,8 @@ class MaskCheck:
         if not self._reads("padding", mask):
             return
         kept, pads = mask.bool(), ids == padding
+        if self._parts and not bool(kept.any()):
+            return
         if not bool((kept & ~pads).any()) and not bool(pads.all()):
             raise ValueError(INVERTED.format(padding=padding))
 
@@ -67,17 +74,17 @@ class MaskCheck:
         return True
 
 
-def _check_values(mask: Tensor) -> None:
-    if mask.dtype == torch.bool:
-        if not bool(mask.any()):
+def _check_values(mask: Tensor, parts: bool) -> None:
+    if not bool(mask.any()):
+        if not parts:
             raise ValueError(NO_TOKEN)
+        return
+    if mask.dtype == torch.bool:
         return
     least, most = torch.aminmax(mask)
     if bool(most == 1) and bool(least >= 0) and (not mask.is_floating_point() or torch.equal(mask, mask * mask)):
         return
     odd = mask[(mask != 0) & (mask != 1)]
-    if not odd.numel():
-        raise ValueError(NO_TOKEN)
     value = float(odd[0])
     convert = ADDITIVE if value < 0 else WEIGHING if mask.is_floating_point() else COUNTING
     raise ValueError(OTHER_VALUES.format(dtype=mask.dtype, value=value, convert=convert))

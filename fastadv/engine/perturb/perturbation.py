@@ -11,6 +11,7 @@ from torch import Tensor
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.lookups import Lookups
+from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.safety.rng import apart
@@ -18,15 +19,38 @@ from fastadv.ops.ascend import l2_norm
 
 Move = Callable[[int, Tensor, Tensor], Tensor]  # a lookup's index, its delta and gradient -> its next delta
 
+NO_IDS = (
+    "the perturbed module's output is sharded over the sequence, so that scope='table' and 'row' do not see all of a "
+    "word's positions: use scope='sample' with process_group= (the group of the shards), or scope='token'"
+)
+DIVIDED = (
+    "the perturbed module's output is sharded over the sequence, and this method takes norms (or lengths) of whole "
+    "samples: give process_group=, the group whose ranks have the shards (mesh['tp'].get_group()), or use scope='token'"
+)
+
 
 class Perturbation:
-    """One step's. `lookups` carry its gradient, and what their modules' outputs are moved by."""
+    """One step's. `lookups` carry its gradient, and what their modules' outputs are moved by.
+
+    Attributes:
+        meeting: of the ranks that each hold a part of what a norm is over; None: this one holds all of it.
+    """
+
+    meeting: Meeting | None = None
 
     def __init__(self, lookups: Lookups, scope: str, buffers: Buffers) -> None:
         self.lookups = lookups
         self.scope = scope
         self.buffers = buffers
         self.fused = lookups.places.fused
+
+    def divide(self, *, has_ids: bool) -> None:
+        """What is perturbed is a part of each sample; `has_ids`: the ids that are known are those of that part.
+
+        Raises:
+            ValueError: it has no ids, and words are perturbed.
+        """
+        raise NotImplementedError
 
     def settle(self) -> None:
         """At the end of a step: what has moved in place is put back, and measured before."""

@@ -6,22 +6,55 @@ import torch
 from torch import Tensor
 
 from fastadv.engine.lookup import Lookup
-from fastadv.engine.perturb.perturbation import Move, Perturbation, fill, mean_norm
+from fastadv.engine.perturb import across
+from fastadv.engine.perturb.perturbation import DIVIDED, Move, Perturbation, fill, mean_norm
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw
 from fastadv.ops import ascend
+
+APART = 0x9E3779B1  # between the seeds of two ranks: odd, and far, since a generator may take the lower 32 bits alone
 
 
 class PositionPerturbation(Perturbation):
     """Each lookup has a perturbation and a ball of its own."""
 
+    _divided = False  # each sample, over ranks
+    _moved = False  # so that there is a norm to tell the other ranks
+    _over_ranks: dict[str, Tensor] | None = None  # the norms that all ranks know, by kind
+
+    def divide(self, *, has_ids: bool) -> None:  # noqa: ARG002
+        """What takes more than a position is then asked of the other ranks, or refused."""
+        self._divided = True
+
+    def _check(self, whole: bool) -> None:
+        if whole and self._divided and self.meeting is None:
+            raise ValueError(DIVIDED)
+
+    def settle(self) -> None:
+        """Take the norms now, while the other ranks do so too."""
+        if self.meeting is not None and self._moved:
+            self._over_ranks = across.norms(
+                [lookup.delta.detach() for lookup in self.lookups], self.scope, self.meeting
+            )
+
     def start(self, draw: Draw, seed: int, lookup: Lookup) -> None:
         """Draw delta for every position."""
+        self._check(draw.by_sample)
         index = next(i for i, other in enumerate(self.lookups) if other is lookup)
-        fill(lookup.delta, draw, seed + index, lookup.mask, index)
+        part = 0 if self.meeting is None else self.meeting.ranks.rank * APART  # parts of a sample do not draw alike
+        fill(lookup.delta, draw, seed + index + part, lookup.mask, index)
+        self._moved = True
 
     def ascend(self, rule: Rule) -> None:
         """Each lookup by itself; of a plain one, the next embedding is written in the same pass over memory."""
+        self._check(self.scope != "token" and not rule.by_element)
+        self._moved = True
+        if self.meeting is not None and across.joins(self.scope, rule):
+            skipped = self.buffers.skipped_on(self.lookups.items[0].delta.device)
+            across.ascend(self.lookups.items, self.scope, rule, self.meeting, skipped)
+            for lookup in self.lookups:
+                lookup.grad = lookup.ready = None
+            return
         for lookup in self.lookups:
             if lookup.grad is None:
                 continue
@@ -42,6 +75,7 @@ class PositionPerturbation(Perturbation):
     @torch.no_grad()
     def move(self, step: Move) -> None:
         """Each lookup by itself."""
+        self._moved = True
         for index, lookup in enumerate(self.lookups):
             if lookup.grad is not None:
                 grad = lookup.grad.to(lookup.delta.dtype)
@@ -55,7 +89,9 @@ class PositionPerturbation(Perturbation):
         return {"batch": 0, "sample": 1, "token": delta.ndim - 1}[self.scope]
 
     def norm(self, kind: str) -> Tensor:
-        """Over the groups of all lookups."""
+        """Over the groups of all lookups, and of all ranks."""
+        if self._over_ranks is not None:
+            return across.mean(self._over_ranks[kind])
         leading = {"batch": 0, "sample": 1, "token": -1}[self.scope]
         return mean_norm([lookup.delta.detach() for lookup in self.lookups], leading, kind)
 

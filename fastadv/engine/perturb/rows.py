@@ -13,9 +13,11 @@ from torch import Tensor
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.lookups import Lookups
-from fastadv.engine.perturb.perturbation import Perturbation, fill, mean_norm
+from fastadv.engine.perturb.perturbation import NO_IDS, Perturbation, fill, mean_norm
+from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
-from fastadv.engine.perturb.segments import together
+from fastadv.engine.perturb.segments import numbered, together
+from fastadv.engine.perturb.shared_rows import SharedRows
 from fastadv.engine.perturb.start import Draw
 from fastadv.ops import ascend, segment_sum, table_step
 
@@ -32,11 +34,19 @@ class RowPerturbation(Perturbation):
         super().__init__(lookups, scope, buffers)
         self._group = 0 if scope == "table" else 1
         self.rows: Tensor | None = None  # [R, D]; None: zero
+        self._shared: SharedRows | None = None  # those of all ranks
+
+    def divide(self, *, has_ids: bool) -> None:
+        """Words are summed over all ranks that `process_group=` names, where each knows the ids of its own part."""
+        if not has_ids or self.meeting is None:
+            raise ValueError(NO_IDS)
 
     def zero_(self) -> None:
         """Back to no perturbation; a gradient stays."""
         super().zero_()
         self.rows = None
+        if self._shared is not None:
+            self._shared.rows.zero_()
 
     def start(self, draw: Draw, seed: int, lookup: Lookup) -> None:
         """Draw r for every distinct id, as soon as the ids are known."""
@@ -44,9 +54,15 @@ class RowPerturbation(Perturbation):
             if len(self.lookups.segments().slot) != sum(other.delta[..., 0].numel() for other in self.lookups):
                 raise NotImplementedError(IDS_FIRST)
             return  # drawn with the first lookup, for all of them
-        groups = self.lookups.segments()
-        occupied = groups.stops > groups.starts[:-1]  # by a position that is not masked
-        fill(self._r(), draw, seed, occupied)
+        if self.meeting is not None:
+            shared = self._of_all_ranks(self.meeting)
+            seed = self.meeting.tell(seed)[0][0]  # a word that several ranks have is moved alike
+            fill(shared.rows, draw, seed, shared.occupied)
+            self._r().copy_(shared.mine())
+        else:
+            groups = self.lookups.segments()
+            occupied = groups.stops > groups.starts[:-1]  # by a position that is not masked
+            fill(self._r(), draw, seed, occupied)
         self._spread()
 
     def ascend(self, rule: Rule) -> None:
@@ -56,7 +72,9 @@ class RowPerturbation(Perturbation):
             return
         grad = together([_gradient(lookup) for lookup in items])
         alone = items[0] if len(items) == 1 and items[0].table is not None and not items[0].materialised else None
-        if alone is None:
+        if self.meeting is not None:
+            self._step_over_ranks(self._of_all_ranks(self.meeting), grad, rule)
+        elif alone is None:
             self._step(grad, rule)
         else:
             self._step_and_look_up(alone, grad, rule)
@@ -89,9 +107,31 @@ class RowPerturbation(Perturbation):
         )
         lookup.wrote(written)
 
+    @torch.no_grad()
+    def _step_over_ranks(self, shared: SharedRows, grad: Tensor, rule: Rule) -> None:
+        """The same step on every rank, of the rows of all; each takes its own."""
+        ascend(
+            shared.rows,
+            shared.summed(segment_sum(grad, self.lookups.segments(), fused=self.fused)),
+            skipped=self.buffers.skipped_on(grad.device),
+            group=self._group,
+            fused=self.fused,
+            **rule._asdict(),
+        )
+        self._r().copy_(shared.mine())
+        self._spread()
+
+    def _of_all_ranks(self, meeting: Meeting) -> SharedRows:
+        if self._shared is None:
+            own, (ids, rows) = self.lookups.segments(), numbered(self.lookups.items, self.lookups.places.modules)
+            like = self.lookups.items[0].delta.detach()
+            self._shared = SharedRows(meeting, own, ids, rows, like, self.fused)
+        return self._shared
+
     def norm(self, kind: str) -> Tensor:
-        """Of r: the whole of it, or the mean over words."""
-        return mean_norm([] if self.rows is None else [self.rows], self._group, kind)
+        """Of r: the whole of it, or the mean over words; of all ranks."""
+        rows = self.rows if self._shared is None else self._shared.rows
+        return mean_norm([] if rows is None else [rows], self._group, kind)
 
     def _r(self) -> Tensor:
         """r, at first zero; every lookup is given its slots in it."""

@@ -15,9 +15,14 @@ from fastadv.ops import Segments, segments
 def group(lookups: Sequence[Lookup], modules: Sequence[nn.Module], fused: bool | None) -> Segments:
     """Group the positions of `lookups` by token id; the tables of several `modules` stand one after the other."""
     masks = None if all(lookup.mask is None for lookup in lookups) else together([_mask(lookup) for lookup in lookups])
+    ids, rows = numbered(lookups, modules)
+    return segments(ids, rows, mask=masks, fused=fused).trimmed()
+
+
+def numbered(lookups: Sequence[Lookup], modules: Sequence[nn.Module]) -> tuple[Tensor, int]:
+    """The ids of all positions [N], those of a later table after those of the earlier ones, and how many there are."""
     if len(modules) == 1:
-        ids = together([ids_of(lookup) for lookup in lookups])
-        return segments(ids, vocabulary(modules[0]) or 0, mask=masks, fused=fused).trimmed()
+        return together([ids_of(lookup) for lookup in lookups]), vocabulary(modules[0]) or 0
     tables = [table_of(module) for module in modules]
     first = [next(i for i, other in enumerate(tables) if other is table) for table in tables]
     sizes = [(vocabulary(module) or 0) if first[i] == i else 0 for i, module in enumerate(modules)]
@@ -25,7 +30,7 @@ def group(lookups: Sequence[Lookup], modules: Sequence[nn.Module], fused: bool |
     every = [
         ids_of(lookup) + offsets[lookup.module] if offsets[lookup.module] else ids_of(lookup) for lookup in lookups
     ]
-    return segments(together(every), sum(sizes), mask=masks, fused=fused).trimmed()
+    return together(every), sum(sizes)
 
 
 def together(parts: Sequence[Tensor]) -> Tensor:

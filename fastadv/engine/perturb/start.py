@@ -11,17 +11,25 @@ from torch import Tensor
 
 Start = Callable[[tuple[int, ...], Tensor], Tensor]  # the user's: shape and mask of one call of the embedding
 RandomStart = bool | float | Start
+Total = Callable[[Tensor], Tensor]  # over the parts of a sample that several ranks hold
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The engine's: a start by shape, mask and which call it is. What is not `random` moves no generator."""
+    """The engine's: a start by shape, mask and which call it is. What is not `random` moves no generator.
+
+    Attributes:
+        by_sample: its size depends on all of a sample, and not on an element alone.
+    """
 
     at: Callable[[tuple[int, ...], Tensor, int], Tensor]
     random: bool = True
+    by_sample: bool = False
 
 
-def resolve(random_start: RandomStart, epsilon: float | None, drawn: Callable[[float], Start]) -> Draw | None:
+def resolve(
+    random_start: RandomStart, epsilon: float | None, drawn: Callable[[float], Start], *, by_sample: bool = False
+) -> Draw | None:
     """The start, of which `drawn` makes a magnitude; None for zero.
 
     Raises:
@@ -40,24 +48,25 @@ def resolve(random_start: RandomStart, epsilon: float | None, drawn: Callable[[f
         raise ValueError(f"random_start must be a finite magnitude of at least 0, not {random_start}")
     if random_start == 0:
         return None
-    return _of_any_call(drawn(random_start))
+    return _of_any_call(drawn(random_start), by_sample)
 
 
-def _of_any_call(start: Start) -> Draw:
-    return Draw(lambda shape, mask, _: start(shape, mask))
+def _of_any_call(start: Start, by_sample: bool = False) -> Draw:
+    return Draw(lambda shape, mask, _: start(shape, mask), by_sample=by_sample)
 
 
-def uniform(norm: str) -> Callable[[float], Start]:
+def uniform(norm: str, total: Total | None = None) -> Callable[[float], Start]:
     """What most methods draw of a magnitude."""
-    return uniform_l2 if norm == "l2" else uniform_linf
+    return (lambda magnitude: uniform_l2(magnitude, total)) if norm == "l2" else uniform_linf
 
 
-def uniform_l2(magnitude: float) -> Start:
+def uniform_l2(magnitude: float, total: Total | None = None) -> Start:
     """U(-1, 1) * magnitude / sqrt(length * D), with each sample's true length (FreeLB, Zhu et al. 2020)."""
 
     def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
         within_sample = tuple(range(1, mask.ndim)) or 0  # a table's rows [R] are one sample
-        length = mask.sum(dim=within_sample, keepdim=True).clamp(min=1)
+        length = mask.sum(dim=within_sample, keepdim=True)
+        length = (length if total is None else total(length)).clamp(min=1)
         return _uniform(shape, mask) * (magnitude / (length * shape[-1]).sqrt()).unsqueeze(-1)
 
     return draw
@@ -77,7 +86,7 @@ def normal(deviation: float) -> Start:
     return lambda shape, mask: deviation * torch.randn(shape, device=mask.device)
 
 
-def somewhere_at(radius: float, leading: int) -> Start:
+def somewhere_at(radius: float, leading: int, total: Total | None = None) -> Start:
     """In a direction that is uniform over the sphere, at that l2 distance (VAT, Miyato et al. 2019).
 
     The first `leading` dimensions index the spheres; -1: all but the last.
@@ -87,6 +96,7 @@ def somewhere_at(radius: float, leading: int) -> Start:
         drawn = torch.randn(shape, device=mask.device).masked_fill_(~mask.unsqueeze(-1), 0)
         within = tuple(range(len(shape)))[leading:]
         norm = torch.linalg.vector_norm(drawn, dim=within, keepdim=True)
+        norm = norm if total is None else total(norm.square()).sqrt()
         start: Tensor = radius * drawn / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return start
 
