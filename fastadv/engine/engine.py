@@ -18,6 +18,7 @@ from fastadv.engine.model.hook import Hook, install
 from fastadv.engine.model.parallelism import Parallelism
 from fastadv.engine.model.split import Split, SplitChoice
 from fastadv.engine.owner import Owner
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.perturbation import Perturbation
 from fastadv.engine.perturb.positions import PositionPerturbation
@@ -158,6 +159,7 @@ class Engine:
         closure: Closure,
         masks: Masks = None,
         *,
+        groups: Groups = None,
         attack: Closure | None = None,
         start: Callable[[], Draw | None] | None = None,
         trains: bool = False,
@@ -170,7 +172,7 @@ class Engine:
         self._check(closure, attack)
 
         def new_step(frame: Frame) -> Step:
-            return Step(self, frame, closure, masks, attack, None if start is None else start())
+            return Step(self, frame, closure, masks, groups, attack, None if start is None else start())
 
         if not self.parallelism.among_others():
             return self._framed(schedule, new_step)

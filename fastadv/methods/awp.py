@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.engine.lookups import Masks
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.interrupts import Block
@@ -137,9 +138,11 @@ class AWP(Method):
         with span("backward"):
             return torch.autograd.grad(step.engine.owner.scaled(loss), self._weights.weights, allow_unused=True)
 
-    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
+    def perturbed(
+        self, closure: Closure, mask: Masks = None, groups: Groups = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Move the weights up one batch's loss, for every forward inside the block; see `Method.perturbed`."""
-        values = self._engine.run(self._found, closure, mask)
+        values = self._engine.run(self._found, closure, mask, groups=groups)
 
         def move() -> None:
             self._engine.busy = True

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.lookups import Lookups
-from fastadv.engine.perturb.perturbation import Perturbation, fill, mean_norm
+from fastadv.engine.perturb.perturbation import Perturbation, fill, group_norms, mean_norm
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.segments import together
 from fastadv.engine.perturb.start import Draw
@@ -91,7 +91,7 @@ class RowPerturbation(Perturbation):
 
     def norm(self, kind: str) -> Tensor:
         """Of r: the whole of it, or the mean over words."""
-        return mean_norm([] if self.rows is None else [self.rows], self._group, kind)
+        return mean_norm([] if self.rows is None else [group_norms(self.rows, self._group, kind)])
 
     def _r(self) -> Tensor:
         """r, at first zero; every lookup is given its slots in it."""

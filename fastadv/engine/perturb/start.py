@@ -9,19 +9,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastadv.arguments.runs import Runs
+from fastadv.ops.ascend import l2_norm
+
 Start = Callable[[tuple[int, ...], Tensor], Tensor]  # the user's: shape and mask of one call of the embedding
 RandomStart = bool | float | Start
+Drawn = Callable[[tuple[int, ...], Tensor, Runs | None], Tensor]  # ours: the documents of packed rows besides
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The engine's: a start by shape, mask and which call it is. What is not `random` moves no generator."""
+    """The engine's: a start by shape, mask, which call it is, and documents. Not `random`: moves no generator."""
 
-    at: Callable[[tuple[int, ...], Tensor, int], Tensor]
+    at: Callable[[tuple[int, ...], Tensor, int, Runs | None], Tensor]
     random: bool = True
 
 
-def resolve(random_start: RandomStart, epsilon: float | None, drawn: Callable[[float], Start]) -> Draw | None:
+def resolve(random_start: RandomStart, epsilon: float | None, drawn: Callable[[float], Drawn]) -> Draw | None:
     """The start, of which `drawn` makes a magnitude; None for zero.
 
     Raises:
@@ -29,7 +33,8 @@ def resolve(random_start: RandomStart, epsilon: float | None, drawn: Callable[[f
         TypeError: anything else than a bool, a number or a callable.
     """
     if callable(random_start):
-        return _of_any_call(random_start)
+        start = random_start
+        return Draw(lambda shape, mask, *_: start(shape, mask))
     if not isinstance(random_start, (bool, int, float)):
         raise TypeError(f"random_start takes True, False, a magnitude or a callable, not {random_start!r}")
     if random_start is True:
@@ -40,57 +45,63 @@ def resolve(random_start: RandomStart, epsilon: float | None, drawn: Callable[[f
         raise ValueError(f"random_start must be a finite magnitude of at least 0, not {random_start}")
     if random_start == 0:
         return None
-    return _of_any_call(drawn(random_start))
+    draw = drawn(random_start)
+    return Draw(lambda shape, mask, _, documents: draw(shape, mask, documents))
 
 
-def _of_any_call(start: Start) -> Draw:
-    return Draw(lambda shape, mask, _: start(shape, mask))
-
-
-def uniform(norm: str) -> Callable[[float], Start]:
+def uniform(norm: str) -> Callable[[float], Drawn]:
     """What most methods draw of a magnitude."""
     return uniform_l2 if norm == "l2" else uniform_linf
 
 
-def uniform_l2(magnitude: float) -> Start:
+def uniform_l2(magnitude: float) -> Drawn:
     """U(-1, 1) * magnitude / sqrt(length * D), with each sample's true length (FreeLB, Zhu et al. 2020)."""
 
-    def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
-        within_sample = tuple(range(1, mask.ndim)) or 0  # a table's rows [R] are one sample
-        length = mask.sum(dim=within_sample, keepdim=True).clamp(min=1)
+    def draw(shape: tuple[int, ...], mask: Tensor, documents: Runs | None) -> Tensor:
+        length = _lengths(mask, documents).clamp(min=1)
         return _uniform(shape, mask) * (magnitude / (length * shape[-1]).sqrt()).unsqueeze(-1)
 
     return draw
 
 
-def uniform_linf(magnitude: float) -> Start:
+def uniform_linf(magnitude: float) -> Drawn:
     """U(-magnitude, magnitude) per element."""
 
-    def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
+    def draw(shape: tuple[int, ...], mask: Tensor, _: Runs | None) -> Tensor:
         return magnitude * _uniform(shape, mask)
 
     return draw
 
 
-def normal(deviation: float) -> Start:
+def normal(deviation: float) -> Drawn:
     """N(0, deviation^2) per element (SMART, Jiang et al. 2020)."""
-    return lambda shape, mask: deviation * torch.randn(shape, device=mask.device)
+    return lambda shape, mask, _: deviation * torch.randn(shape, device=mask.device)
 
 
-def somewhere_at(radius: float, leading: int) -> Start:
+def somewhere_at(radius: float, leading: int) -> Drawn:
     """In a direction that is uniform over the sphere, at that l2 distance (VAT, Miyato et al. 2019).
 
-    The first `leading` dimensions index the spheres; -1: all but the last.
+    The first `leading` dimensions index the spheres; -1: all but the last. Where that is samples, documents do.
     """
 
-    def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
+    def draw(shape: tuple[int, ...], mask: Tensor, documents: Runs | None) -> Tensor:
         drawn = torch.randn(shape, device=mask.device).masked_fill_(~mask.unsqueeze(-1), 0)
-        within = tuple(range(len(shape)))[leading:]
-        norm = torch.linalg.vector_norm(drawn, dim=within, keepdim=True)
+        if leading == 1 and documents is not None:
+            norm = l2_norm(drawn.reshape(-1, shape[-1]), documents).view(*shape[:-1], 1)
+        else:
+            norm = torch.linalg.vector_norm(drawn, dim=tuple(range(len(shape)))[leading:], keepdim=True)
         start: Tensor = radius * drawn / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return start
 
     return draw
+
+
+def _lengths(mask: Tensor, documents: Runs | None) -> Tensor:
+    """How many positions each position's sample has."""
+    if documents is not None:
+        return documents.spread(mask.double().flatten(), "sum").long().view(mask.shape)
+    within_sample = tuple(range(1, mask.ndim)) or 0  # a table's rows [R] are one sample
+    return mask.sum(dim=within_sample, keepdim=True)
 
 
 def _uniform(shape: tuple[int, ...], mask: Tensor) -> Tensor:
