@@ -186,7 +186,7 @@ FASTADV_HD Move<Real> plan(const Rule<Real>& rule, const Reduce& reduce) {
   return move;
 }
 
-// One step for groups of `rows` rows.
+// One step for groups of `rows` rows, or for runs of rows of any length: group g from starts[g] to starts[g + 1].
 template <class G>
 struct Ascend {
   using Real = typename Compute<G>::type;
@@ -194,9 +194,12 @@ struct Ascend {
   Real* delta;    // [groups * rows, dim]
   const G* grad;  // likewise, `grad_stride` elements from row to row, inner stride 1
   std::int64_t grad_stride;
-  const bool* mask;  // [groups * rows]: where there is a gradient; or null
+  const bool* mask;            // [groups * rows]: where there is a gradient; or null
+  const std::int64_t* starts;  // [groups + 1]; or null
   std::int64_t groups, rows, dim;
   Rule<Real> rule;
+
+  FASTADV_HD std::int64_t first(std::int64_t g) const { return starts ? starts[g] : g * rows; }
 
   FASTADV_HD bool live(std::int64_t n) const { return !mask || mask[n]; }
   FASTADV_HD Real* delta_row(std::int64_t n) const { return delta + n * dim; }
@@ -208,7 +211,7 @@ struct AscendCall {
   int dtype;  // of the gradient; delta's is the one that it is computed in
   std::uintptr_t delta, grad;
   std::int64_t grad_stride;
-  std::uintptr_t mask;
+  std::uintptr_t mask, starts;
   std::int64_t groups, rows, dim;
   double step, epsilon;
   int direction, ball;
@@ -221,6 +224,7 @@ struct AscendCall {
             reinterpret_cast<const G*>(grad),
             grad_stride,
             reinterpret_cast<const bool*>(mask),
+            reinterpret_cast<const std::int64_t*>(starts),
             groups,
             rows,
             dim,

@@ -103,19 +103,21 @@ bool step_group(const Ascend<G>& op, const AfterRows& after, const Blocks& block
 
 template <class G>
 std::int64_t step_groups(const Ascend<G>& op, const AfterRows& after, int threads) {
-  if (op.groups == 0 || op.rows == 0) return 0;
+  if (op.groups == 0 || op.first(op.groups) == 0) return 0;
   const std::int64_t rows = std::max<std::int64_t>(kBlock / std::max<std::int64_t>(op.dim, 1), 1);
-  const auto blocks = [&](std::int64_t g) { return Blocks{g * op.rows, (g + 1) * op.rows, rows}; };
+  const auto blocks = [&](std::int64_t g) { return Blocks{op.first(g), op.first(g + 1), rows}; };
   std::atomic<std::int64_t> skipped{0};
   if (op.groups >= threads) {
-    parallel(op.groups, op.rows * op.dim, threads, [&](std::int64_t begin, std::int64_t end) {
+    parallel_uneven(op.groups, 1, op.first(op.groups) * op.dim, threads, [&](std::int64_t begin, std::int64_t end) {
       std::int64_t mine = 0;
       for (std::int64_t g = begin; g < end; ++g) mine += !step_group(op, after, blocks(g), 1, nullptr);
       skipped += mine;
     });
     return skipped;
   }
-  const std::unique_ptr<Sums[]> parts(new Sums[std::size_t(blocks(0).count())]);
+  std::int64_t most = 0;
+  for (std::int64_t g = 0; g < op.groups; ++g) most = std::max(most, blocks(g).count());
+  const std::unique_ptr<Sums[]> parts(new Sums[std::size_t(most)]);
   for (std::int64_t g = 0; g < op.groups; ++g) skipped += !step_group(op, after, blocks(g), threads, parts.get());
   return skipped;
 }

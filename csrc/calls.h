@@ -55,14 +55,15 @@ struct GivenRule {
 inline std::int64_t stride_of_rows(const View& matrix) { return matrix.there ? matrix.strides[0] : 0; }
 
 inline AscendCall ascend_call(const View& delta, const View& grad, const View& mask, const View& skipped,
-                              const GivenRule& rule) {
-  const int group = int(rule.group), last = delta.dims - 1;
+                              const GivenRule& rule, const View& starts) {
+  const int last = delta.dims - 1, group = starts.there ? last : int(rule.group);
   return {grad.dtype,
           delta.address,
           grad.address,
           row_stride(grad),
           mask.address,
-          delta.count(0, group),
+          starts.address,
+          starts.there ? starts.sizes[0] - 1 : delta.count(0, group),
           delta.count(group, last),
           delta.size(-1),
           rule.step,

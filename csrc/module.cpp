@@ -35,18 +35,19 @@ using fastadv::View;
 
 const View kNone;
 
-// delta, grad, mask, skipped; and weight, ids, embedded; and slot.
+// delta, grad, mask, skipped, starts; and weight, ids, embedded; and slot.
 py::object ascend_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
   const GivenRule rule(given);
   const Taken taken(signature, tensors);
-  if (!signature.is("ascend", {4, 7, 8}) || !taken || !rule.fits(taken[0].dims)) return py::none();
-  const auto call = fastadv::ascend_call(taken[0], taken[1], taken[2], taken[3], rule);
-  if (taken.size() == 4) {
+  if (!signature.is("ascend", {5, 8, 9}) || !taken || !rule.fits(taken[0].dims)) return py::none();
+  const auto call = fastadv::ascend_call(taken[0], taken[1], taken[2], taken[3], rule, taken[4]);
+  fastadv::check_starts("ascend", call, taken[0].count(0, taken[0].dims - 1));
+  if (taken.size() == 5) {
     unlocked([&] { return fastadv::ascend_cpu(call, nullptr, threads); });
     return py::bool_(true);
   }
   const auto lookup =
-      fastadv::gather_call(taken[4], taken[5], taken[0], taken.size() == 8 ? taken[7] : kNone, taken[6]);
+      fastadv::gather_call(taken[5], taken[6], taken[0], taken.size() == 9 ? taken[8] : kNone, taken[7]);
   const auto bad = unlocked([&] { return fastadv::ascend_cpu(call, &lookup, threads); });
   fastadv::refuse_lookup("ascend", bad, lookup);
   return py::bool_(true);
@@ -58,11 +59,10 @@ py::object table_step_cpu(const Signature& signature, const py::tuple& tensors, 
   const Taken taken(signature, tensors);
   if (!signature.is("table_step", {11}) || !taken || !rule.fits(2)) return py::none();
   const View &delta = taken[0], &room = taken[1];
-  const auto call = fastadv::ascend_call(delta, room, kNone, taken[2], rule);
+  const auto call = fastadv::ascend_call(delta, room, kNone, taken[2], rule, kNone);
   const auto lookup = fastadv::gather_call(taken[3], taken[4], delta, taken[7], taken[5]);
   const auto sums = fastadv::segment_sum_call(taken[6], taken[8], taken[9], taken[10], room);
-  const auto fault = unlocked([&] { return fastadv::table_step_cpu(call, sums, lookup, threads); });
-  const auto& [plan, index, mixed_at] = fault;
+  const auto [plan, index, mixed_at] = unlocked([&] { return fastadv::table_step_cpu(call, sums, lookup, threads); });
   fastadv::refuse_plan("table_step", plan, sums);
   fastadv::refuse_lookup("table_step", index, lookup);
   if (mixed_at >= 0) {

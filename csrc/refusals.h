@@ -57,6 +57,15 @@ inline void refuse_backward(const std::string& op, const BadBackward& bad, const
   }
 }
 
+inline void check_starts(const char* op, const AscendCall& call, std::int64_t rows) {
+  const auto starts = reinterpret_cast<const std::int64_t*>(call.starts);
+  if (!starts) return;
+  bool rise = starts[0] == 0 && starts[call.groups] == rows;
+  for (std::int64_t g = 0; g < call.groups; ++g) rise = rise && starts[g] <= starts[g + 1];
+  if (rise) return;
+  throw py::value_error(std::string(op) + ": starts must rise from 0 to the number of positions, " + at(rows));
+}
+
 inline void check_rows(const char* op, const RowsCall& call) {
   const std::int64_t bad = rows_first_bad(call);
   if (bad < 0) return;

@@ -42,6 +42,7 @@ TILE, TALLEST = 1024, 8  # elements of a tile, and rows at most: every row has a
 STAGES = 3  # tiles under way at a time
 PROGRAMS = 768  # that add up: one wave, on an A100 too. Fixed, so that sums do not depend on the device
 MOVERS = 8192  # programs that move: many waves, so that the last one does not show
+LEAST = 8  # programs of a run: most runs that starts have room for may have no row
 SUMS_PER_TILE = 128  # of its group that a mover reads: more of them, and it takes more tiles
 
 
@@ -53,6 +54,7 @@ class Step(NamedTuple):
     grad: Tensor
     mask: Tensor | None
     skipped: Tensor
+    starts: Tensor | None = None
     weight: Tensor | None = None
     ids: Tensor | None = None
     embedded: Tensor | None = None
@@ -67,19 +69,26 @@ class Step(NamedTuple):
 
 
 def ascend(
-    delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor, rule: Rule, lookup: Lookup | None = None
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    skipped: Tensor,
+    rule: Rule,
+    lookup: Lookup | None = None,
+    starts: Tensor | None = None,
 ) -> None:
     """`fastadv.ops.ascend`; `fastadv.arguments.signatures` lists the tensors.
 
-    With `slot` the lookup is a launch of its own: many positions take one row.
+    With `slot` the lookup is a launch of its own: many positions take one row. Starts are not looked at, which would
+    wait for the device: what lies outside is left out.
     """
     rule.check("ascend", delta.dim())
-    tensors = fitted(*signatures.ascend(delta, grad, mask, skipped, lookup))
+    tensors = fitted(*signatures.ascend(delta, grad, mask, skipped, lookup, starts))
     if lookup is None or lookup.slot is None:
         run(Step(rule, *tensors))
     else:
-        run(Step(rule, *tensors[:4]))
-        weight, ids, embedded, slot = tensors[4:]
+        run(Step(rule, *tensors[:5]))
+        weight, ids, embedded, slot = tensors[5:]
         lookups.write(weight, ids, delta, slot, embedded)
     increment_version((delta, skipped) if lookup is None else (delta, skipped, lookup.embedded))
 
@@ -88,9 +97,13 @@ def run(step: Step) -> None:
     """Launch what the groups need."""
     delta, group = step.delta, step.rule.group
     groups, rows = math.prod(delta.shape[:group]), math.prod(delta.shape[group:-1])
-    if delta.numel() == 0:
+    if step.starts is not None:
+        groups, rows = len(step.starts) - 1, math.prod(delta.shape[:-1])
+    if delta.numel() == 0 or groups == 0:
         return
-    if rows == 1 and delta.shape[-1] * delta.element_size() <= LONGEST_ROW:
+    if step.starts is not None:
+        _by_group(step, groups, rows)
+    elif rows == 1 and delta.shape[-1] * delta.element_size() <= LONGEST_ROW:
         _by_row(step, groups)
     else:
         _by_group(step, groups, rows)
@@ -135,29 +148,31 @@ class Cut(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def cut(groups: int, rows: int, dim: int) -> Cut:
-    """The cut of so many groups [rows, dim]."""
+def cut(groups: int, rows: int, dim: int, least: int = 1) -> Cut:
+    """The cut of so many groups [rows, dim], which at least so many programs add up, if they have the tiles."""
     width = columns(dim, most=TILE)
     height = min(max(TILE // width, 1), TALLEST)
     across = over(dim, width)
     tiles = over(rows, height) * across
-    parts = min(tiles, max(PROGRAMS // groups, 1))
-    movers = min(over(tiles, over(parts, SUMS_PER_TILE)), max(MOVERS // groups, 1))
+    parts = min(tiles, max(PROGRAMS // groups, least))
+    movers = min(over(tiles, over(parts, SUMS_PER_TILE)), max(MOVERS // groups, least))
     return Cut(height, width, across, tiles, parts, movers)
 
 
 def _by_group(step: Step, groups: int, rows: int) -> None:
     delta, dim = step.delta, step.delta.shape[-1]
-    by = cut(groups, rows, dim)
+    by = cut(groups, rows, dim, 1 if step.starts is None else LEAST)
     everything = groups * by.parts
     sums = torch.empty(SUMS * everything, dtype=torch.float64, device=delta.device)
-    read = (sums, delta, step.grad, pointer(step.mask, delta), rows, dim, row_stride(step.grad))
+    starts = pointer(step.starts, delta)
+    read = (sums, delta, step.grad, pointer(step.mask, delta), starts, rows, dim, row_stride(step.grad))
     places = (by.parts, by.tiles, by.across, everything)
     tile = {"STAGES": by.stages(by.parts), "ROWS": by.height, "COLUMNS": by.width}
-    constants, some = step.constants(), {"PARTS": power_of_two(by.parts)}
+    constants = {**step.constants(), "RUNS": step.starts is not None}
+    some = {"PARTS": power_of_two(by.parts)}
     launch(sums_kernel, (groups, by.parts), delta.device, *read, *places, **constants, **tile)
     if constants["BALL"] == "unit":
-        without = {name: constants[name] for name in ("DIRECTION", "MASKED")}
+        without = {name: constants[name] for name in ("DIRECTION", "MASKED", "RUNS")}
         step_size = step.rule.step_size
         launch(unit_kernel, (groups, by.parts), delta.device, *read, *places, step_size, **without, **some, **tile)
     launch(
@@ -166,6 +181,7 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
         delta.device,
         sums,
         *_moved(step),
+        starts,
         rows,
         dim,
         row_stride(step.grad),

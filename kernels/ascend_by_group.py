@@ -25,9 +25,27 @@ SUMS = 5  # uu, du, dd, the largest |u|, and the unit ball's measure of what has
 
 
 @triton.jit
+def reach(
+    starts: tl.tensor,
+    group: tl.tensor,
+    rows: tl.tensor,
+    tiles: tl.tensor,
+    across: tl.tensor,
+    RUNS: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> tl.tensor:
+    """A group's first row, how many it has, and its tiles. Of runs, `rows` are all there are."""
+    if RUNS:
+        first = tl.minimum(tl.maximum(tl.load(starts + group), 0), rows)
+        own = tl.maximum(tl.minimum(tl.load(starts + group + 1), rows) - first, 0)
+        return first, own, (own + ROWS - 1) // ROWS * across
+    return group * rows, rows, tiles
+
+
+@triton.jit
 def place(
     tile: tl.tensor,
-    group: tl.tensor,
+    first: tl.tensor,
     rows: tl.tensor,
     dim: tl.tensor,
     across: tl.tensor,
@@ -38,7 +56,7 @@ def place(
     row = (tile // across) * ROWS + tl.arange(0, ROWS)
     d = (tile % across) * COLUMNS + tl.arange(0, COLUMNS)
     there = row < rows
-    return group * rows + row, d, there, there[:, None] & (d < dim)[None, :]
+    return first + row, d, there, there[:, None] & (d < dim)[None, :]
 
 
 @triton.jit
@@ -54,6 +72,7 @@ def sums_kernel(
     delta: tl.tensor,
     grad: tl.tensor,
     mask: tl.tensor,
+    starts: tl.tensor,
     rows: tl.tensor,
     dim: tl.tensor,
     grad_stride: tl.tensor,
@@ -64,6 +83,7 @@ def sums_kernel(
     DIRECTION: tl.constexpr,
     BALL: tl.constexpr,
     MASKED: tl.constexpr,
+    RUNS: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -74,8 +94,9 @@ def sums_kernel(
     du = folded(tl.zeros([ROWS, COLUMNS], tl.float64))
     dd = folded(tl.zeros([ROWS, COLUMNS], tl.float64))
     largest = folded(tl.zeros([ROWS, COLUMNS], tl.float64))
+    first, own, tiles = reach(starts, group, rows, tiles, across, RUNS, ROWS)
     for tile in tl.range(part, tiles, parts, num_stages=STAGES):
-        n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
+        n, d, there, inside = place(tile, first, own, dim, across, ROWS, COLUMNS)
         u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
         uu += folded(u * u)
         if DIRECTION == "max":
@@ -126,6 +147,7 @@ def unit_kernel(
     delta: tl.tensor,
     grad: tl.tensor,
     mask: tl.tensor,
+    starts: tl.tensor,
     rows: tl.tensor,
     dim: tl.tensor,
     grad_stride: tl.tensor,
@@ -136,6 +158,7 @@ def unit_kernel(
     step: tl.float64,
     DIRECTION: tl.constexpr,
     MASKED: tl.constexpr,
+    RUNS: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
     ROWS: tl.constexpr,
@@ -145,8 +168,9 @@ def unit_kernel(
     group, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     _, a = step_of(sums, group, parts, everything, step, DIRECTION, PARTS)
     size = folded(tl.zeros([ROWS, COLUMNS], tl.float64))
+    first, own, tiles = reach(starts, group, rows, tiles, across, RUNS, ROWS)
     for tile in tl.range(part, tiles, parts, num_stages=STAGES):
-        n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
+        n, d, there, inside = place(tile, first, own, dim, across, ROWS, COLUMNS)
         u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
         before = tl.load(delta + n[:, None] * dim + d[None, :], mask=inside, other=0).to(tl.float64)
         moved = moved_by(before, u, a)
@@ -197,6 +221,7 @@ def move_kernel(
     ids: tl.tensor,
     embedded: tl.tensor,
     flag: tl.tensor,
+    starts: tl.tensor,
     rows: tl.tensor,
     dim: tl.tensor,
     grad_stride: tl.tensor,
@@ -211,6 +236,7 @@ def move_kernel(
     DIRECTION: tl.constexpr,
     BALL: tl.constexpr,
     MASKED: tl.constexpr,
+    RUNS: tl.constexpr,
     EMBEDS: tl.constexpr,
     WIDE: tl.constexpr,
     PARTS: tl.constexpr,
@@ -224,8 +250,9 @@ def move_kernel(
     by = shrink(size_after(sums, group, parts, everything, uu, a, DIRECTION, BALL, PARTS), epsilon, BALL)
     if mover == 0:
         count_skipped(skipped, (uu < float("inf")).to(tl.int64) ^ 1)
+    first, own, tiles = reach(starts, group, rows, tiles, across, RUNS, ROWS)
     for tile in tl.range(mover, tiles, tl.num_programs(1), num_stages=STAGES):
-        n, d, there, inside = place(tile, group, rows, dim, across, ROWS, COLUMNS)
+        n, d, there, inside = place(tile, first, own, dim, across, ROWS, COLUMNS)
         at = delta + n[:, None] * dim + d[None, :]
         u = direction_of(gradient(grad, mask, n, d, there, inside, grad_stride, MASKED), DIRECTION)
         before = tl.load(at, mask=inside, other=0).to(tl.float64)

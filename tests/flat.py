@@ -31,9 +31,10 @@ def ascends(run: Step) -> Step:
         ids: Tensor | None = None,
         slot: Tensor | None = None,
         embedded: Tensor | None = None,
+        starts: Tensor | None = None,
     ) -> None:
         rule = Rule(step_size, epsilon, direction, ball, group)
-        run(delta, grad, mask, skipped, rule, lookup_of(weight, ids, slot, embedded))
+        run(delta, grad, mask, skipped, rule, lookup_of(weight, ids, slot, embedded), starts)
 
     return ascend
 

@@ -12,6 +12,7 @@ _STEP = """
     grad      goes:delta   [*P, D]  even        -- grad and delta must be equal in shape
     mask?     mask         [*P]     copied
     skipped!  int64        []       contiguous  -- it is 0-d
+    starts?   int64        [S+1]    copied      -- one more than there are groups
 """
 ASCEND = Signature("ascend", _STEP)
 ASCEND_BY_POSITION = Signature(
@@ -30,6 +31,7 @@ ASCEND_BY_SLOT = Signature(
     grad      goes:delta   [R, D]   even        -- grad and delta must be equal in shape
     mask?     mask         [R]      copied
     skipped!  int64        []       contiguous  -- it is 0-d
+    starts?   int64        [S+1]    copied      -- one more than there are groups
     weight    goes:delta   [V, D]   rows
     ids       index        [*I]     copied
     embedded! same:weight  [*I, D]  contiguous
@@ -39,10 +41,15 @@ ASCEND_BY_SLOT = Signature(
 
 
 def ascend(
-    delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor, lookup: Lookup | None
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    skipped: Tensor,
+    lookup: Lookup | None,
+    starts: Tensor | None = None,
 ) -> tuple[Signature, tuple[Tensor | None, ...]]:
     """The form of an ascent, and its tensors."""
-    step = (delta, grad, mask, skipped)
+    step = (delta, grad, mask, skipped, starts)
     if lookup is None:
         return ASCEND, step
     return ASCEND_BY_POSITION if lookup.slot is None else ASCEND_BY_SLOT, step + lookup.tensors()

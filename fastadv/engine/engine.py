@@ -19,6 +19,7 @@ from fastadv.engine.model.parallelism import Parallelism
 from fastadv.engine.model.placed import SeedCheck
 from fastadv.engine.model.split import Split, SplitChoice
 from fastadv.engine.owner import Owner
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.perturbation import Perturbation
 from fastadv.engine.perturb.positions import PositionPerturbation
@@ -40,6 +41,11 @@ SCOPES = ("table", "row", "batch", "sample", "token")
 TABLE_SCOPES = ("table", "row")
 
 BUSY = "a step is already running: the closure must not call the method that calls it"
+
+DIVIDED_DOCUMENTS = (
+    "groups= tells documents apart that lie whole in a row, and with process_group= a rank has a part of each row: "
+    "give one of the two"
+)
 
 
 def _remove(hooks: list[Hook | Split]) -> None:
@@ -202,6 +208,7 @@ class Engine:
         closure: Closure,
         masks: Masks = None,
         *,
+        groups: Groups = None,
         attack: Closure | None = None,
         start: Callable[[], Draw | None] | None = None,
         trains: bool = False,
@@ -212,9 +219,11 @@ class Engine:
         elsewhere.
         """
         self._check(closure, attack)
+        if groups is not None and self.ranks is not None:
+            raise ValueError(DIVIDED_DOCUMENTS)
 
         def new_step(frame: Frame) -> Step:
-            return Step(self, frame, closure, masks, attack, None if start is None else start())
+            return Step(self, frame, closure, masks, groups, attack, None if start is None else start())
 
         if not self.parallelism.among_others():
             return self._framed(schedule, new_step)

@@ -147,6 +147,7 @@ def _held(lookup: Lookup) -> Lookup:
     return Lookup(
         lookup.delta.detach().clone() if lookup.materialised else lookup.delta.detach(),
         lookup.mask,
+        lookup.documents,
         None if ids is None else ids.clone(),
         lookup.module,
         materialised=lookup.materialised,

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
+from fastadv.arguments.runs import Runs
+
 
 @dataclass(slots=True)
 class Lookup:
@@ -15,6 +17,7 @@ class Lookup:
 
     delta: Tensor  # [B, T, D], a leaf that requires grad; float32, or float64 for a float64 model
     mask: Tensor | None  # [B, T] bool, True where a token is; None: everywhere
+    documents: Runs | None = None  # of its positions, where rows are packed; None: a row is a sample
     ids: Tensor | None = None  # [B, T], where the module is an embedding table
     module: int = 0  # index of the module among the perturbed ones
     table: Tensor | None = None  # its weight, where the call is a plain lookup of the step's own ids

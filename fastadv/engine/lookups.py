@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor, nn
 
+from fastadv.arguments.runs import Runs
 from fastadv.engine.lookup import Lookup, new_delta
 from fastadv.engine.model.find import is_plain_lookup
+from fastadv.engine.perturb.documents import Documents, Groups
 from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.segments import group
 from fastadv.engine.profile import span
@@ -36,17 +38,23 @@ class Lookups:
     Args:
         places: the perturbed modules.
         masks: of the user: one for every call, or a sequence of one (or None) a call.
+        groups: of the user, likewise: the documents of packed rows.
         lent: an earlier step's lookups, whose memory serves again where the masks have their shape.
     """
 
-    def __init__(self, places: Places, masks: Masks, lent: Sequence[Lookup]) -> None:
-        if not all(mask is None or isinstance(mask, Tensor) for mask in _each(masks)):
-            raise TypeError(f"mask must be a tensor, or a sequence of tensors and None, not {masks!r}")
+    def __init__(self, places: Places, masks: Masks, groups: Groups, lent: Sequence[Lookup]) -> None:
+        for name, given in (("mask", masks), ("groups", groups)):
+            if not all(one is None or isinstance(one, Tensor) for one in _each(given)):
+                raise TypeError(f"{name} must be a tensor, or a sequence of tensors and None, not {given!r}")
         for mask in _each(masks):
             if isinstance(mask, Tensor):
                 places.check.values(mask)
         self.places = places
         self.masks = masks
+        self.documents = [
+            Documents.read(one, places.check) if isinstance(one, Tensor) else None for one in _each(groups)
+        ]
+        self._shared = groups is None or isinstance(groups, Tensor)  # by all calls
         self.items: list[Lookup] = []
         self.settled = False  # a pass has shown how often the modules are called, and on what
         self._segments: Segments | None = None
@@ -62,24 +70,24 @@ class Lookups:
 
     def _reuse(self, lent: Sequence[Lookup]) -> None:
         for index, old in enumerate(lent):
-            mask = self.given_mask(index)
+            mask = self._mask_before_ids(index)
             if mask is not None and mask.shape != old.delta.shape[:-1]:
                 break
-            boolean = None if mask is None else mask.bool()
-            lookup = Lookup(old.delta, boolean, materialised=old.materialised, scratch=old.scratch)
+            documents = self._documents_of(index)
+            lookup = Lookup(old.delta, mask, documents, materialised=old.materialised, scratch=old.scratch)
             lookup.delta.grad = None
             lookup.zero_()
             self.items.append(lookup)
 
     def _prepare(self) -> None:
         """Make the first delta now where the mask gives its shape: a compiled graph would break on making it."""
-        mask, module = self.given_mask(0), self.places.modules[0] if self.places.modules else None
+        mask, module = self._mask_before_ids(0), self.places.modules[0] if self.places.modules else None
         if mask is None or not isinstance(module, nn.Embedding):
             return
         materialised = not (self.places.by_row and is_plain_lookup(module))
         shape = (*mask.shape, module.embedding_dim)
         delta = new_delta(shape, module.weight.dtype, module.weight.device, materialised)
-        self.items.append(Lookup(delta, mask.bool(), materialised=materialised))
+        self.items.append(Lookup(delta, mask, self._documents_of(0), materialised=materialised))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def add(self, index: int, shape: Size, like: Tensor, ids: Tensor | None, module: int, materialised: bool) -> Lookup:
@@ -89,7 +97,7 @@ class Lookups:
             raise RuntimeError(f"{OTHER_BATCH}: {tuple(shape)} in call {index}, and before {before}")
         mask = self._mask(index, shape, ids, module)
         delta = new_delta(shape, like.dtype, like.device, materialised)
-        lookup = Lookup(delta, mask, ids, module, materialised=materialised)
+        lookup = Lookup(delta, mask, self._documents_of(index), ids, module, materialised=materialised)
         del self.items[index:]
         self.items.append(lookup)
         return lookup
@@ -106,13 +114,13 @@ class Lookups:
             return
         self.settled = True
         del self.items[calls:]
-        for lookup in self.items:
+        for index, lookup in enumerate(self.items):
             if lookup.ids is None:
                 continue
             padding = self.places.padding[lookup.module]
-            if lookup.mask is None:
-                lookup.mask = self._padding_mask(lookup.ids, lookup.module)
-            elif padding is not None and lookup.mask.shape == lookup.ids.shape:
+            if self.given_mask(index) is None:
+                lookup.mask = _both(lookup.mask, self._padding_mask(lookup.ids, lookup.module))
+            elif padding is not None and lookup.mask is not None and lookup.mask.shape == lookup.ids.shape:
                 self.places.check.padding(lookup.mask, lookup.ids, padding)
 
     def segments(self) -> Segments:
@@ -140,20 +148,47 @@ class Lookups:
             return self.masks
         return self.masks[index] if index < len(self.masks) else None
 
+    def _documents_of(self, index: int) -> Runs | None:
+        documents = self._given_documents(index)
+        return None if documents is None else documents.runs
+
+    def _given_documents(self, index: int) -> Documents | None:
+        index = 0 if self._shared else index
+        return self.documents[index] if index < len(self.documents) else None
+
+    def _mask_before_ids(self, index: int) -> Tensor | None:
+        """What is known of the mask of call `index` without its ids: the user's, where a document is."""
+        mask, documents = self.given_mask(index), self._given_documents(index)
+        if mask is None or documents is None:
+            return documents.inside if documents is not None else None if mask is None else mask.bool()
+        if mask.shape != documents.inside.shape:
+            shapes = f"{tuple(mask.shape)} and {tuple(documents.inside.shape)}"
+            raise ValueError(f"mask and groups are of the same positions, but have shapes {shapes}")
+        both = mask.bool() & documents.inside
+        self.places.check.within(both, mask)
+        return both
+
     def _mask(self, index: int, shape: Size, ids: Tensor | None, module: int) -> Tensor | None:
-        mask = self.given_mask(index)
-        if mask is None:
-            return None if ids is None else self._padding_mask(ids, module)
-        if mask.shape != shape[:-1]:
+        mask = self._mask_before_ids(index)
+        if mask is not None and mask.shape != shape[:-1]:
+            name = "groups" if self.given_mask(index) is None else "mask"
             raise ValueError(
-                f"mask has shape {tuple(mask.shape)}, but the embedding returned {tuple(shape)}: it must be "
-                f"{tuple(shape[:-1])}. Where the embedding is called several times, give one mask (or None) a call."
+                f"{name} has shape {tuple(mask.shape)}, but the embedding returned {tuple(shape)}: it must be "
+                f"{tuple(shape[:-1])}. Where the embedding is called several times, give one {name} (or None) a call."
             )
-        return mask.bool()
+        if self.given_mask(index) is not None or ids is None:
+            return mask
+        return _both(mask, self._padding_mask(ids, module))
 
     def _padding_mask(self, ids: Tensor, module: int) -> Tensor | None:
         padding = self.places.padding[module]
         return None if padding is None else ids != padding
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other
 
 
 def _each(masks: object) -> Sequence[object]:

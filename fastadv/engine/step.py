@@ -23,6 +23,7 @@ from fastadv.engine.model.split import Crossing
 from fastadv.engine.model.table_gradients import TableGradients
 from fastadv.engine.outputs import detached, loss_of
 from fastadv.engine.owner import Around, scaled
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.perturbation import Move
 from fastadv.engine.perturb.rows import RowPerturbation
 from fastadv.engine.perturb.rule import Rule
@@ -51,7 +52,14 @@ class Step:
     """
 
     def __init__(
-        self, engine: Engine, frame: Frame, closure: Closure, masks: Masks, attack: Closure | None, start: Draw | None
+        self,
+        engine: Engine,
+        frame: Frame,
+        closure: Closure,
+        masks: Masks,
+        groups: Groups,
+        attack: Closure | None,
+        start: Draw | None,
     ) -> None:
         self.draws = draws = frame.begin()
         self.undo = frame.undo
@@ -61,7 +69,7 @@ class Step:
         self.device = draws.device
         self.share = engine.term_factor()
         self._around = Around(frame.undo)
-        self.lookups = Lookups(engine.places, masks, engine.buffers.lookups)
+        self.lookups = Lookups(engine.places, masks, groups, engine.buffers.lookups)
         self.perturbation = engine.new_perturbation(self.lookups)
         self.tables = TableGradients(self.lookups, watched=engine.watched)
         self.first: Pass | None = None

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from fastadv import packed
 from fastadv.engine.owner import Unowned
+from fastadv.engine.perturb.documents import Groups
 from fastadv.integrations import method_state
 from fastadv.integrations.accelerate import AccelerateOwner
 from fastadv.integrations.adversary import Adversary, factory, refuse
@@ -35,7 +37,7 @@ class AdversarialMixin(WholeCheckpoints):
     """Make a Trainer or a subclass of it adversarial: `class T(AdversarialMixin, SomeTrainer)`.
 
     It takes `adversary=` besides what the Trainer takes: see `AdversarialTrainer`. Override `adversarial_mask` where
-    the batch calls its mask otherwise.
+    the batch calls its mask otherwise, `adversarial_groups` where it tells otherwise what its rows are packed of.
 
     Examples:
         >>> from fastadv.integrations.transformers import AdversarialMixin
@@ -176,7 +178,8 @@ class AdversarialMixin(WholeCheckpoints):
 
         self.adversary.share = 1 / self.current_gradient_accumulation_steps
         step = self.state.global_step
-        result = self.adversary.backward(closure, mask=self.adversarial_mask(inputs), step=step)
+        mask, groups = self.adversarial_mask(inputs), self.adversarial_groups(inputs)
+        result = self.adversary.backward(closure, mask=mask, step=step, groups=groups)
         self._adversarial_steps += 1
         self._tally.add(result, self.adversary, step)
         self._collapse.add(result.output, inputs.get("labels"), result.loss)
@@ -220,6 +223,13 @@ class AdversarialMixin(WholeCheckpoints):
             return [mask, inputs.get("decoder_attention_mask")]
         return mask
 
+    def adversarial_groups(self, inputs: Mapping[str, Any]) -> Groups:
+        """Return the documents of packed rows: [B, T], see `fastadv.packed.from_batch`; None: a row is one sample.
+
+        Override it where the batch tells them otherwise.
+        """
+        return packed.from_batch(inputs)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log as `Trainer.log` does, with the adversarial numbers of the interval."""
         if "loss" in logs and self.adversary is not None and self._tally.steps:
@@ -235,9 +245,10 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
     """Train adversarially with `transformers.Trainer`: every batch is attacked by a method of fastadv.
 
     Each micro-batch is attacked by itself, so gradient accumulation changes no direction. Its `attention_mask` keeps
-    padding unperturbed. `start_step` and `every` of the method count optimizer steps (`state.global_step`). The method
-    is made when `train()` begins, around the wrapped model (DDP, torch.compile, PEFT), and leaves the model when it
-    ends, with an error or without.
+    padding unperturbed; without one, its `seq_idx`, `position_ids` or `cu_seq_lens_q` tell the documents that rows are
+    packed of, and each document has its own norm. `start_step` and `every` of the method count optimizer steps
+    (`state.global_step`). The method is made when `train()` begins, around the wrapped model (DDP, torch.compile,
+    PEFT), and leaves the model when it ends, with an error or without.
 
     The log gets three numbers, read from the device once per logging interval: `adv_loss` (scaled like `loss`),
     `adv_norm` (mean norm of the perturbations) and `adv_skipped` (norm groups that took no step because their gradient

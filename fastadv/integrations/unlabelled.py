@@ -100,7 +100,8 @@ class Unlabelled:
                 output = model(**inputs)
             return {"logits": output["logits"] if isinstance(output, Mapping) else output.logits}
 
-        return method.backward(closure, mask=trainer.adversarial_mask(inputs), step=step)
+        mask, groups = trainer.adversarial_mask(inputs), trainer.adversarial_groups(inputs)
+        return method.backward(closure, mask=mask, step=step, groups=groups)
 
     def _next(self) -> dict[str, Any]:
         """The next batch, on the device and without its labels."""

@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 
 from fastadv.engine.lookups import Masks
 from fastadv.engine.model.placed import is_placed
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.interrupts import Block
 from fastadv.engine.step import Step
@@ -137,9 +138,11 @@ class AWP(Method):
             self._weights.step(found, self.gamma, self.epsilon)
             gradients = None
 
-    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
+    def perturbed(
+        self, closure: Closure, mask: Masks = None, groups: Groups = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Move the weights up one batch's loss, for every forward inside the block; see `Method.perturbed`."""
-        values = self._engine.run(self._found, closure, mask)
+        values = self._engine.run(self._found, closure, mask, groups=groups)
 
         def move() -> None:
             self._engine.busy = True

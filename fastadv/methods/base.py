@@ -16,6 +16,7 @@ from fastadv.engine.engine import Engine
 from fastadv.engine.lookups import Masks
 from fastadv.engine.model.units import CHOICES
 from fastadv.engine.owner import owner_of
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.dropout import MODES
@@ -76,7 +77,12 @@ class Method:
     # The user's calls
 
     def backward(
-        self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
+        self,
+        closure: Closure,
+        mask: Masks = None,
+        attack: Closure | None = None,
+        step: int | None = None,
+        groups: Groups = None,
     ) -> StepResult:
         """Train on one batch, in place of `loss.backward()`: accumulates into `.grad`; the optimizer is yours.
 
@@ -87,19 +93,26 @@ class Method:
                 the embedding's `padding_idx` is not. A sequence of masks where the embedding is called several times.
             attack: a second closure, whose value the ascent maximises where that is not the loss.
             step: the step that `start_step` and `every` look at. Default: the number of earlier calls.
+            groups: [B, T] integers, where rows are packed with several documents: the number of each position's
+                document, from 0 on, -1 where none is and nothing is to be perturbed. Numbers count within their row.
+                A document is then what a row is otherwise, one sample. `fastadv.packed` reads them from what packing
+                collators give. A sequence where the embedding is called several times.
 
         Raises:
             TypeError, ValueError: the closure's result holds no scalar loss; the mask has another shape, other values
-                than 0 and 1, no token, or padding alone.
+                than 0 and 1, no token, or padding alone; groups are no integers, have another shape, numbers below -1,
+                no document, or a document that comes back after another has begun.
             IndexError: ids outside the embedding's table (on the CPU).
             RuntimeError: the closure never ran the embedding, or called backward itself; another process failed.
             Whatever the closure raises. In every case the model is left as it was.
         """
         attacking = self._enter(step)
         schedule, start = (self._attacked, self._draw) if attacking else (self._unattacked, None)
-        return self._engine.run(schedule, closure, mask, attack=attack, start=start, trains=True)
+        return self._engine.run(schedule, closure, mask, groups=groups, attack=attack, start=start, trains=True)
 
-    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
+    def perturbed(
+        self, closure: Closure, mask: Masks = None, groups: Groups = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Find the perturbation of one batch, and let every forward inside the block see it: for evaluation.
 
         Parameters and their gradients are not touched.

@@ -15,6 +15,7 @@ from fastadv.engine.engine import SCOPES, TABLE_SCOPES
 from fastadv.engine.found import Found
 from fastadv.engine.lookups import Masks
 from fastadv.engine.model.find import mean_row_norm
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.ranks import Ranks
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw, RandomStart, Total, resolve, uniform
@@ -106,12 +107,13 @@ class EmbeddingMethod(Method):
 
     # The user's calls
 
-    def find(self, closure: Closure, mask: Masks = None) -> Found:
+    def find(self, closure: Closure, mask: Masks = None, groups: Groups = None) -> Found:
         """Search for the perturbation of one batch, by probes and ascents alone: no `.grad` is touched.
 
         Args:
             closure: as for `backward`, of the batch that is to be perturbed.
             mask: as for `backward`.
+            groups: as for `backward`.
 
         Returns:
             The perturbation, to hold and to apply: `with found.applied():`.
@@ -124,7 +126,7 @@ class EmbeddingMethod(Method):
             >>> with found.applied():  # doctest: +SKIP
             ...     logits = model(ids).logits
         """
-        return self._engine.run(self._found, closure, mask, start=lambda: self._start)
+        return self._engine.run(self._found, closure, mask, groups=groups, start=lambda: self._start)
 
     def _found(self, step: Step) -> Found:
         self._aim(step)
@@ -133,9 +135,11 @@ class EmbeddingMethod(Method):
             step.probe()
         return Found(self._engine, step)
 
-    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
+    def perturbed(
+        self, closure: Closure, mask: Masks = None, groups: Groups = None
+    ) -> contextlib.AbstractContextManager[None]:
         """Find the perturbation of one batch and apply it to every forward inside the block: `find` and `applied`."""
-        return self.find(closure, mask).applied()
+        return self.find(closure, mask, groups).applied()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The method's state, and the unit of relative radii."""

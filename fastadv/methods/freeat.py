@@ -151,7 +151,7 @@ class FreeAT(EmbeddingMethod):
         micro = self._next_micro()
         if (micro, 0) not in self._slots:
             return self._start
-        return Draw(lambda shape, mask, call: self._slots.at((micro, call), shape, mask.device), random=False)
+        return Draw(lambda shape, mask, call, _: self._slots.at((micro, call), shape, mask.device), random=False)
 
     def _keep(self, step: Step) -> None:
         step.undo.append(self._slots.remember())

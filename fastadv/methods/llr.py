@@ -10,12 +10,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from fastadv.arguments.runs import Runs
 from fastadv.engine.engine import TABLE_SCOPES
 from fastadv.engine.forward import NO_GRADIENT
 from fastadv.engine.lookups import Masks
 from fastadv.engine.outputs import losses_of
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.start import RandomStart
 from fastadv.engine.results import Closure, Pass, StepResult
+from fastadv.engine.safety import rng
 from fastadv.engine.safety.surroundings import attention, use_attention
 from fastadv.engine.step import Step
 from fastadv.methods.adam import Adam
@@ -48,8 +51,8 @@ class LLR(EmbeddingMethod):
     `scaled_dot_product_attention`; the others cannot be differentiated twice).
 
     The losses of single samples come from the output's `losses` [B], or from a loss that is a vector [B] (`reduction=
-    "none"`). Where there is only their mean, gap and slope are those of the mean, in which samples that curve up and
-    down cancel.
+    "none"`); in packed rows (`groups=`) they are those of the documents, row after row. Where there is only their mean,
+    gap and slope are those of the mean, in which samples that curve up and down cancel.
 
     The authors' code searches with two differences: `stop_gradient=True` holds the linear term fixed, and
     `optimizer="adam"` steps by Adam with a rate of 0.1.
@@ -153,14 +156,19 @@ class LLR(EmbeddingMethod):
             raise
 
     def backward(
-        self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
+        self,
+        closure: Closure,
+        mask: Masks = None,
+        attack: Closure | None = None,
+        step: int | None = None,
+        groups: Groups = None,
     ) -> StepResult:
         """As for every method; what is searched for is the gap, so that there is no `attack`."""
         if attack is not None:
             raise ValueError(
                 "LLR's search maximises the gap to linearity, so that attack= has no use here: leave it out"
             )
-        return super().backward(closure, mask, None, step)
+        return super().backward(closure, mask, None, step, groups)
 
     def run(self, step: Step) -> StepResult:
         """The clean forward and its slope, the search for the largest gap, and one backward through all of it."""
@@ -175,7 +183,7 @@ class LLR(EmbeddingMethod):
         moved = step.forward(read=losses_of)
         if functions is not None:
             functions.check(moved.loss)
-        linear = along([delta.detach().clone() for delta in step.perturbation.leaves()], slope, losses)
+        linear = along(step, [delta.detach().clone() for delta in step.perturbation.leaves()], slope, losses)
         gap = (moved.loss - losses - linear).abs().mean()
         penalty = self.gap_weight * gap + self.slope_weight * linear.abs().mean()
         step.backward(losses.mean() + penalty)
@@ -200,7 +208,7 @@ class LLR(EmbeddingMethod):
             moved = losses_of(step.closure())
             deltas = step.perturbation.leaves()
             fixed = [delta.detach() for delta in deltas] if self.stop_gradient else deltas
-            return (moved - losses - along(fixed, slope, losses)).abs().sum()
+            return (moved - losses - along(step, fixed, slope, losses)).abs().sum()
 
         return gaps
 
@@ -211,6 +219,7 @@ class LLR(EmbeddingMethod):
     def _clean(self, step: Step) -> Tensor:
         """L(x) of each sample."""
         losses: Tensor = step.forward(read=losses_of, last=False, clean=True).loss
+        check_samples(step, losses)
         return losses
 
     def _linearised(self, step: Step, losses: Tensor) -> list[Tensor]:
@@ -242,12 +251,34 @@ class LLR(EmbeddingMethod):
         return moved if radius is None else moved.clamp(-radius, radius)
 
 
-def along(deltas: list[Tensor], slope: list[Tensor], losses: Tensor) -> Tensor:
+def along(step: Step, deltas: list[Tensor], slope: list[Tensor], losses: Tensor) -> Tensor:
     """Delta . g of each sample, or of all of them where there is one loss."""
-    products = [(delta * g).flatten(1).sum(1) for delta, g in zip(deltas, slope, strict=True)]
+    products = [delta * g for delta, g in zip(deltas, slope, strict=True)]
     if len(losses) == 1:
         return torch.stack([product.sum() for product in products]).sum().reshape(1)
-    return torch.stack(products).sum(0)
+    by_sample = zip(products, step.lookups, strict=True)
+    return torch.stack([_of_samples(product, lookup.documents, len(losses)) for product, lookup in by_sample]).sum(0)
+
+
+def _of_samples(products: Tensor, documents: Runs | None, count: int) -> Tensor:
+    """The sum over each sample; in packed rows samples are documents, in their order."""
+    if documents is None:
+        return products.flatten(1).sum(1)
+    rows = products.flatten(0, -2).sum(1)
+    return rows.new_zeros(len(documents.starts) - 1).index_add(0, documents.of, rows)[:count]
+
+
+def check_samples(step: Step, losses: Tensor) -> None:
+    """Raises ValueError where rows are packed and there is a loss for something else than each document, or for all."""
+    for lookup in step.lookups:
+        if lookup.documents is None or len(losses) == 1 or rng.capturing():
+            continue
+        count = lookup.documents.occupied()
+        if count != len(losses):
+            raise ValueError(
+                f"LLR takes one loss, or one of each sample, and groups hold {count} documents, but there are "
+                f"{len(losses)} losses: return one of each document, row after row"
+            )
 
 
 def _slope(step: Step, loss: Tensor) -> list[Tensor]:

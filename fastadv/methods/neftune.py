@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from fastadv.engine.engine import TABLE_SCOPES
 from fastadv.engine.lookups import Masks
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.start import Draw, RandomStart, resolve, uniform_l2
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.step import Step
@@ -82,12 +83,17 @@ class NEFTune(EmbeddingMethod):
         )
 
     def backward(
-        self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
+        self,
+        closure: Closure,
+        mask: Masks = None,
+        attack: Closure | None = None,
+        step: int | None = None,
+        groups: Groups = None,
     ) -> StepResult:
         """As for every method; there is no ascent that `attack` could direct."""
         if attack is not None:
             raise ValueError("NEFTune ascends nothing, so that attack= has no use here: leave it out")
-        return super().backward(closure, None if self.padded else mask, None, step)
+        return super().backward(closure, None if self.padded else mask, None, step, None if self.padded else groups)
 
     def run(self, step: Step) -> StepResult:
         """One pass, noisy."""

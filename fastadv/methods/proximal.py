@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import Self, Unpack
 
 from fastadv.engine.lookups import Masks
+from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.step import Step
 from fastadv.methods.base import Method
@@ -150,12 +151,17 @@ class BregmanProximal(Method):
     # A step: the method's, and the term
 
     def backward(
-        self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
+        self,
+        closure: Closure,
+        mask: Masks = None,
+        attack: Closure | None = None,
+        step: int | None = None,
+        groups: Groups = None,
     ) -> StepResult:
         """The method's step, or plain training's, and the term."""
         self._engine.look()
         self._look_at_the_weights()
-        result = self.method.backward(closure, mask, attack, step)
+        result = self.method.backward(closure, mask, attack, step, groups)
         self._changed = self._changes.count()
         return result if not isinstance(self.method, Plain) else result._replace(adv_loss=self.distance)
 
@@ -172,9 +178,11 @@ class BregmanProximal(Method):
         """The method's."""
         return self.method.run(step)
 
-    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
+    def perturbed(
+        self, closure: Closure, mask: Masks = None, groups: Groups = None
+    ) -> contextlib.AbstractContextManager[None]:
         """The method's; without one, the plain model."""
-        return self.method.perturbed(closure, mask)
+        return self.method.perturbed(closure, mask, groups)
 
     @property
     def skipped(self) -> Tensor:
@@ -224,18 +232,23 @@ class Plain(Method):
     """Plain training: the method where none is given."""
 
     def backward(
-        self, closure: Closure, mask: Masks = None, attack: Closure | None = None, step: int | None = None
+        self,
+        closure: Closure,
+        mask: Masks = None,
+        attack: Closure | None = None,
+        step: int | None = None,
+        groups: Groups = None,
     ) -> StepResult:
         """As for every method; there is no attack."""
         if attack is not None:
             raise ValueError("BregmanProximal without a method attacks nothing: leave attack= out, or give it a method")
-        return super().backward(closure, mask, None, step)
+        return super().backward(closure, mask, None, step, groups)
 
     def run(self, step: Step) -> StepResult:
         """One plain pass."""
         return self._plain(step)
 
-    def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:  # noqa: ARG002
+    def perturbed(self, *_: Any, **__: Any) -> contextlib.AbstractContextManager[None]:
         """The model as it is."""
         return contextlib.nullcontext()
 

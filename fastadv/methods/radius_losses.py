@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fastadv import packed
 from fastadv.engine.model.find import mean_row_norm
 from fastadv.engine.outputs import find_loss
 from fastadv.engine.safety import rng
@@ -87,7 +88,8 @@ class Task(NamedTuple):
         return found
 
     def _attacked(self, adv: EmbeddingMethod, model: nn.Module, batch: Any) -> Tensor:
-        with adv.perturbed(lambda: self.run(model, batch), mask=self.mask(batch)), torch.no_grad():
+        groups = packed.from_batch(batch) if isinstance(batch, Mapping) else None
+        with adv.perturbed(lambda: self.run(model, batch), mask=self.mask(batch), groups=groups), torch.no_grad():
             return self._loss(model, batch)
 
     def _loss(self, model: nn.Module, batch: Any) -> Tensor:

@@ -24,7 +24,13 @@ _RUN = {
 
 
 def ascend(
-    delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor, rule: Rule, lookup: Lookup | None = None
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    skipped: Tensor,
+    rule: Rule,
+    lookup: Lookup | None = None,
+    starts: Tensor | None = None,
 ) -> None:
     r"""Move `delta` one step up `grad`, in place, and embed the next forward's words in the same pass.
 
@@ -38,7 +44,8 @@ def ascend(
 
     Raises:
         TypeError: a dtype that is not served, or a tensor without plain memory.
-        ValueError: a shape, stride, device, direction or ball that does not fit.
+        ValueError: a shape, stride, device, direction or ball that does not fit, or starts that do not rise from 0 to
+            the number of positions; nothing has been written then.
         IndexError: an id outside the table or a slot outside `delta`; nothing has been written then.
         RuntimeError: the extension is not there, or the tensors are not on the CPU.
 
@@ -48,6 +55,6 @@ def ascend(
         >>> delta
         tensor([[0.3000, 0.4000]])
     """
-    form, tensors = signatures.ascend(delta, grad, mask, skipped, lookup)
+    form, tensors = signatures.ascend(delta, grad, mask, skipped, lookup, starts)
     _RUN[form](tensors, rule)
     increment_version((delta, skipped) if lookup is None else (delta, skipped, lookup.embedded))

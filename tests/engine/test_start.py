@@ -18,7 +18,7 @@ MASK = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
 def test_l2_is_scaled_by_each_samples_true_length() -> None:
     start = resolve(0.5, None, uniform("l2"))
     assert start is not None
-    noise = start.at((3, 4, 1000), MASK, 0)
+    noise = start.at((3, 4, 1000), MASK, 0, None)
     for sample, length in zip(noise, (4, 2, 1), strict=True):
         bound = 0.5 / math.sqrt(length * 1000)
         assert 0.99 * bound < sample.abs().max() <= bound
@@ -27,13 +27,13 @@ def test_l2_is_scaled_by_each_samples_true_length() -> None:
 def test_linf_is_the_magnitude_itself() -> None:
     start = resolve(True, 0.25, uniform("linf"))
     assert start is not None
-    assert 0.249 < start.at((3, 4, 1000), MASK, 0).abs().max() <= 0.25
+    assert 0.249 < start.at((3, 4, 1000), MASK, 0, None).abs().max() <= 0.25
 
 
 def test_rows_of_a_table_are_one_sample() -> None:
     start = resolve(1.0, None, uniform("l2"))
     assert start is not None
-    assert start.at((4, 1000), torch.tensor([True, True, False, False]), 0).abs().max() <= 1 / math.sqrt(2000)
+    assert start.at((4, 1000), torch.tensor([True, True, False, False]), 0, None).abs().max() <= 1 / math.sqrt(2000)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from fastadv.engine.safety import rng
 CONVENTION = "mask is [B, T], true or 1 where a token is and false or 0 where padding is"
 OTHER_VALUES = CONVENTION + ", and this one ({dtype}) holds {value:g}. {convert}"
 ADDITIVE = "One that is added to attention scores, 0 for a token, becomes such a mask by `mask == 0`"
-COUNTING = "One that numbers what a row is packed of becomes such a mask by `mask != 0`"
+COUNTING = "One that numbers from 1 the documents that a row is packed of becomes `mask=mask != 0, groups=mask - 1`"
 WEIGHING = "Say which positions are to be perturbed, as `mask > 0` does"
 COMPLEX = CONVENTION + ", and this one is {dtype}"
 NO_TOKEN = (
@@ -24,6 +24,11 @@ NO_TOKEN = (
 INVERTED = (
     CONVENTION + ". This one keeps padding alone (id {padding}) and leaves every token out: where true or 1 means "
     "padding, as in torch's key_padding_mask, give `mask == 0`"
+)
+
+APART = (
+    "mask and groups leave no position: mask is true where a token is, groups is -1 where no document is, and what is "
+    "perturbed lies in both"
 )
 
 
@@ -46,7 +51,7 @@ class MaskCheck:
         """
         if mask.dtype.is_complex:
             raise ValueError(COMPLEX.format(dtype=mask.dtype))
-        if self._reads("values", mask):
+        if self.reads("values", mask):
             _check_values(mask, self._parts)
 
     def padding(self, mask: Tensor, ids: Tensor, padding: int) -> None:
@@ -55,7 +60,7 @@ class MaskCheck:
         Raises:
             ValueError: they are all padding, and what it leaves out is not.
         """
-        if not self._reads("padding", mask):
+        if not self.reads("padding", mask):
             return
         kept, pads = mask.bool(), ids == padding
         if self._parts and not bool(kept.any()):
@@ -63,7 +68,17 @@ class MaskCheck:
         if not bool((kept & ~pads).any()) and not bool(pads.all()):
             raise ValueError(INVERTED.format(padding=padding))
 
-    def _reads(self, what: str, mask: Tensor) -> bool:
+    def within(self, kept: Tensor, mask: Tensor) -> None:
+        """Look at what is left of a mask where groups have documents.
+
+        Raises:
+            ValueError: nothing is.
+        """
+        if self.reads("within", mask) and not bool(kept.any()):
+            raise ValueError(APART)
+
+    def reads(self, what: str, mask: Tensor) -> bool:
+        """Whether to look at a mask, or at groups, this time."""
         if mask.numel() == 0 or mask.device.type == "meta":
             return False
         if mask.device.type == "cpu":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from fastadv.arguments.runs import Runs
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.lookups import Lookups
@@ -15,7 +16,7 @@ from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.safety.rng import apart
-from fastadv.ops.ascend import l2_norm
+from fastadv.ops.ascend import l2_norm, largest
 
 Move = Callable[[int, Tensor, Tensor], Tensor]  # a lookup's index, its delta and gradient -> its next delta
 
@@ -108,27 +109,32 @@ class Perturbation:
 
 
 @torch.no_grad()
-def fill(delta: Tensor, draw: Draw, seed: int, mask: Tensor | None, call: int = 0) -> None:
+def fill(
+    delta: Tensor, draw: Draw, seed: int, mask: Tensor | None, call: int = 0, documents: Runs | None = None
+) -> None:
     """Put the start of call `call` into `delta`: what `draw` gives, zero where `mask` is False."""
     mask = torch.ones(delta.shape[:-1], dtype=torch.bool, device=delta.device) if mask is None else mask
     with apart(seed, delta.device) if draw.random else contextlib.nullcontext():
-        drawn = draw.at(tuple(delta.shape), mask, call)
+        drawn = draw.at(tuple(delta.shape), mask, call, documents)
     if not isinstance(drawn, Tensor) or drawn.shape != delta.shape:
         got = tuple(drawn.shape) if isinstance(drawn, Tensor) else drawn
         raise ValueError(f"random_start(shape, mask) must return a tensor of shape {tuple(delta.shape)}, not {got!r}")
     delta.copy_(drawn.masked_fill(~mask.unsqueeze(-1).to(drawn.device), 0))
 
 
-def mean_norm(deltas: Sequence[Tensor], leading: int, kind: str) -> Tensor:
-    """The mean over the groups that are not zero; the first `leading` dimensions index the groups (-1: all but one)."""
-    if not deltas:
+def mean_norm(norms: Sequence[Tensor]) -> Tensor:
+    """The mean over the groups that are not zero."""
+    if not norms:
         return torch.zeros((), device="cpu")
-    every = torch.cat([_norms(delta, leading, kind).flatten() for delta in deltas])
+    every = torch.cat(list(norms))
     return every.sum() / (every > 0).sum().clamp(min=1)
 
 
-def _norms(delta: Tensor, leading: int, kind: str) -> Tensor:
+def group_norms(delta: Tensor, leading: int, kind: str, documents: Runs | None = None) -> Tensor:
+    """The norm of each group; the first `leading` dimensions index them (-1: all but one), or they are `documents`."""
     if delta.numel() == 0:
         return delta.new_zeros(0)
+    leading = -1 if documents is not None else leading
     groups = delta.reshape(1, -1) if leading == 0 else delta.flatten(0, leading - 1 if leading > 0 else -2).flatten(1)
-    return l2_norm(groups) if kind == "l2" else groups.abs().amax(dim=1, keepdim=True)
+    norms = (l2_norm if kind == "l2" else largest)(groups, documents).flatten()
+    return norms if documents is None else documents.firsts(norms)

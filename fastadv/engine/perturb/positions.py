@@ -1,4 +1,4 @@
-"""Scopes "batch", "sample" and "token": one vector per position."""
+"""Scopes "batch", "sample" and "token": one vector per position. In packed rows a sample is a document."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.perturb import across
-from fastadv.engine.perturb.perturbation import DIVIDED, Move, Perturbation, fill, mean_norm
+from fastadv.engine.perturb.perturbation import DIVIDED, Move, Perturbation, fill, group_norms, mean_norm
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw
 from fastadv.ops import ascend
@@ -42,7 +42,7 @@ class PositionPerturbation(Perturbation):
         self._check(draw.by_sample)
         index = next(i for i, other in enumerate(self.lookups) if other is lookup)
         part = 0 if self.meeting is None else self.meeting.ranks.rank * APART  # parts of a sample do not draw alike
-        fill(lookup.delta, draw, seed + index + part, lookup.mask, index)
+        fill(lookup.delta, draw, seed + index + part, lookup.mask, index, lookup.documents)
         self._moved = True
 
     def ascend(self, rule: Rule) -> None:
@@ -65,6 +65,7 @@ class PositionPerturbation(Perturbation):
                 mask=lookup.mask,
                 skipped=self.buffers.skipped_on(lookup.grad.device),
                 group=self._group(lookup.delta, rule),
+                starts=self._starts(lookup, rule),
                 fused=self.fused,
                 **rule._asdict(),
                 **written,
@@ -88,12 +89,22 @@ class PositionPerturbation(Perturbation):
             return 1  # a sample with a non-finite gradient stands or falls by itself
         return {"batch": 0, "sample": 1, "token": delta.ndim - 1}[self.scope]
 
+    def _starts(self, lookup: Lookup, rule: Rule) -> Tensor | None:
+        """Where documents begin, if they are the groups."""
+        by_sample = rule.by_element or self.scope == "sample"
+        return lookup.documents.starts if by_sample and lookup.documents is not None else None
+
     def norm(self, kind: str) -> Tensor:
         """Over the groups of all lookups, and of all ranks."""
         if self._over_ranks is not None:
             return across.mean(self._over_ranks[kind])
         leading = {"batch": 0, "sample": 1, "token": -1}[self.scope]
-        return mean_norm([lookup.delta.detach() for lookup in self.lookups], leading, kind)
+        return mean_norm(
+            [
+                group_norms(lookup.delta.detach(), leading, kind, lookup.documents if leading == 1 else None)
+                for lookup in self.lookups
+            ]
+        )
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:

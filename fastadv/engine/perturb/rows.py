@@ -13,7 +13,7 @@ from torch import Tensor
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.lookups import Lookups
-from fastadv.engine.perturb.perturbation import NO_IDS, Perturbation, fill, mean_norm
+from fastadv.engine.perturb.perturbation import NO_IDS, Perturbation, fill, group_norms, mean_norm
 from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.segments import numbered, together
@@ -131,7 +131,7 @@ class RowPerturbation(Perturbation):
     def norm(self, kind: str) -> Tensor:
         """Of r: the whole of it, or the mean over words; of all ranks."""
         rows = self.rows if self._shared is None else self._shared.rows
-        return mean_norm([] if rows is None else [rows], self._group, kind)
+        return mean_norm([] if rows is None else [group_norms(rows, self._group, kind)])
 
     def _r(self) -> Tensor:
         """r, at first zero; every lookup is given its slots in it."""

@@ -9,26 +9,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastadv.arguments.runs import Runs
+from fastadv.ops.ascend import l2_norm
+
 Start = Callable[[tuple[int, ...], Tensor], Tensor]  # the user's: shape and mask of one call of the embedding
 RandomStart = bool | float | Start
 Total = Callable[[Tensor], Tensor]  # over the parts of a sample that several ranks hold
+Drawn = Callable[[tuple[int, ...], Tensor, Runs | None], Tensor]  # ours: the documents of packed rows besides
 
 
 @dataclass(frozen=True)
 class Draw:
-    """The engine's: a start by shape, mask and which call it is. What is not `random` moves no generator.
+    """The engine's: a start by shape, mask, which call it is, and documents. What is not `random` moves no generator.
 
     Attributes:
         by_sample: its size depends on all of a sample, and not on an element alone.
     """
 
-    at: Callable[[tuple[int, ...], Tensor, int], Tensor]
+    at: Callable[[tuple[int, ...], Tensor, int, Runs | None], Tensor]
     random: bool = True
     by_sample: bool = False
 
 
 def resolve(
-    random_start: RandomStart, epsilon: float | None, drawn: Callable[[float], Start], *, by_sample: bool = False
+    random_start: RandomStart, epsilon: float | None, drawn: Callable[[float], Drawn], *, by_sample: bool = False
 ) -> Draw | None:
     """The start, of which `drawn` makes a magnitude; None for zero.
 
@@ -37,7 +41,8 @@ def resolve(
         TypeError: anything else than a bool, a number or a callable.
     """
     if callable(random_start):
-        return _of_any_call(random_start)
+        start = random_start
+        return Draw(lambda shape, mask, *_: start(shape, mask))
     if not isinstance(random_start, (bool, int, float)):
         raise TypeError(f"random_start takes True, False, a magnitude or a callable, not {random_start!r}")
     if random_start is True:
@@ -48,59 +53,65 @@ def resolve(
         raise ValueError(f"random_start must be a finite magnitude of at least 0, not {random_start}")
     if random_start == 0:
         return None
-    return _of_any_call(drawn(random_start), by_sample)
+    draw = drawn(random_start)
+    return Draw(lambda shape, mask, _, documents: draw(shape, mask, documents), by_sample=by_sample)
 
 
-def _of_any_call(start: Start, by_sample: bool = False) -> Draw:
-    return Draw(lambda shape, mask, _: start(shape, mask), by_sample=by_sample)
-
-
-def uniform(norm: str, total: Total | None = None) -> Callable[[float], Start]:
+def uniform(norm: str, total: Total | None = None) -> Callable[[float], Drawn]:
     """What most methods draw of a magnitude."""
     return (lambda magnitude: uniform_l2(magnitude, total)) if norm == "l2" else uniform_linf
 
 
-def uniform_l2(magnitude: float, total: Total | None = None) -> Start:
+def uniform_l2(magnitude: float, total: Total | None = None) -> Drawn:
     """U(-1, 1) * magnitude / sqrt(length * D), with each sample's true length (FreeLB, Zhu et al. 2020)."""
 
-    def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
-        within_sample = tuple(range(1, mask.ndim)) or 0  # a table's rows [R] are one sample
-        length = mask.sum(dim=within_sample, keepdim=True)
+    def draw(shape: tuple[int, ...], mask: Tensor, documents: Runs | None) -> Tensor:
+        length = _lengths(mask, documents)
         length = (length if total is None else total(length)).clamp(min=1)
         return _uniform(shape, mask) * (magnitude / (length * shape[-1]).sqrt()).unsqueeze(-1)
 
     return draw
 
 
-def uniform_linf(magnitude: float) -> Start:
+def uniform_linf(magnitude: float) -> Drawn:
     """U(-magnitude, magnitude) per element."""
 
-    def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
+    def draw(shape: tuple[int, ...], mask: Tensor, _: Runs | None) -> Tensor:
         return magnitude * _uniform(shape, mask)
 
     return draw
 
 
-def normal(deviation: float) -> Start:
+def normal(deviation: float) -> Drawn:
     """N(0, deviation^2) per element (SMART, Jiang et al. 2020)."""
-    return lambda shape, mask: deviation * torch.randn(shape, device=mask.device)
+    return lambda shape, mask, _: deviation * torch.randn(shape, device=mask.device)
 
 
-def somewhere_at(radius: float, leading: int, total: Total | None = None) -> Start:
+def somewhere_at(radius: float, leading: int, total: Total | None = None) -> Drawn:
     """In a direction that is uniform over the sphere, at that l2 distance (VAT, Miyato et al. 2019).
 
-    The first `leading` dimensions index the spheres; -1: all but the last.
+    The first `leading` dimensions index the spheres; -1: all but the last. Where that is samples, documents do.
     """
 
-    def draw(shape: tuple[int, ...], mask: Tensor) -> Tensor:
+    def draw(shape: tuple[int, ...], mask: Tensor, documents: Runs | None) -> Tensor:
         drawn = torch.randn(shape, device=mask.device).masked_fill_(~mask.unsqueeze(-1), 0)
-        within = tuple(range(len(shape)))[leading:]
-        norm = torch.linalg.vector_norm(drawn, dim=within, keepdim=True)
+        if leading == 1 and documents is not None:
+            norm = l2_norm(drawn.reshape(-1, shape[-1]), documents).view(*shape[:-1], 1)
+        else:
+            norm = torch.linalg.vector_norm(drawn, dim=tuple(range(len(shape)))[leading:], keepdim=True)
         norm = norm if total is None else total(norm.square()).sqrt()
         start: Tensor = radius * drawn / norm.clamp(min=torch.finfo(norm.dtype).tiny)
         return start
 
     return draw
+
+
+def _lengths(mask: Tensor, documents: Runs | None) -> Tensor:
+    """How many positions each position's sample has."""
+    if documents is not None:
+        return documents.spread(mask.double().flatten(), "sum").long().view(mask.shape)
+    within_sample = tuple(range(1, mask.ndim)) or 0  # a table's rows [R] are one sample
+    return mask.sum(dim=within_sample, keepdim=True)
 
 
 def _uniform(shape: tuple[int, ...], mask: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.lookups import Lookups
 from fastadv.engine.model.find import is_cut, is_whole
-from fastadv.engine.perturb.perturbation import Perturbation, mean_norm
+from fastadv.engine.perturb.perturbation import Perturbation, group_norms, mean_norm
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.table_rollback import TableRollback
 
@@ -97,7 +97,7 @@ class TiedTables(Perturbation):
 
     def norm(self, kind: str) -> Tensor:
         """Of the tables' perturbations, as they were at the end of the step."""
-        return mean_norm(self._found, 0 if self.scope == "table" else 1, kind)
+        return mean_norm([group_norms(one, 0 if self.scope == "table" else 1, kind) for one in self._found])
 
 
 class _Keep:
