@@ -48,10 +48,11 @@ DIVIDED_DOCUMENTS = (
 )
 
 
-def _remove(hooks: list[Hook | Split]) -> None:
+def _remove(hooks: list[Hook | Split], entrance: Entrance) -> None:
     for hook in hooks:
         hook.remove()
     hooks.clear()
+    entrance.remove()
 
 
 class Engine:
@@ -107,6 +108,7 @@ class Engine:
         self.ranks = ranks
         self.new_perturbation = self._scoped(scope, tied)
         self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
+        self.traced = self.enters and find.is_traced(model, self.modules)  # whether a compiler sees them do so
         self.last: Perturbation | None = None  # of the last step, for its norm
         self.guard = Guard(self.inventory, atomic, fused)
         self.dropout = dropout
@@ -120,7 +122,7 @@ class Engine:
         self.closed = False
         self.busy = False
         self._hooks: list[Hook | Split] = []
-        weakref.finalize(self, _remove, self._hooks)  # where nobody calls close()
+        weakref.finalize(self, _remove, self._hooks, self.entrance)  # where nobody calls close()
         if self.enters:
             self._hooks += [install(module, index, self.entrance) for index, module in enumerate(self.modules)]
 
@@ -178,7 +180,7 @@ class Engine:
     def close(self) -> None:
         """Take the hooks out of the model."""
         self.closed = True
-        _remove(self._hooks)
+        _remove(self._hooks, self.entrance)
 
     @property
     def device(self) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from fastadv.engine.perturb.ranks import Ranks
     from fastadv.engine.step import Step
 
-Kind = Literal["full", "probe", "partial"]
+Kind = Literal["full", "probe", "partial", "scout"]
 
 REENTRANT = (
     "the model uses reentrant activation checkpointing, which cannot give the gradient of a perturbation: use "
@@ -51,6 +52,10 @@ WHICH_CALL = (
 )
 
 
+class Reached(BaseException):
+    """The forward has come as far as it should. Not an Exception: nothing on the way is to take it for an error."""
+
+
 class Perturbing(Protocol):
     """A forward pass with a perturbation: one of a step's, or any while a found perturbation is applied."""
 
@@ -75,15 +80,32 @@ class Perturbing(Protocol):
         """The result of the next lookup is a part of each sample; `has_ids`: and its ids are those of that part."""
 
 
+class Entrances:
+    """Where hooks find an entrance by its name. What hangs in a module is constant in shape to a compiler."""
+
+
 class Entrance:
     """Where the hooks in a model find the running pass. None, as between steps: the model is the plain one."""
 
     forward: Perturbing | None = None
     ranks: Ranks | None = None  # that each hold a part of what is perturbed
+    _count = itertools.count()
+
+    def __init__(self) -> None:
+        self.name = f"at{next(self._count)}"
+        setattr(Entrances, self.name, self)
+
+    def remove(self) -> None:
+        """When no hook is left that could ask for it."""
+        if hasattr(Entrances, self.name):
+            delattr(Entrances, self.name)
 
 
 class Forward:
-    """One pass of a step: "full" (trains), "probe" (the perturbation's gradient alone), "partial" (first layers)."""
+    """One pass of a step: "full" (trains), "probe" (the perturbation's gradient alone), "partial" (first layers).
+
+    A "scout" comes before the first pass and ends at the first call: see `fastadv.engine.scout`.
+    """
 
     def __init__(self, step: Step, kind: Kind, crossing: Crossing | None = None, last: bool = False) -> None:
         self.step = step
@@ -96,13 +118,15 @@ class Forward:
         self.ran_without_grad = False
         self.ended = False
 
-    def run(self, closure: Closure, read: Callable[[Any], Any]) -> tuple[Any, Any]:
-        """Run the closure with the perturbation in its model: its output, and the loss that `read` finds in it."""
+    def run(self, closure: Closure, read: Callable[[Any], Any], *, eager: bool = False) -> tuple[Any, Any]:
+        """Run the closure with the perturbation in its model: its output, and the loss that `read` finds in it.
+
+        `eager`: though the model is compiled.
+        """
         step, engine = self.step, self.step.engine
         step.draws.next_pass()
         engine.entrance.forward = self if engine.enters else None
-        # A compiled model runs eagerly once if no mask is given: this pass finds out the shape.
-        with engine.parallelism.eagerly(engine.enters and not self.lookups.items), span("forward"):
+        with engine.parallelism.eagerly(eager), span("forward"):
             output = step.call(closure)
         if engine.enters:
             self._check_calls()
@@ -135,6 +159,8 @@ class Forward:
         items = self.lookups.items
         if index >= len(items) or not items[index].fits(shape, like.dtype, like.device, materialised):
             self.step.new_lookup(index, shape, like, ids, module, materialised)
+        if self.kind == "scout":
+            raise Reached
         lookup = items[index]
         lookup.ids, lookup.module = ids, module
         lookup.table = like if plain and ids is not None and lookup.looks_up(ids) else None

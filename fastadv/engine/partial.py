@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastadv.engine.forward import Forward
-from fastadv.engine.model.split import NOT_ON_THE_WAY, Crossing, Reached
+from fastadv.engine.forward import Forward, Reached
+from fastadv.engine.model.split import NOT_ON_THE_WAY, Crossing
 from fastadv.engine.outputs import loss_of
 from fastadv.engine.profile import span
 

@@ -32,6 +32,7 @@ from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Pass, StepResult
 from fastadv.engine.safety import rng
 from fastadv.engine.safety.watched import Watched
+from fastadv.engine.scout import find_shape, needs_shape
 
 if TYPE_CHECKING:
     from fastadv.engine.engine import Engine
@@ -71,7 +72,7 @@ class Step:
         self._around = Around(frame.undo)
         self.lookups = Lookups(engine.places, masks, groups, engine.buffers.lookups)
         self.perturbation = engine.new_perturbation(self.lookups)
-        self.tables = TableGradients(self.lookups, watched=engine.watched)
+        self.tables = TableGradients(self.lookups, watched=engine.watched or engine.traced)
         self.first: Pass | None = None
         self.waiting = False
         self._term = None if engine.new_term is None else engine.new_term(self)
@@ -283,7 +284,7 @@ class Step:
         """One forward with the perturbation in it: the closure's output and its loss."""
         split = self.engine.split
         self._pending = forward = Forward(self, kind, None if split is None else Crossing(split.name), last)
-        output, loss = forward.run(closure, read)
+        output, loss = forward.run(closure, read, eager=needs_shape(self) and not find_shape(self, closure))
         self.first = self.first or self._detached(loss, output)
         return output, loss
 

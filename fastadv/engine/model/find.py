@@ -38,10 +38,17 @@ def _inside(model: nn.Module) -> nn.Module | None:
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether `model` or a part of it runs under torch.compile (by `torch.compile(model)` or `model.compile()`)."""
-    return any(
-        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
-        for module in model.modules()
-    )
+    return any(map(_is_compiled, model.modules()))
+
+
+def is_traced(model: nn.Module, modules: Sequence[nn.Module]) -> bool:
+    """Whether one of `modules` is in a part of `model` that runs under torch.compile."""
+    compiled = [part for part in model.modules() if _is_compiled(part)]
+    return any(inner is module for part in compiled for inner in part.modules() for module in modules)
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
 
 
 def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.forward import Entrance, Perturbing
+from fastadv.engine.forward import Entrance, Entrances, Perturbing
 from fastadv.engine.model.find import first_tensor, is_plain_lookup
 from fastadv.engine.model.placed import Placed, here, is_placed, is_planned, planned_over_sequence
 from fastadv.engine.profile import span
@@ -36,8 +36,14 @@ class Hook:
     def __init__(self, module: nn.Module, index: int, entrance: Entrance) -> None:
         self.module = module
         self.index = index
-        self.entrance = entrance
+        self._name = entrance.name
         self.divided = planned_over_sequence(module, before=isinstance(self, LookupHook))
+
+    @property
+    def entrance(self) -> Entrance:
+        """Where the running pass is; by a way that does not lead through the module."""
+        entrance: Entrance = getattr(Entrances, self._name)
+        return entrance
 
     def remove(self) -> None:
         """Leave the module as it was found."""

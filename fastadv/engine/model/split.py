@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.forward import Entrance
+from fastadv.engine.forward import Entrance, Reached
 from fastadv.engine.model.find import chosen, first_tensor, unwrap
 from fastadv.engine.model.hook import NotCopied
 
@@ -31,10 +31,6 @@ TOO_EARLY = (
     "the split ({name}) runs before the embedding's call {call} (an encoder and a decoder share it?), and a partial "
     "pass would never reach that: perturb one embedding, embedding=NAME, or choose a split after its last call"
 )
-
-
-class Reached(BaseException):
-    """The forward has come to the split. Not an Exception: nothing on the way is to take it for an error."""
 
 
 class Split(NotCopied):

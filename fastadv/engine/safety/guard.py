@@ -85,12 +85,18 @@ class Guard:
             torch._foreach_copy_(self._copies, sources)
         return self._copies
 
+    def remember_buffers(self) -> Callable[[], None]:
+        """Return what puts the buffers back where they are now."""
+        buffers = [buffer for _, _, buffer in self.inventory.buffers]
+        copies = [distinct(buffer).detach().clone() for buffer in buffers]
+        return lambda: _buffers(buffers, copies)
+
     def put_back(self, saved: Saved) -> list[Callable[[], None]]:
         """Return what puts the model back: each part by itself, and as often as need be."""
         return [
             lambda: _hang(saved.holdings),
             lambda: _gradients(saved, self._backup),
-            lambda: _buffers(saved),
+            lambda: _buffers(saved.buffers, saved.copies),
             lambda: _flags(saved),
             lambda: rng.restore(saved.generators, self.inventory.device),
         ]
@@ -112,8 +118,8 @@ def _gradients(saved: Saved, backup: Backup | None) -> None:
 
 
 @torch.no_grad()
-def _buffers(saved: Saved) -> None:
-    for buffer, copy in zip(saved.buffers, saved.copies, strict=True):
+def _buffers(buffers: list[Tensor], copies: list[Tensor]) -> None:
+    for buffer, copy in zip(buffers, copies, strict=True):
         with torch.inference_mode(buffer.is_inference()):
             distinct(buffer).copy_(copy)
 
