@@ -151,6 +151,10 @@ def is_plain_lookup(module: nn.Module) -> bool:
     if type(module) is not nn.Embedding or module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         return False
     weight = module.weight
+    if hasattr(
+        weight, "ds_id"
+    ):  # DeepSpeed's ZeRO-3 holds a part of it, and gathers it around the module's own forward
+        return False
     return type(weight) in (nn.Parameter, torch.Tensor) and weight.stride(-1) == 1
 
 
