@@ -9,7 +9,9 @@ from accelerate.utils import DistributedType  # type: ignore[import-untyped, unu
 from torch import nn
 from transformers import Trainer
 
-from fastadv.methods import Method
+from fastadv.methods import AWP, FGM, FGSM, LLR, PGD, YOPO, FreeAT, FreeLB, Method, NEFTune
+
+LOSS_ALONE = (AWP, FGM, FGSM, FreeAT, FreeLB, NEFTune, PGD, YOPO)
 
 Adversary = Callable[[nn.Module], Method] | tuple[Callable[..., Method], Mapping[str, Any]]
 
@@ -29,6 +31,16 @@ def factory(adversary: Adversary) -> tuple[Callable[[nn.Module], Method], int]:
         "adversary= takes a method class with its arguments, (fastadv.FGM, {'epsilon': 0.1}), "
         f"or a callable that takes the model and returns a method, not {adversary!r}"
     )
+
+
+def reads_outputs(method: Method) -> bool:
+    """Whether a method may look at more than the loss: LLR at losses, others at logits, and methods of users."""
+    return type(method) not in LOSS_ALONE
+
+
+def reads_logits(method: Method) -> bool:
+    """Whether a method may compare logits: SMART, VAT and the Bregman teacher do, and methods of users."""
+    return reads_outputs(method) and type(method) is not LLR
 
 
 def refuse(trainer: Trainer) -> None:

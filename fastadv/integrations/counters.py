@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 # Not a Trainer's figures; a data set may be a long list.
@@ -18,7 +19,8 @@ Undo = Callable[[], None]
 class Counters:
     """The numbers, lists and dicts that a Trainer has as attributes, during the passes over one batch.
 
-    The first pass writes to them as in plain training. What later passes write is taken back.
+    The first pass that trains writes to them as in plain training. What others write is taken back: later passes, and
+    a teacher's before it.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -28,8 +30,8 @@ class Counters:
     @contextlib.contextmanager
     def one_pass(self) -> Iterator[None]:
         """Around each pass."""
-        self._passes += 1
-        if self._passes == 1:
+        self._passes += torch.is_grad_enabled()
+        if self._passes == 1 and torch.is_grad_enabled():
             yield
             return
         undo = _saved_attributes(self._trainer)

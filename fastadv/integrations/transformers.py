@@ -19,11 +19,13 @@ from fastadv.engine.owner import Unowned
 from fastadv.engine.perturb.documents import Groups
 from fastadv.integrations import method_state
 from fastadv.integrations.accelerate import AccelerateOwner
-from fastadv.integrations.adversary import Adversary, factory, refuse
+from fastadv.integrations.adversary import Adversary, factory, reads_logits, refuse
 from fastadv.integrations.collapse import Collapse
 from fastadv.integrations.counters import Counters
 from fastadv.integrations.events import Events
+from fastadv.integrations.loss_pass import LossPass
 from fastadv.integrations.replay_loader import ReplayLoader
+from fastadv.integrations.shares import Shares
 from fastadv.integrations.tally import Tally
 from fastadv.integrations.unlabelled import KEY as SEEN
 from fastadv.integrations.unlabelled import Unlabelled
@@ -57,6 +59,7 @@ class AdversarialMixin(WholeCheckpoints):
         self.warnings = []
         self._adversarial_steps = 0
         self._attacking = False
+        self._shares, self._pass = Shares(self), LossPass(self)
         super().__init__(*args, **kwargs)
         self.add_callback(Events(self))
 
@@ -158,6 +161,15 @@ class AdversarialMixin(WholeCheckpoints):
 
     # The step
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> Any:
+        """Take a step's micro-batches as `Trainer.get_batch_samples` does, and count what each of them weighs."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if items is not None and self._attacking and self.adversary is not None and reads_logits(self.adversary):
+            self._shares.count(batches, device)
+        else:
+            self._shares.forget()
+        return batches, items
+
     def training_step(
         self,
         model: nn.Module,
@@ -174,9 +186,9 @@ class AdversarialMixin(WholeCheckpoints):
 
         def closure() -> dict[str, Any]:
             with counters.one_pass():
-                return self._adversarial_pass(model, inputs, num_items_in_batch)
+                return self._pass(model, inputs, num_items_in_batch)
 
-        self.adversary.share = 1 / self.current_gradient_accumulation_steps
+        self.adversary.share = self._shares.of(inputs)
         step = self.state.global_step
         mask, groups = self.adversarial_mask(inputs), self.adversarial_groups(inputs)
         result = self.adversary.backward(closure, mask=mask, step=step, groups=groups)
@@ -184,32 +196,12 @@ class AdversarialMixin(WholeCheckpoints):
         self._tally.add(result, self.adversary, step)
         self._collapse.add(result.output, inputs.get("labels"), result.loss)
         if self._unlabelled is not None and result.adv_loss is not None:
+            self.adversary.share = 1 / self.current_gradient_accumulation_steps
             self._tally.add(self._unlabelled.train(self.adversary, model, step), self.adversary, step)
         every = self.args.torch_empty_cache_steps
         if every is not None and step % every == 0:
             clear_device_cache()
         return result.loss
-
-    def _adversarial_pass(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None
-    ) -> dict[str, Any]:
-        # A copy: label smoothing and compute_loss_func take the labels out of what they are given.
-        with self.compute_loss_context_manager():
-            computed = self.compute_loss(
-                model, dict(inputs), return_outputs=True, num_items_in_batch=num_items_in_batch
-            )
-        loss, output = computed if isinstance(computed, tuple) else (computed, None)
-        passed = {"loss": self._scaled(loss, num_items_in_batch), "logits": _field(output, "logits")}
-        losses = _field(output, "losses")  # of single samples, for LLR
-        return passed if losses is None else {**passed, "losses": self._scaled(losses, num_items_in_batch)}
-
-    def _scaled(self, loss: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-        """Divide by the micro-batches of the step, unless the loss was normalised over all of them already."""
-        scaled = getattr(self, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            by_model = self.model_accepts_loss_kwargs and num_items_in_batch is not None
-            scaled = by_model or self.compute_loss_func is not None
-        return loss if scaled else loss / self.current_gradient_accumulation_steps
 
     def adversarial_mask(self, inputs: Mapping[str, Any]) -> Masks:
         """Return the mask of a batch: [B, T], 1 where a token is; for an encoder and a decoder, a list of both.
@@ -298,8 +290,3 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
         ... )
         >>> trainer.train()  # doctest: +SKIP
     """
-
-
-def _field(output: Any, name: str) -> Any:
-    """Read a field of a model's output, which may be a dict; None where there is none."""
-    return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fastadv.engine.lookup import Lookup
 
 Key = tuple[int, int]  # which micro-batch of an optimizer step, which call of the embedding
+
+SLOTS = re.compile(r"slots\.(?P<rank>rank\d+\.)?(?P<micro>\d+)\.(?P<call>\d+)")
 
 CAPTURED = (
     "this batch is larger than any before, so that the perturbation carried from batch to batch would need more memory "
@@ -86,16 +90,24 @@ class CarryBuffer:
                 buffer[_overlap(copies[key], buffer.shape)] = copies[key]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every buffer, by name."""
-        return {f"slots.{micro}.{call}": buffer for (micro, call), buffer in self.buffers.items()}
+        """Every buffer, by name; where several processes train, by rank too: each has slots of its own.
+
+        torch.distributed.checkpoint takes tensors of one name for one tensor.
+        """
+        return {f"slots.{_rank()}{micro}.{call}": buffer for (micro, call), buffer in self.buffers.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor], device: torch.device) -> None:
-        """Take back what `state_dict` gave."""
+        """Take back what `state_dict` gave: of all ranks, or of this one; without a rank, as one process saves it."""
         self.buffers = {}
         for name, buffer in state.items():
-            if name.startswith("slots."):
-                _, micro, call = name.split(".")
-                self.buffers[int(micro), int(call)] = buffer.to(device, copy=True)
+            place = SLOTS.fullmatch(name)
+            if place is not None and place["rank"] in (None, _rank()):
+                self.buffers[int(place["micro"]), int(place["call"])] = buffer.to(device, copy=True)
+
+
+def _rank() -> str:
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return f"rank{dist.get_rank()}." if several else ""
 
 
 def _captured(device: torch.device) -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import fastadv
+from fastadv.methods.carry_buffer import CarryBuffer
 from tests.bert import text, tiny_bert
 from tests.distributed import workers
 from tests.support import assert_gradients, batch, clear, gradients, same_bits
@@ -167,3 +168,19 @@ def test_replays(wrapped: str, request: pytest.FixtureRequest) -> None:
     want = {name: p.detach() for name, p in model.named_parameters()}
     case = "replays" if wrapped == "ddp" else "sharded-replays"
     assert_gradients(outcome(request.getfixturevalue(wrapped), case), want, TOLERANCE)
+
+
+def test_replays_go_on_from_a_distributed_checkpoint(ddp: Path) -> None:
+    """Each process has slots of its own, under names of its own: the same weights as without the stop, bit for bit."""
+    found = outcome(ddp, "resumed")
+    for name, tensor in outcome(ddp, "replays").items():
+        assert same_bits(found[name], tensor), name
+
+
+@pytest.mark.parametrize("form", ["slots.0.0", "slots.rank0.0.0"])
+def test_slots_of_one_process_and_of_others(form: str) -> None:
+    """What one process saved, without a rank, is taken by each of several; another rank's slots are not."""
+    names = {"slots.0.0": 1, form: 1, "slots.rank1.0.0": 2, "slots.rank10.0.0": 3}
+    buffer = CarryBuffer()
+    buffer.load_state_dict({name: torch.full((1,), float(value)) for name, value in names.items()}, torch.device("cpu"))
+    assert {key: value.tolist() for key, value in buffer.buffers.items()} == {(0, 0): [1.0]}

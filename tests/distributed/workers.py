@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -141,6 +142,39 @@ def replays(rank: int, wrapped: str) -> dict[str, Tensor]:
         optimizer.step()
         optimizer.zero_grad()
     return {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def resumed(rank: int) -> dict[str, Tensor]:
+    """FreeAT, stopped between two replays and gone on from torch.distributed.checkpoint: nobody can tell."""
+    import torch.distributed.checkpoint as dcp
+
+    place = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(place)
+    model, adv, optimizer = training_by_replays()
+    data = list(fastadv.repeat([half(rank, seed) for seed in range(2)], adv.replays))
+    for number, one in enumerate(data):
+        if number == 2:
+            state: dict[str, Any] = {"model": model.state_dict(), "adv": adv.state_dict()}
+            dcp.save(state, checkpoint_id=place[0])
+            adv.close()
+            model, adv, optimizer = training_by_replays()
+            saved = dcp.FileSystemReader(place[0]).read_metadata().state_dict_metadata
+            kept = {name.removeprefix("adv."): entry for name, entry in saved.items() if name.startswith("adv.")}
+            room = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in kept.items()}
+            state = {"model": model.state_dict(), "adv": room}
+            dcp.load(state, checkpoint_id=place[0])
+            adv.load_state_dict(state["adv"])
+        step(adv, model, one)
+        optimizer.step()
+        optimizer.zero_grad()
+    want = replays(rank, "ddp")
+    assert all(torch.equal(p.detach(), want[name]) for name, p in model.module.named_parameters())
+    return want
+
+
+def training_by_replays() -> tuple[Any, fastadv.Method, torch.optim.Optimizer]:
+    run = DistributedDataParallel(build())
+    return run, fastadv.FreeAT(run, embedding="word_embeddings", **FREEAT), torch.optim.SGD(run.parameters(), lr=0.5)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -313,6 +347,7 @@ DDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] =
     **{f"fault-{name}-{index}": (fault, (name, index)) for name, index in FAULTS},
     **{f"reductions-{name}": (reductions, (name,)) for name in SAMPLE},
     "replays": (replays, ("ddp",)),
+    "resumed": (resumed, ()),
     "awp": (moved_weights, (1.0,)),
     "suggested": (suggested, ()),
 }
