@@ -93,6 +93,7 @@ class AWP(Method):
         self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(model, **options)
         self._engine.refuse(sharded=SHARDED)
+        self._engine.agreement.averages = True
         self._choice = matrices if parameters is None else parameters
         self._weights = MovedWeights([], self._engine.places.fused)
         self._known: tuple[list[nn.Parameter], list[bool]] = [], []
@@ -119,7 +120,7 @@ class AWP(Method):
         alone = bool(self.clean_weight) and step.target is step.closure and not any(w.grad is not None for w in moving)
         clean = step.descend(self.clean_weight) if self.clean_weight else None
         moving.set_out(step.undo)
-        self.search(step, [weight.grad for weight in moving] if alone else None)
+        self.search(step, self._of_all(step, moving) if alone else None)
         adversarial = step.descend(self.adv_weight)
         moving.put_back()
         return step.result(clean, adversarial)
@@ -136,7 +137,22 @@ class AWP(Method):
         with step.engine.probe_autocast.lowered(step.device):
             loss = step.forward(step.target, last=False).loss
         with span("backward"):
-            return torch.autograd.grad(step.engine.owner.scaled(loss), self._weights.weights, allow_unused=True)
+            scaled = step.engine.owner.scaled(loss)
+            found = torch.autograd.grad(scaled, self._weights.weights, allow_unused=True)
+        return self._mean(step, found)
+
+    def _of_all(self, step: Step, moving: MovedWeights) -> Sequence[Tensor | None]:
+        """The clean pass's gradient, of all processes: in the user's `no_sync` DDP has not reduced it."""
+        gradients = [weight.grad for weight in moving]
+        return self._mean(step, gradients) if step.engine.parallelism.accumulates() else gradients
+
+    def _mean(self, step: Step, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Of this process's batch: over those of all that train."""
+        if not step.engine.parallelism.among_others():
+            return gradients
+        weights = self._weights.weights
+        filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+        return step.engine.agreement.mean(filled)
 
     def perturbed(self, closure: Closure, mask: Masks = None) -> contextlib.AbstractContextManager[None]:
         """Move the weights up one batch's loss, for every forward inside the block; see `Method.perturbed`."""
