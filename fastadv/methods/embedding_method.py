@@ -39,7 +39,7 @@ class EmbeddingMethod(Method):
             rows, taken once, when the method is made. A callable start is not scaled.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         tied: "lookup" or "both"; see `fastadv.PGD`.
-        start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype: see `fastadv.PGD`.
+        start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype, communication: see `fastadv.PGD`.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.

@@ -110,6 +110,27 @@ def switches(model: nn.Module) -> list[Any]:
     return [(g.reduce_grads, g.all_reduce_grads, g.reshard_after_backward, g.post_forward_mesh_info) for g in groups]
 
 
+def held(rank: int, communication: str) -> Found:
+    """Between the passes of a step: how many elements of weights, and of gradients, each process has beside its shards.
+
+    A whole model's count is `all`.
+    """
+    model, data = units(workers.build()), workers.half(rank)
+    adv, seen = made("pgd-sample", model, communication=communication), []
+
+    def closure() -> Tensor:
+        groups = [part._get_fsdp_state()._fsdp_param_group for part in map(model.get_submodule, UNITS)]  # type: ignore[operator]
+        known = [one for group in groups for one in group.fsdp_params if hasattr(one, "_unsharded_param")]
+        weights = sum(one._unsharded_param.untyped_storage().size() // one._unsharded_param.itemsize for one in known)
+        gradients = [one._unsharded_param.grad for one in known if one._unsharded_param.grad is not None]
+        seen.append((weights, sum(gradient.numel() for gradient in gradients)))
+        return model(**data).loss
+
+    adv.backward(closure, data["attention_mask"])
+    count = sum(p.numel() for p in model.parameters())
+    return {"all": torch.tensor(count), "between": torch.tensor(seen[1:])}
+
+
 def trained(rank: int, communication: str) -> Found:
     """Three optimizer steps of two micro-batches each, of which the first reduces nothing; gathered weights are new."""
     model = units(workers.build())
@@ -281,6 +302,7 @@ ORIG = (True, False)
 FAST: Cases = {
     "plain": (plain, ()),
     **{f"{choice}-{name}": (communicated, (name, choice, ONE)) for choice in CHOICES for name in COUNTED[:3]},
+    **{f"held-{choice}": (held, (choice,)) for choice in CHOICES},
     "searched": (searched, ()),
     "no-loss": (last_without_a_loss, ()),
     "trained-keep": (trained, ("keep",)),

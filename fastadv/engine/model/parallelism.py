@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastadv.engine.model.find import is_compiled
+from fastadv.engine.model.find import is_compiled, is_cut
 from fastadv.engine.model.flat import Flat
 from fastadv.engine.model.units import Units
 from fastadv.engine.model.wrapper import wrapper_of
@@ -69,7 +69,8 @@ class Parallelism:
         """Read the wrappers where they are others than before; whether they were."""
         inventory = self.inventory
         inventory.look()
-        kinds, (holdings, before) = inventory.kinds(), self._seen
+        parameters = inventory.parameters if _is_grouped() else inventory.parameters[:1]
+        kinds, (holdings, before) = [*inventory.kinds(), *map(is_cut, parameters)], self._seen
         if holdings is inventory.holdings and before == kinds:
             return False
         self._read()
