@@ -20,7 +20,15 @@ from fastadv.methods.options import options_of
 from fastadv.train.options import methods
 from tests.pages import RUNNABLE, run
 
-OF_THE_MODEL = ("split", "backward", "scaler", "start_step", "probe_dtype", "emb_name")  # what says nothing of a radius
+OF_THE_MODEL = (
+    "split",
+    "backward",
+    "scaler",
+    "start_step",
+    "probe_dtype",
+    "communication",
+    "emb_name",
+)  # what says nothing of a radius
 
 
 @dataclass(frozen=True)

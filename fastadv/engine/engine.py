@@ -14,7 +14,7 @@ from fastadv.engine.forward import APPLIED, Entrance
 from fastadv.engine.frame import Frame, Undo
 from fastadv.engine.lookups import Lookups, Masks, Places
 from fastadv.engine.model import find
-from fastadv.engine.model.hook import Hook, install
+from fastadv.engine.model.hook import Hook, OutputHook, install
 from fastadv.engine.model.parallelism import Parallelism
 from fastadv.engine.model.placed import SeedCheck
 from fastadv.engine.model.split import Split, SplitChoice
@@ -123,8 +123,7 @@ class Engine:
         self.busy = False
         self._hooks: list[Hook | Split] = []
         weakref.finalize(self, _remove, self._hooks, self.entrance)  # where nobody calls close()
-        if self.enters:
-            self._hooks += [install(module, index, self.entrance) for index, module in enumerate(self.modules)]
+        self._install()
 
     def _scoped(self, scope: str, tied: str) -> Callable[[Lookups], Perturbation]:
         kind: type[Perturbation] = RowPerturbation if scope in TABLE_SCOPES else PositionPerturbation
@@ -142,6 +141,11 @@ class Engine:
 
         return made
 
+    def _install(self) -> None:
+        """Hook the perturbed modules. What FSDP2 has gathered looks like any table, and is gone after the forward."""
+        kind = OutputHook if self.parallelism.sharded else install
+        self._hooks += [kind(module, index, self.entrance) for index, module in enumerate(self.modules) if self.enters]
+
     def _by_row(self) -> bool:
         return self._of_tables and not self.parallelism.compiled
 
@@ -151,11 +155,21 @@ class Engine:
         Raises:
             ValueError: a wrapper under which no step can be run.
         """
+        sharded = self.parallelism.sharded
         if self.parallelism.look():
             self.places = self.places._replace(by_row=self._by_row())
+        if self.parallelism.sharded != sharded and self._hooks:
+            self._replace_hooks()
         for kind, why in self._refusals.items():
             if getattr(self.parallelism, kind):
                 raise ValueError(why)
+
+    def _replace_hooks(self) -> None:
+        """By those that a model needs which is sharded now, or no longer."""
+        splits = [hook for hook in self._hooks if isinstance(hook, Split)]
+        _remove([hook for hook in self._hooks if not isinstance(hook, Split)])
+        self._hooks[:] = splits  # the list that a finalizer has
+        self._install()
 
     def refuse(self, **kinds: str) -> None:
         """From now on a model that is `compiled`, `sharded` or `flat` (see `Parallelism`) is an error that says why."""

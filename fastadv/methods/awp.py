@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from operator import is_
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
@@ -64,6 +65,7 @@ class AWP(Method):
         backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
         atomic: copy gradients that were there before, and put them back if the step fails.
         probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
+        communication: "each", "last" or "keep": what FSDP2 sends between passes; see `fastadv.PGD`.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or no weight that moves.
@@ -97,6 +99,7 @@ class AWP(Method):
         self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(model, **options)
         self._engine.refuse(sharded=SHARDED)
+        self._engine.agreement.averages = True
         self._choice = matrices if parameters is None else parameters
         self._weights = MovedWeights([], self._engine.places.fused)
         self._known: tuple[list[nn.Parameter], list[bool]] = [], []
@@ -126,7 +129,7 @@ class AWP(Method):
         alone = bool(self.clean_weight) and step.target is step.closure and not any(w.grad is not None for w in moving)
         clean = step.descend(self.clean_weight) if self.clean_weight else None
         moving.set_out(step.undo)
-        self.search(step, [weight.grad for weight in moving] if alone else None)
+        self.search(step, self._of_all(step, moving) if alone else None)
         adversarial = step.descend(self.adv_weight)
         moving.put_back()
         return step.result(clean, adversarial)
@@ -134,9 +137,25 @@ class AWP(Method):
     def search(self, step: Step, gradients: Sequence[Tensor | None] | None = None) -> None:
         """The movement, along gradients that are there already or are found by a probe."""
         for _ in range(self.steps):
-            found = step.gradients_by(self._weights.weights) if gradients is None else gradients
+            found = self._probed(step) if gradients is None else gradients
             self._weights.step(found, self.gamma, self.epsilon)
             gradients = None
+
+    def _probed(self, step: Step) -> Sequence[Tensor | None]:
+        return self._mean(step, step.gradients_by(self._weights.weights))
+
+    def _of_all(self, step: Step, moving: MovedWeights) -> Sequence[Tensor | None]:
+        """The clean pass's gradient, of all processes: in the user's `no_sync` DDP has not reduced it."""
+        gradients = [weight.grad for weight in moving]
+        return self._mean(step, gradients) if step.engine.parallelism.accumulates() else gradients
+
+    def _mean(self, step: Step, gradients: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Of this process's batch: over those of all that train."""
+        if not step.engine.parallelism.among_others():
+            return gradients
+        weights = self._weights.weights
+        filled = [torch.zeros_like(w) if g is None else g for w, g in zip(weights, gradients, strict=True)]
+        return step.engine.agreement.mean(filled)
 
     def perturbed(
         self, closure: Closure, mask: Masks = None, groups: Groups = None

@@ -48,7 +48,7 @@ class EmbeddingMethod(Method):
         tied: "lookup" or "both"; see `fastadv.PGD`.
         process_group: a ProcessGroup or DeviceMesh dimension whose ranks each hold a part of what a norm is over: of
             every sample (sequence shards), or for scope "batch", "table" and "row" of the batch.
-        start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype: see `fastadv.PGD`.
+        start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype, communication: see `fastadv.PGD`.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.

@@ -62,6 +62,7 @@ class FreeAT(EmbeddingMethod):
         backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
         atomic: copy gradients that were there before, and put them back if the step fails.
         probe_dtype: torch.bfloat16 or torch.float16: probes (there is one with `attack=`) run under autocast to it.
+        communication: "each", "last" or "keep": what FSDP2 sends between passes; see `fastadv.PGD`.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.

@@ -41,6 +41,7 @@ class NEFTune(EmbeddingMethod):
         backward, scaler: who takes a full pass's loss (`accelerator.backward`), and a `torch.amp.GradScaler`.
         atomic: copy gradients that were there before, and put them back if the step fails.
         probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it; None: as all passes.
+        communication: "each", "last" or "keep": what FSDP2 sends between passes; see `fastadv.PGD`.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, an embedding that cannot be found, or `attack=` in a step.

@@ -57,6 +57,9 @@ class PGD(ClassicPGD, EmbeddingMethod):
         probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it, full passes as you have them;
             None: all alike. float16 loses small gradients without a `scaler`, and where that has grown too far none is
             finite (`skipped` counts them). The masks of dropout="same" are the same in both on the CPU.
+        communication: under FSDP2 "each": weights are gathered and gradients reduced in each pass, in the memory of
+            plain training; "last": gradients are reduced in the last pass, and held whole until then; "keep": weights
+            are held whole as well, so that a step sends no more than plain training. The gradients are the same.
 
     Raises:
         TypeError, ValueError: an argument that cannot be, or an embedding that cannot be found.

@@ -58,8 +58,8 @@ class BregmanProximal(Method):
         divergence: "symmetric_kl", "kl" (from the teacher's answer), "js", "mse" for regression, "symmetric_bernoulli"
             or "bernoulli" for several labels at once, or a callable `(logits, teacher_logits) -> 0-d tensor`. None: by
             the model's `config.problem_type`, as for `fastadv.SMART`.
-        start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype: without a method, as plain training
-            takes them; with one they are the method's, and must not be given here.
+        start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype, communication: without a method, as
+            plain training takes them; with one they are the method's, and must not be given here.
 
     Raises:
         TypeError, ValueError: an argument that cannot be; in a step, a closure that returns no logits.

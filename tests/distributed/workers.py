@@ -369,7 +369,12 @@ def start(run: Callable[[int, str, str], None], suite: str, folder: Path) -> Pat
 
 
 def run(rank: int, suite: str, folder: str) -> None:
-    """All cases of a suite in one pair of processes: starting them is what takes the time."""
+    """All cases of a suite in one pair of processes."""
+    run_cases(rank, SUITES[suite], folder)
+
+
+def run_cases(rank: int, cases: dict[str, Any], folder: str) -> None:
+    """One after the other: starting processes is what takes the time."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -378,7 +383,7 @@ def run(rank: int, suite: str, folder: str) -> None:
         world_size=WORLD,
         timeout=dt.timedelta(seconds=60),
     )
-    for name, (case, arguments) in SUITES[suite].items():
+    for name, (case, arguments) in cases.items():
         try:
             outcome: Any = case(rank, *arguments)
         except Exception:  # noqa: BLE001 - the test that asks for this case shows it

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastadv.engine.model.find import is_compiled
+from fastadv.engine.model.find import is_compiled, is_cut
 from fastadv.engine.model.flat import Flat
 from fastadv.engine.model.units import Units
 from fastadv.engine.model.wrapper import wrapper_of
@@ -24,8 +24,9 @@ UNREDUCED = (
     "passes would never be reduced: give the last pass a loss and a weight above 0"
 )
 BYPASSED = (
-    "the closure runs the model inside of its DistributedDataParallel, past {why}, so that gradients would not be "
-    "reduced, or not of the right numbers: call the wrapper in the closure, ddp_model(**batch)"
+    "the closure runs the model inside of its DistributedDataParallel, past the wrapper's forward, without which "
+    "gradients are not reduced: call the wrapper in the closure, ddp_model(**batch). In Lightning set "
+    "automatic_optimization = False and give the method backward=self.manual_backward"
 )
 
 
@@ -60,8 +61,6 @@ class Parallelism:
         self._seen: tuple[object, list[Any]] = None, []
         self._sought = False
         self._deferred = False  # forwards prepare no reduction
-        self._watches = False  # whether the closure calls the wrapper is looked at
-        self._called = False  # it did in the last full pass
         self._unreduced = False  # a full pass of this step has left gradients for a later one to reduce
         self._frozen: list[nn.Parameter] = []
         self.look()
@@ -70,7 +69,8 @@ class Parallelism:
         """Read the wrappers where they are others than before; whether they were."""
         inventory = self.inventory
         inventory.look()
-        kinds, (holdings, before) = inventory.kinds(), self._seen
+        parameters = inventory.parameters if _is_grouped() else inventory.parameters[:1]
+        kinds, (holdings, before) = [*inventory.kinds(), *map(is_cut, parameters)], self._seen
         if holdings is inventory.holdings and before == kinds:
             return False
         self._read()
@@ -131,6 +131,10 @@ class Parallelism:
         """Whether DDP reduces in a backward whose forward runs now: not inside of the user's `no_sync`."""
         return self.parallel is not None and bool(self.parallel.require_backward_grad_sync)
 
+    def accumulates(self) -> bool:
+        """Whether DDP leaves gradients to a later step to reduce: inside of the user's `no_sync`."""
+        return self.parallel is not None and not self.parallel.require_backward_grad_sync
+
     @contextlib.contextmanager
     def aligned(self, trains: bool) -> Iterator[None]:
         """Around a step, in whose forwards DDP then does nothing that another process would have to answer.
@@ -141,8 +145,7 @@ class Parallelism:
         """
         ddp: Any = self.parallel
         if ddp is None or self.joins() or getattr(ddp, "_use_python_reducer", False):
-            with self._watching():
-                yield
+            yield
             return
         if torch.is_grad_enabled():
             ddp.reducer._rebuild_buckets()
@@ -154,23 +157,6 @@ class Parallelism:
             yield
         finally:
             ddp.require_forward_param_sync, self._deferred = reduces, False
-
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Around a step in which DDP's own forward must prepare the reduction: see whether the closure calls it."""
-        if self.parallel is None or not self.joins():
-            yield
-            return
-        handle = self.parallel.register_forward_pre_hook(self._note)
-        self._watches = True
-        try:
-            yield
-        finally:
-            handle.remove()
-            self._watches = False
-
-    def _note(self, *_: Any) -> None:
-        self._called = True
 
     def remember(self) -> Callable[[], None]:
         """Return what puts the wrappers' switches where they are now."""
@@ -199,9 +185,10 @@ class Parallelism:
 
     def synchronised(self, reduce: bool) -> contextlib.AbstractContextManager[Any]:
         """Around a forward: gradients are reduced in the last full pass alone, and `prepare` may see to that."""
-        self._called = False
         if not reduce:
             self.units.hold()
+        if self.parallel is not None:  # its forward makes a bool of this again
+            self.parallel.require_forward_param_sync = int(self.parallel.require_forward_param_sync)  # type: ignore[assignment]
         if self.parallel is None or (reduce and not self._deferred):
             return contextlib.nullcontext()
         return _unreduced(self.parallel)
@@ -210,14 +197,20 @@ class Parallelism:
         """Before a full pass's backward, which reduces gradients if it is the last.
 
         Raises:
-            RuntimeError: the closure has gone past what prepares DDP for that.
+            RuntimeError: the closure has gone past DDP's forward.
         """
         self._unreduced = not last
         if not last:
             return
         self.units.send()
-        if self._watches and not self._called and self.reduces_now():
-            raise RuntimeError(BYPASSED.format(why="what torch's Join needs of its forward"))
+        if self.reduces_now() and self.among_others() and not self._ran_wrapper():
+            raise RuntimeError(BYPASSED)
+
+    def _ran_wrapper(self) -> bool:
+        """Whether DDP's forward has run in the last full pass, or the whole step runs inside of it."""
+        ddp: Any = self.parallel
+        mute = getattr(ddp, "_use_python_reducer", False) or getattr(ddp, "_delay_all_reduce_all_params", False)
+        return mute or isinstance(ddp.require_forward_param_sync, bool) or ddp._active_ddp_module is not None
 
     def check_reduced(self) -> None:
         """Raises RuntimeError if gradients of this step are left that no pass reduces."""
@@ -233,6 +226,15 @@ class Parallelism:
             reducer = self.parallel.reducer
             reducer.prepare_for_forward()
             reducer.prepare_for_backward([loss] if self.parallel.find_unused_parameters else [])
+
+    def average(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The mean of each over DDP's processes."""
+        assert self.parallel is not None
+        group = self.parallel.process_group
+        means = [(tensor / group.size()).contiguous() for tensor in tensors]
+        for work in [dist.all_reduce(mean, group=group, async_op=True) for mean in means]:
+            work.wait()
+        return means
 
     @contextlib.contextmanager
     def quiet(self, leaves: Callable[[], Iterable[Tensor]]) -> Iterator[None]:

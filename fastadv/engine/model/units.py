@@ -75,15 +75,13 @@ class Units:
 
     def begin(self) -> None:
         """Write down what there is, where a step may change it."""
-        if not self.late:
-            return
         self._switches = [_switches(state, group) for state in self._states for group in _groups(state)]
-        parameters = [parameter for one in self._switches for parameter in one.group.fsdp_params]
-        self._gradients = [_gradient(parameter, self._atomic) for parameter in parameters]
+        if self._late:
+            self._gradients = [_gradient(parameter, self._atomic) for parameter in self._parameters()]
 
     def hold(self) -> None:
         """Before a pass that another follows: it reduces nothing, and its weights may stay."""
-        for one in self._switches:
+        for one in self._switches if self._late else ():
             one.group.reduce_grads = one.group.all_reduce_grads = False
             if self._keeps:
                 one.group.post_forward_mesh_info, one.group.reshard_after_backward = None, False
@@ -96,7 +94,7 @@ class Units:
 
     def thaw(self) -> None:
         """Weights that stayed gathered require a gradient where their shards do."""
-        for parameter in (parameter for one in self._switches for parameter in one.group.fsdp_params):
+        for parameter in self._parameters():
             whole = getattr(parameter, "_unsharded_param", None)
             if whole is not None:
                 whole.requires_grad_(parameter.sharded_param.requires_grad)
@@ -111,10 +109,19 @@ class Units:
         self._switches, self._gradients = [], []
 
     def undo(self) -> None:
-        """The step has failed: gradients that were not reduced yet are what they were."""
+        """The step has failed, perhaps in the midst of a forward: nothing is gathered, and no gradient is left."""
+        for state in self._states:
+            state._training_state, state._state_ctx.iter_forward_root = type(state._training_state).IDLE, None
+        for one in self._switches:
+            one.group._training_state = type(one.group._training_state).IDLE
+            if one.sharded:
+                one.group._to_sharded()
         for gradient in self._gradients:
             gradient.put_back()
         self.thaw()
+
+    def _parameters(self) -> list[Any]:
+        return [parameter for one in self._switches for parameter in one.group.fsdp_params]
 
 
 def _states(modules: Iterable[nn.Module]) -> Iterator[Any]:

@@ -122,7 +122,7 @@ def tied_weights(modules: Sequence[nn.Module]) -> list[Tensor]:
 def _plain(module: nn.Module) -> Tensor:
     weight = cast(Tensor, module.weight)
     if not is_whole(weight) or not weight.requires_grad:
-        kind = "sharded" if is_cut(weight) else type(weight).__name__
+        kind = "sharded" if is_cut(weight) or hasattr(weight, "placements") else type(weight).__name__
         raise ValueError(
             "tied='both' moves the table in place, so it must be a plain tensor that is trained; this one is "
             f"{'frozen' if not weight.requires_grad else kind}. tied='lookup' needs neither"

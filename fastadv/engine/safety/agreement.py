@@ -8,7 +8,7 @@ See docs/design/0017-a-step-of-all-processes.md.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -35,6 +35,10 @@ ABSENT = (
     "not every rank came to this step in time (one has fewer batches, skips one, or is gone). Give every rank "
     "as many batches, or train in torch's Join([ddp])"
 )
+MEAN_IN_JOIN = (
+    "a rank that only shadows others in torch's Join cannot tell its gradient, by which the weights move here: under "
+    "Join give AWP one step, no attack=, and no gradient accumulation"
+)
 IN_JOIN = "a step failed inside of torch's Join, which leaves this rank no way to tell the others"
 
 
@@ -51,11 +55,13 @@ class Agreement:
         self._model = model
         self._ballot: Ballot | None = None
         self._refusal = ""  # why no step can be run any more
+        self.averages = False  # a method asks for the `mean` of gradients
         self._owed = FINE  # what this process has to say, and could not yet
         self._posted: Count | None = None  # of a step that failed: its votes may not be counted yet
         self._steps = 0  # that were agreed on
         self._issued = 0  # collectives, when this step began
         self._reductions = 0  # in this step
+        self._trains = False  # this step
         self._running = False  # in a step that is agreed on
         self._over = False  # a verdict has ended it
         self._done = False  # on all processes
@@ -75,6 +81,7 @@ class Agreement:
         self._settle()
         if self._refusal:
             raise RuntimeError(self._refusal)
+        self._trains = trains
         try:
             self._begin(trains)
             self._own_up()
@@ -85,7 +92,7 @@ class Agreement:
             self._fail(trains)
             raise
         finally:
-            self._running = self._reducing = False
+            self._trains = self._running = self._reducing = False
 
     @contextlib.contextmanager
     def reduction(self, loss: Tensor, last: bool) -> Iterator[None]:
@@ -105,6 +112,27 @@ class Agreement:
         yield
         self._reducing = False
 
+    def mean(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Gradients of this process's batch, which DDP has not reduced: their mean over all processes.
+
+        A step that does not train has no others: there it is this process's own.
+
+        Raises:
+            RuntimeError: another process failed, or only shadows this one.
+        """
+        if not self._trains:
+            return gradients
+        if self._parallelism.joins():
+            raise RuntimeError(MEAN_IN_JOIN)
+        if not self._running:
+            return gradients
+        self._reductions += 1
+        self._reach(-self._reductions)  # not the place of a backward that reduces
+        self._reducing = True
+        means = self._parallelism.average(gradients)
+        self._reducing = False
+        return means
+
     def end(self) -> None:
         """The last thing in a step that can be put back: it counts if every process has come here.
 
@@ -120,7 +148,8 @@ class Agreement:
         parallelism = self._parallelism
         self._over = self._done = False
         self._reductions = 0
-        speaks = self._owed == LOST or parallelism.talks or (trains and parallelism.reduces_now())
+        reduces = parallelism.reduces_now() or (self.averages and parallelism.parallel is not None)
+        speaks = self._owed == LOST or parallelism.talks or (trains and reduces)
         if parallelism.joins() or not speaks:
             return
         if self._ballot is None:
