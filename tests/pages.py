@@ -73,6 +73,7 @@ def surroundings(folder: Path) -> dict[str, Any]:
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "loader": [batch, batch],
         "batch": batch,
+        "mesh": {"cp": None, "tp": None},  # of one process
         "labelled": batch,
         "unlabelled": {key: value for key, value in batch.items() if key != "labels"},
         "losses": losses,

@@ -40,6 +40,7 @@ class FreeLB(EmbeddingMethod):
         direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.
         tied: "lookup" perturbs the lookups alone; "both" moves the table itself, and a tied output layer with it.
         start_step, every: attack from this step on, and each so many steps; the others are plain training.
         dropout: the "same" masks in all passes of a step (default, as in the paper), "fresh" ones in each, or "off".

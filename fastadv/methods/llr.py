@@ -74,6 +74,7 @@ class LLR(EmbeddingMethod):
         direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        process_group: not taken, since a rank has to know the loss of whole samples.
         start_step, every: attack from this step on, and each so many steps; the others are plain training.
         dropout: the "same" masks in all passes of a step (default), "fresh" ones in each, or "off".
         fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.

@@ -35,6 +35,7 @@ class NEFTune(EmbeddingMethod):
         random_start: a callable `(shape, mask) -> tensor` in place of the noise; None: as above.
         relative: alpha in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.
         start_step, every: attack from this step on, and each so many steps; the others are plain training.
         dropout: "fresh" masks, or "off".
         fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
