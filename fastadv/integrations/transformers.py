@@ -244,10 +244,10 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
     """Train adversarially with `transformers.Trainer`: every batch is attacked by a method of fastadv.
 
     Each micro-batch is attacked by itself, so gradient accumulation changes no direction. Its `attention_mask` keeps
-    padding unperturbed; without one, its `seq_idx`, `position_ids` or `cu_seq_lens_q` tell the documents that rows are
-    packed of, and each document has its own norm. `start_step` and `every` of the method count optimizer steps (`state.global_step`). The method
-    is made when `train()` begins, around the wrapped model (DDP, torch.compile, PEFT), and leaves the model when it
-    ends, with an error or without.
+    padding unperturbed. Without one, `seq_idx`, `position_ids` or `cu_seq_lens_q` tell the documents that rows are
+    packed of, and each document is a sample. `start_step` and `every` of the method count optimizer steps
+    (`state.global_step`). The method is made when `train()` begins, around the wrapped model (DDP, torch.compile,
+    PEFT), and leaves the model when it ends, with an error or without.
 
     The log gets three numbers, read from the device once per logging interval: `adv_loss` (scaled like `loss`),
     `adv_norm` (mean norm of the perturbations) and `adv_skipped` (norm groups that took no step because their gradient
