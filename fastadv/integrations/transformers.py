@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from fastadv import packed
-from fastadv.engine.perturb.documents import Groups
 from fastadv.integrations import method_state
 from fastadv.integrations.adversary import Adversary, factory, refuse
 from fastadv.integrations.collapse import Collapse
@@ -222,11 +221,8 @@ class AdversarialMixin(WholeCheckpoints):
             return [mask, inputs.get("decoder_attention_mask")]
         return mask
 
-    def adversarial_groups(self, inputs: Mapping[str, Any]) -> Groups:
-        """Return the documents of packed rows: [B, T], see `fastadv.packed.from_batch`; None: a row is one sample.
-
-        Override it where the batch tells them otherwise.
-        """
+    def adversarial_groups(self, inputs: Mapping[str, Any]) -> Masks:
+        """Return the documents of packed rows, by `fastadv.packed.from_batch`; None: a row is a sample."""
         return packed.from_batch(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
