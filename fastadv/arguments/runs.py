@@ -19,8 +19,11 @@ class Runs(NamedTuple):
         """The groups that begin at these of so many rows.
 
         Raises:
+            TypeError: they are not int64.
             ValueError: the starts do not rise from 0 to `rows` (looked at on the CPU).
         """
+        if starts.dtype != torch.int64:
+            raise TypeError(f"ascend: starts must be int64, but is {starts.dtype}")
         if starts.is_cpu and (starts[[0, -1]].tolist() != [0, rows] or bool((starts.diff() < 0).any())):
             raise ValueError(f"ascend: starts must rise from 0 to the number of positions, {rows}: {starts.tolist()}")
         of = torch.searchsorted(starts, torch.arange(rows, device=starts.device), right=True) - 1

@@ -166,9 +166,10 @@ class Engine:
 
     def _replace_hooks(self) -> None:
         """By those that a model needs which is sharded now, or no longer."""
-        splits = [hook for hook in self._hooks if isinstance(hook, Split)]
-        _remove([hook for hook in self._hooks if not isinstance(hook, Split)])
-        self._hooks[:] = splits  # the list that a finalizer has
+        for hook in self._hooks:
+            if not isinstance(hook, Split):
+                hook.remove()
+        self._hooks[:] = [hook for hook in self._hooks if isinstance(hook, Split)]  # the list that a finalizer has
         self._install()
 
     def refuse(self, **kinds: str) -> None:

@@ -16,7 +16,6 @@ from transformers import Trainer
 
 from fastadv import packed
 from fastadv.engine.owner import Unowned
-from fastadv.engine.perturb.documents import Groups
 from fastadv.integrations import method_state
 from fastadv.integrations.accelerate import AccelerateOwner
 from fastadv.integrations.adversary import Adversary, factory, reads_logits, refuse
@@ -215,11 +214,8 @@ class AdversarialMixin(WholeCheckpoints):
             return [mask, inputs.get("decoder_attention_mask")]
         return mask
 
-    def adversarial_groups(self, inputs: Mapping[str, Any]) -> Groups:
-        """Return the documents of packed rows: [B, T], see `fastadv.packed.from_batch`; None: a row is one sample.
-
-        Override it where the batch tells them otherwise.
-        """
+    def adversarial_groups(self, inputs: Mapping[str, Any]) -> Masks:
+        """Return the documents of packed rows, by `fastadv.packed.from_batch`; None: a row is a sample."""
         return packed.from_batch(inputs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -237,8 +233,8 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
     """Train adversarially with `transformers.Trainer`: every batch is attacked by a method of fastadv.
 
     Each micro-batch is attacked by itself, so gradient accumulation changes no direction. Its `attention_mask` keeps
-    padding unperturbed; without one, its `seq_idx`, `position_ids` or `cu_seq_lens_q` tell the documents that rows are
-    packed of, and each document has its own norm. `start_step` and `every` of the method count optimizer steps
+    padding unperturbed. Without one, `seq_idx`, `position_ids` or `cu_seq_lens_q` tell the documents that rows are
+    packed of, and each document is a sample. `start_step` and `every` of the method count optimizer steps
     (`state.global_step`). The method is made when `train()` begins, around the wrapped model (DDP, torch.compile,
     PEFT), and leaves the model when it ends, with an error or without.
 

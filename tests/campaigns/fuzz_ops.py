@@ -101,8 +101,15 @@ def ascend(rng: Random) -> bool:
     mask = None if rng.random() < 0.5 else torch.from_numpy(rng.random(shape[:2]) < 0.7)
     skipped, before = torch.zeros((), dtype=torch.int64), delta.clone()
     given = delta if rng.random() < 0.8 or not delta.numel() else misaligned(delta)
-    ops.ascend(given, laid_out(rng, grad), mask=mask, skipped=skipped, **rule)
-    return oracle.ascended(before, grad, mask, rule, given, int(skipped))
+    starts = None if rng.random() < 0.5 else runs(rng, shape[0] * shape[1])
+    ops.ascend(given, laid_out(rng, grad), mask=mask, skipped=skipped, starts=starts, **rule)
+    return oracle.ascended(before, grad, mask, rule, given, int(skipped), starts)
+
+
+def runs(rng: Random, rows: int) -> Tensor:
+    """Where some groups begin that so many rows are cut into, empty ones among them."""
+    cuts = np.sort(rng.integers(0, rows + 1, size(rng, 4)))
+    return torch.tensor([0, *cuts.tolist(), rows])
 
 
 def gather_perturb(rng: Random) -> bool:

@@ -66,21 +66,33 @@ def moved(delta: Array, g: Array, rule: dict[str, Any], tolerance: float, floor:
 
 
 def ascended(
-    before: Tensor, grad: Tensor, mask: Tensor | None, rule: dict[str, Any], got: Tensor, skipped: int
+    before: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    rule: dict[str, Any],
+    got: Tensor,
+    skipped: int,
+    starts: Tensor | None = None,
 ) -> bool:
-    groups = (math.prod(before.shape[: rule["group"]]), -1)
     if before.numel() == 0:
         return skipped == 0
     g = grad.double() if mask is None else grad.double().masked_fill(~mask.unsqueeze(-1), 0)
     lost = 0
     dtype = before.dtype
-    for old, along, new in zip(*(t.double().reshape(groups).numpy() for t in (before, g, got)), strict=True):
+    for old, along, new in zip(*(grouped(t.double(), rule, starts) for t in (before, g, got)), strict=True):
         finite = bool(np.isfinite(along).all())
         lost += not finite
         want, bound = moved(old, along if finite else np.zeros_like(along), rule, TOLERANCE[dtype], FLOOR[dtype])
         if not (np.abs(new - want) <= bound).all():
             return False
     return lost == skipped
+
+
+def grouped(x: Tensor, rule: dict[str, Any], starts: Tensor | None) -> list[Array]:
+    if starts is None:
+        return list(x.reshape(math.prod(x.shape[: rule["group"]]), -1).numpy())
+    rows = x.reshape(-1, x.shape[-1]).numpy()
+    return [rows[a:b].reshape(-1) for a, b in itertools.pairwise(starts.tolist()) if a < b]
 
 
 def stepped(

@@ -258,11 +258,11 @@ def test_random_starts_are_by_document(make: Make, kind: str) -> None:
 
 
 def test_a_mask_and_groups_leave_what_lies_in_both() -> None:
-    mask = torch.ones_like(PACKED.groups)
+    mask, groups = torch.ones_like(PACKED.groups), changed((1, 1, -1))
     mask[0, 1] = 0
-    [values] = searched(PACKED, mask=mask, groups=PACKED.groups).values
-    assert ((values != 0).any(-1) == ((PACKED.groups >= 0) & (mask == 1))).all()
-    [hole] = searched(PACKED, groups=PACKED.groups.masked_fill(mask == 0, -1)).values
+    [values] = searched(PACKED, mask=mask, groups=groups).values
+    assert ((values != 0).any(-1) == ((groups >= 0) & (mask == 1))).all()
+    [hole] = searched(PACKED, groups=groups.masked_fill(mask == 0, -1)).values
     assert torch.equal(hole, values)  # a document goes on behind a position that is left out
 
 

@@ -57,14 +57,15 @@ class Case:
 
     def __init__(
         self, delta: Tensor, grad: Tensor, mask: Tensor | None = None, embedding: tuple[Any, ...] | None = None,
-        **rule: Any,
+        starts: list[int] | None = None, **rule: Any,
     ) -> None:  # fmt: skip
         self.delta, self.grad, self.mask, self.embedding = delta, grad, mask, embedding
+        self.starts = None if starts is None else torch.tensor(starts)
         self.rule = {"step_size": 0.3, "epsilon": 0.5, "direction": "l2", "ball": "l2", "group": 0} | rule
 
     def eager(self, **change: Any) -> tuple[Tensor, int]:
         moved, skipped = self.delta.clone(), torch.zeros((), dtype=torch.int64)
-        eager(moved, self.grad, self.mask, skipped, **(self.rule | change))
+        eager(moved, self.grad, self.mask, skipped, **(self.rule | change), starts=self.starts)
         return moved, int(skipped)
 
     def native(self) -> tuple[Tensor, int, Tensor | None]:
@@ -72,19 +73,23 @@ class Case:
         delta, grad = guarded(self.delta), guarded(self.grad)
         mask = None if self.mask is None else guarded(self.mask)
         if self.embedding is None:
-            ascend(delta[0], grad[0], mask and mask[0], skipped, **self.rule)
+            ascend(delta[0], grad[0], mask and mask[0], skipped, **self.rule, starts=self.starts)
         else:
             weight, ids, slot = self.embedding
             out = guarded(torch.full((*ids.shape, weight.shape[1]), math.nan, dtype=weight.dtype))
             ascend(delta[0], grad[0], mask and mask[0], skipped, **self.rule, weight=weight, ids=ids, slot=slot,
-                   embedded=out[0])  # fmt: skip
+                   embedded=out[0], starts=self.starts)  # fmt: skip
             embedded = out[0]
             assert edges(out[1]).isnan().all()
         assert edges(delta[1]).isnan().all() and edges(grad[1]).isnan().all()
         return delta[0], int(skipped), embedded
 
     def by_group(self, x: Tensor) -> Tensor:
-        return x.double().reshape(math.prod(x.shape[: self.rule["group"]]), -1)
+        if self.starts is None:
+            return x.double().reshape(math.prod(x.shape[: self.rule["group"]]), -1)
+        lengths = self.starts.diff()
+        runs = torch.split(x.double().reshape(-1, x.shape[-1]), lengths[lengths > 0].tolist())
+        return torch.nn.utils.rnn.pad_sequence(list(runs), batch_first=True).flatten(1)
 
     def agrees(self) -> None:
         (want, want_skipped), (got, skipped, embedded) = self.eager(), self.native()
@@ -131,6 +136,29 @@ def test_agrees_with_eager(direction: str, ball: str, shape: tuple[int, ...], dt
     for group, masked, epsilon in itertools.product(range(len(shape)), (False, True), (0.2, 5.0, None)):
         rule = {"direction": direction, "ball": ball, "group": group, "epsilon": epsilon}
         Case(*values(shape, dtypes), hidden(shape) if masked else None, **rule).agrees()
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize(("direction", "ball"), RULES)
+def test_runs_agree_with_eager(direction: str, ball: str, dtypes: Any) -> None:
+    """Of a block and of several, of one position and of none."""
+    weight, ids = torch.randn(9, 33).to(dtypes[0]), torch.randint(9, (4, 300))
+    for shape, starts in (
+        ((4, 300, 33), [0, 1, 1, 496, 497, 994, 1200]),
+        ((1, 1, 5), [0, 0, 1]),
+        ((3, 5, 7), [0, 15]),
+        ((2, 0, 4), [0]),
+        ((2, 0, 4), [0, 0]),
+        ((6, 1), [0, 2, 6]),
+    ):
+        for epsilon, masked in itertools.product((0.2, None), (False, True)):
+            rule = {"direction": direction, "ball": ball, "epsilon": epsilon, "starts": starts}
+            embedding = (weight, ids, None) if shape[-1] == 33 else None
+            delta, grad = values(shape, dtypes)
+            Case(delta, grad, hidden(shape) if masked else None, embedding, **rule).agrees()
+            if grad.numel() > 5:
+                grad.view(-1)[-1] = math.nan
+                Case(delta, grad, None, embedding, **rule).agrees()
 
 
 @pytest.mark.parametrize("weight_dtype", [F32, F64, BF16, F16], ids=str)
@@ -214,13 +242,17 @@ def test_threads_change_nothing(direction: str, ball: str, dtypes: Any) -> None:
     before = torch.get_num_threads()
     weight, ids, slot = torch.randn(50, 300).to(dtypes[0]), torch.randint(50, (600,)), torch.randint(-1, 700, (600,))
     cases = [
-        Case(*values(shape, dtypes, size), hidden(shape), embedding, direction=direction, ball=ball, group=group)
+        Case(
+            *values(shape, dtypes, size), hidden(shape), embedding, starts, direction=direction, ball=ball, group=group
+        )
         for size in (1.0, 1e-3 if dtypes[1] == F16 else 1e-36)
-        for shape, group, embedding in (
-            ((700, 300), 0, (weight, ids, slot)),
-            ((2, 250, 300), 1, None),
-            ((3, 200, 300), 1, (weight, ids.view(3, 200), None)),
-            ((700, 300), 1, None),
+        for shape, group, embedding, starts in (
+            ((700, 300), 0, (weight, ids, slot), None),
+            ((2, 250, 300), 1, None, None),
+            ((3, 200, 300), 1, (weight, ids.view(3, 200), None), None),
+            ((700, 300), 1, None, None),
+            ((2, 250, 300), 1, None, [0, 1, 500]),
+            ((3, 200, 300), 1, (weight, ids.view(3, 200), None), [0, 7, 7, 8, 300, 460, 600]),
         )
     ]
     try:
@@ -316,6 +348,10 @@ REFUSED = {
     "mask device": (FIT | {"mask": torch.ones(2, device="meta").bool()}, ValueError, "mask is on meta"),
     "skipped dtype": (FIT | {"skipped": torch.zeros((), dtype=torch.int32)}, TypeError, "int64"),
     "skipped shape": (FIT | {"skipped": torch.zeros(1, dtype=torch.int64)}, ValueError, "0-d"),
+    "starts dtype": (FIT | {"starts": torch.tensor([0, 2]).int()}, TypeError, "int64"),
+    "starts device": (FIT | {"starts": torch.tensor([0, 2], device="meta")}, ValueError, "starts is on meta"),
+    "starts short": (FIT | {"starts": torch.tensor([0, 1])}, ValueError, "rise from 0 to the number of positions, 2"),
+    "starts fall": (FIT | {"starts": torch.tensor([0, 2, 1, 2])}, ValueError, "rise from 0"),
     "weight alone": (FIT | {"weight": torch.zeros(5, 3)}, ValueError, "belong together"),
     "slot alone": (FIT | {"slot": SLOT}, ValueError, "belong together"),
     "weight dtype": (EMBEDS | {"weight": torch.zeros(5, 3).double()}, TypeError, "does not go with"),

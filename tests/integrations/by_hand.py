@@ -95,8 +95,11 @@ def sample_scope(model: Any) -> fastadv.Method:
     return fastadv.FGM(model, epsilon=EPSILON, scope="sample")
 
 
+TRAINERS = ("adversary", "compute_loss_func", "callbacks", "data_collator")  # what else is given is an argument
+
+
 def train(model: nn.Module, folder: Path, data: list[Any], *, kind: Any = AdversarialTrainer, **changes: Any) -> Any:
-    named = {name: changes.pop(name) for name in ("adversary", "compute_loss_func", "callbacks") if name in changes}
+    named = {name: changes.pop(name) for name in TRAINERS if name in changes}
     named.setdefault("adversary", sample_scope)
     trainer = kind(model=model, args=arguments(folder, **changes), train_dataset=data, **named)
     trainer.train()

@@ -289,9 +289,9 @@ def test_samples_losses_reach_llr(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     """A model whose output has `losses`: each sample has a gap of its own."""
     seen: list[int] = []
 
-    def counted(deltas: Any, slope: Any, losses: Tensor) -> Tensor:
+    def counted(step: fastadv.Step, deltas: Any, slope: Any, losses: Tensor) -> Tensor:
         seen.append(len(losses))
-        return along(deltas, slope, losses)
+        return along(step, deltas, slope, losses)
 
     monkeypatch.setattr("fastadv.methods.llr.along", counted)
 

@@ -68,6 +68,14 @@ def step(dtype: torch.dtype, dim: int, group: int, direction: str, ball: str, ma
     ascend.ascend(delta, grad, mask, torch.tensor(0), rule, lookup_of(**lookup))
 
 
+def runs_step(dtype: torch.dtype, dim: int, direction: str, ball: str) -> None:
+    """ascend for runs of rows."""
+    delta, grad = torch.zeros(2, 16, dim, dtype=in_place_of(dtype)), torch.zeros(2, 16, dim, dtype=dtype)
+    lookup = Lookup(torch.zeros(50, dim, dtype=dtype), torch.arange(32).view(2, 16), None, torch.zeros_like(grad))
+    mask, starts = torch.ones(2, 16, dtype=torch.bool), torch.tensor([0, 5, 32, 32])
+    ascend.ascend(delta, grad, mask, torch.tensor(0), Rule(0.1, 1.0, direction, ball, 1), lookup, starts)
+
+
 def whole_table_step(dtype: torch.dtype, dim: int, group: int) -> None:
     ids = torch.arange(32)
     groups, delta = segments(ids, 50), torch.zeros(32, dim, dtype=in_place_of(dtype))
@@ -87,6 +95,8 @@ def everything(dtype: torch.dtype, dim: int) -> Iterator[Callable[[], None]]:
     for group, direction, ball in itertools.product((1, 2), DIRECTIONS, BALLS):
         for both in (False, True):
             yield lambda g=group, d=direction, b=ball, m=both: step(dtype, dim, g, d, b, masked=m, embeds=m)
+    for direction, ball in itertools.product(DIRECTIONS, BALLS):
+        yield lambda d=direction, b=ball: runs_step(dtype, dim, d, b)
     for group in (0, 1):
         yield lambda g=group: whole_table_step(dtype, dim, g)
     for kind, both in itertools.product(KINDS, (False, True)):
@@ -101,6 +111,7 @@ def test_what_methods_use(dtype: torch.dtype, target: str, compiled: list[Compil
     for group, direction, ball in ((1, "l2", "l2"), (2, "l2", "l2"), (1, "max", "linf"), (2, "sign", "linf")):
         step(dtype, 768, group, direction, ball, masked=True, embeds=True)
     step(dtype, 768, 1, "l2", "unit", masked=False, embeds=True)
+    runs_step(dtype, 768, "l2", "l2")
     whole_table_step(dtype, 768, 0)
     compare(dtype, 4096, "symmetric_kl")
     assert {kernel.name for kernel in compiled} == {

@@ -93,6 +93,41 @@ def test_ascend_of_groups_of_many_tiles(direction: str, ball: str, dtype: torch.
         assert untouched(words)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("direction", "ball"), RULES)
+def test_ascend_of_runs(direction: str, ball: str, dtype: torch.dtype) -> None:
+    """Of many tiles, of a row, of none; with room for more runs than there are; with words to look up."""
+    ids, weight = torch.randint(9, (2, 7), device=DEVICE), randn(9, 130, dtype=dtype)
+    mask = torch.rand(2, 7, device=DEVICE) < 0.8
+    grad = torch.where(mask.unsqueeze(-1), randn(2, 7, 130, dtype=dtype), math.nan)
+    for runs in ([0, 1, 10, 10, 14], [0, 14, 14]):
+        starts = torch.tensor(runs, device=DEVICE)
+        delta, room = guarded(randn(2, 7, 130, dtype=wide(dtype), scale=0.1))
+        embedded, words = guarded(torch.full_like(grad, math.nan))
+        want, skipped, plain = delta.clone(), counter(), counter()
+        plain_ascend(want, grad, mask, plain, 0.3, 0.5, direction, ball, 1, starts=starts)
+        ascend(delta, grad, mask, skipped, 0.3, 0.5, direction, ball, 1, weight, ids, None, embedded, starts)
+        assert int(skipped) == int(plain) == 0
+        close(delta, want, wide(dtype))
+        assert torch.equal(embedded, (weight[ids].to(delta.dtype) + delta).to(dtype))
+        assert untouched(room)
+        assert untouched(words)
+        bad = grad.clone()
+        bad[0, 0, 0], bad[1, 6, 129] = math.inf, math.nan
+        ascend(delta, bad, None, skipped, 0.3, 0.5, direction, ball, 1, starts=starts)
+        plain_ascend(want, bad, None, plain, 0.3, 0.5, direction, ball, 1, starts=starts)
+        assert int(skipped) == int(plain) > 0
+        close(delta, want, wide(dtype))
+
+
+def test_starts_that_point_outside_touch_nothing_else() -> None:
+    for runs in ([0, 3, 99], [-7, 2, 6], [0], [4, 2, 6]):
+        delta, room = guarded(randn(6, 130))
+        ascend(delta, randn(6, 130), None, counter(), 0.3, 0.5, "l2", "l2", 1, starts=torch.tensor(runs, device=DEVICE))
+        assert untouched(room)
+        assert delta.isfinite().all()
+
+
 @pytest.mark.parametrize("scale", [1e-40, 1e-30, 1e30, 3e38])
 @pytest.mark.parametrize("direction", ["l2", "max"])
 def test_size_of_the_gradient_does_not_matter(direction: str, scale: float) -> None:

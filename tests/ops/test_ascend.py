@@ -129,6 +129,65 @@ def test_mask_hides_gradients_even_those_that_are_not_numbers(direction: str) ->
     assert (moved[1, 2:] == 0).all()
 
 
+# Groups that are runs of positions: of one position, of none, across samples.
+RUNS = {12: [0, 5, 6, 6, 12], 4: [0, 0, 1, 4, 4], 1: [0, 1]}
+
+
+def by_runs(delta: Tensor, grad: Tensor, starts: list[int], **rule: object) -> Tensor:
+    """Each run by the formula."""
+    rows, along = (x.double().reshape(-1, x.shape[-1]) for x in (delta, grad))
+    found = [formula(rows[a:b], along[a:b], **rule) for a, b in itertools.pairwise(starts) if a < b]  # type: ignore[arg-type]
+    return torch.cat(found).reshape(delta.shape)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(3, 4, 7), (4, 6), (33,)], ids=str)
+@pytest.mark.parametrize(("direction", "ball"), list(itertools.product(DIRECTIONS, BALLS)))
+def test_runs_of_positions(direction: str, ball: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    starts = RUNS[math.prod(shape[:-1])]
+    for epsilon, masked in ((0.2, True), (5.0, False), (None, False)):
+        delta, grad = (0.1 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+        mask = torch.rand(shape[:-1]) < 0.7 if masked else None
+        rule = {"step": 0.3, "epsilon": epsilon, "direction": direction, "ball": ball}
+        want = by_runs(delta, grad if mask is None else grad * mask.unsqueeze(-1), starts, **rule)
+        for fused in (None, False) if dtype in {torch.float32, torch.float64} else (False,):
+            moved, skipped = run_on(fused, delta, grad, 0, mask, starts=torch.tensor(starts), **rule)
+            assert skipped == 0
+            assert (moved.double() - want).norm() <= TOLERANCE[dtype] * max(1.0, float(want.norm()))
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_run_with_a_non_finite_element_takes_no_step_and_is_counted(
+    direction: str, bad: float, fused: bool | None
+) -> None:
+    starts = torch.tensor([0, 3, 3, 4, 7, 8])
+    delta, grad = torch.zeros(2, 4, 3), torch.randn(2, 4, 3)
+    grad[0, 1, 2], grad[1, 3, 0] = bad, bad
+    rule = {"step": 0.1, "epsilon": 1.0, "direction": direction, "ball": "none"}
+    moved, skipped = run_on(fused, delta, grad, 1, starts=starts, **rule)
+    assert skipped == 2
+    assert (moved != 0).all(-1).flatten().tolist() == [False] * 3 + [True] * 4 + [False]
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    mask[0, 1] = False
+    _, skipped = run_on(fused, delta, grad, 1, mask, starts=starts, **rule)
+    assert skipped == 1
+
+
+@pytest.mark.parametrize("fused", [None, False])
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+@pytest.mark.parametrize("direction", ["l2", "max"])
+def test_each_run_has_its_own_scale(direction: str, scale: float, fused: bool | None) -> None:
+    unit, starts = torch.rand(2, 3, 4) - 0.5, [0, 2, 6]
+    grad = unit.clone()
+    grad[0, :2] *= scale
+    rule = {"step": 1.0, "epsilon": None, "direction": direction, "ball": "none"}
+    moved, skipped = run_on(fused, torch.zeros(2, 3, 4), grad, 1, starts=torch.tensor(starts), **rule)
+    assert skipped == 0
+    assert torch.allclose(moved.double(), by_runs(torch.zeros(2, 3, 4), unit, starts, **rule), atol=1e-5)
+
+
 def test_empty() -> None:
     for shape in ((0, 3, 4), (2, 0, 4), (2, 3, 0)):
         moved, skipped = run(
@@ -163,8 +222,9 @@ def test_embeds_the_moved_perturbation(dtype: torch.dtype, fused: bool | None) -
     weight, ids = torch.randn(7, 6).to(dtype), torch.randint(7, (2, 3))
     rule = {"step": 0.3, "epsilon": 0.2, "direction": "l2", "ball": "l2"}
     delta, grad, embedded = torch.randn(2, 3, 6, dtype=wide), torch.randn(2, 3, 6, dtype=wide), weight[ids] * math.nan
-    moved, _ = run_on(fused, delta, grad, 1, weight=weight, ids=ids, embedded=embedded, **rule)
-    assert torch.equal(embedded, (weight[ids].to(wide) + moved).to(dtype))
+    for starts in (None, torch.tensor([0, 1, 6])):
+        moved, _ = run_on(fused, delta, grad, 1, weight=weight, ids=ids, embedded=embedded, starts=starts, **rule)
+        assert torch.equal(embedded, (weight[ids].to(wide) + moved).to(dtype))
     slot = torch.tensor([[0, -1, 1], [-1, 1, 0]])
     rows, embedded = torch.randn(2, 6, dtype=wide), embedded * math.nan
     moved, _ = run_on(fused, rows, grad[0, :2], 0, weight=weight, ids=ids, slot=slot, embedded=embedded, **rule)
@@ -195,6 +255,17 @@ def test_slots_and_ids_out_of_range(slot: list[int], fused: bool | None) -> None
         ({"grad": torch.zeros(2, 3, 5)}, "must be equal"),
         ({"mask": torch.ones(2, 4).bool()}, "mask must be bool with shape"),
         ({"mask": torch.ones(2, 3)}, "mask must be bool"),
+        ({"starts": torch.tensor([[0, 6]])}, "starts must have shape"),
+        ({"starts": torch.tensor([], dtype=torch.int64)}, "starts must have shape"),
+        ({"starts": torch.tensor([0, 6]).int()}, "starts must be int64"),
+        ({"starts": torch.tensor([0.0, 6.0])}, "starts must be int64"),
+        ({"starts": torch.tensor([0])}, "rise from 0 to the number of positions, 6"),
+        ({"starts": torch.tensor([0, 5])}, "rise from 0 to the number of positions, 6"),
+        ({"starts": torch.tensor([0, 7])}, "rise from 0 to the number of positions, 6"),
+        ({"starts": torch.tensor([1, 6])}, "rise from 0 to the number of positions, 6"),
+        ({"starts": torch.tensor([0, 4, 3, 6])}, "rise from 0 to the number of positions, 6"),
+        ({"starts": torch.tensor([0, 2**62, 6])}, "rise from 0 to the number of positions, 6"),
+        (EMBEDS | {"starts": torch.tensor([0, 7])}, "rise from 0 to the number of positions, 6"),
         ({"weight": torch.ones(5, 4)}, "belong together"),
         ({"slot": torch.zeros(2, 3).long()}, "belong together"),
         (EMBEDS | {"embedded": torch.ones(2, 3, 5)}, "embedded must have shape"),
@@ -215,13 +286,15 @@ def test_refuses(change: dict[str, object], phrase: str, fused: bool | None) -> 
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("form", ["plain", "position", "slot"])
+@pytest.mark.parametrize("form", ["plain", "position", "slot", "runs"])
 def test_opcheck(form: str, masked: bool) -> None:
     leading = (2,) if form == "slot" else (2, 3)
     mask = torch.ones(leading, dtype=torch.bool) if masked else None
     arguments: tuple[object, ...] = (torch.zeros(*leading, 4), torch.randn(*leading, 4), mask)
     arguments += (torch.zeros((), dtype=torch.int64), 0.1, 1.0, "l2", "l2", 1)
-    if form != "plain":
+    if form == "runs":
+        arguments += (None, None, None, None, torch.tensor([0, 1, 5, 6]))
+    elif form != "plain":
         ids = torch.tensor([[0, 1, 4], [2, 2, 0]])
         slot = torch.tensor([[0, 1, -1], [1, 1, 0]]) if form == "slot" else None
         arguments += (torch.randn(5, 4), ids, slot, torch.zeros(2, 3, 4))
