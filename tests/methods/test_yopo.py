@@ -93,6 +93,7 @@ def test_under_checkpointing_autocast_and_a_scaler(scope: str, norm: str) -> Non
     assert_gradients({name: grad / 2**8 for name, grad in scaled.items()}, want, 1e-9)
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_exporting"), reason="transformers compiles with torch 2.7 and up")
 @pytest.mark.parametrize("inner", [False, True], ids=["model", "inner"])
 def test_compiled(inner: bool) -> None:
     """The graph breaks at the split; the second step compiles nothing."""
