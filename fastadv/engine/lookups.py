@@ -123,6 +123,11 @@ class Lookups:
             elif padding is not None and lookup.mask is not None and lookup.mask.shape == lookup.ids.shape:
                 self.places.check.padding(lookup.mask, lookup.ids, padding)
 
+    def renew(self) -> None:
+        """Perturbations of zero in other memory: a graph that waits may hold what was there."""
+        for lookup in self.items:
+            lookup.delta = torch.zeros_like(lookup.delta, requires_grad=True)
+
     def segments(self) -> Segments:
         """Where equal ids lie, over all calls: one sort per batch, shared by all ascents."""
         if self._segments is None:

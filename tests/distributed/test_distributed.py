@@ -120,10 +120,11 @@ def test_awp_moves_by_the_gradient_of_all(ddp: Path) -> None:
 
 
 def test_what_fsdp2_does_not_allow(fsdp: Path) -> None:
-    assert {name: bool(told) for name, told in outcome(fsdp, "refused").items()} == {"awp": True, "bregman": True}
+    told = {name: bool(told) for name, told in outcome(fsdp, "refused").items()}
+    assert told == {"awp": True, "bregman": True, "llr": True}
 
 
-@pytest.mark.parametrize("name", [name for name in workers.METHODS if not name.startswith("held")])
+@pytest.mark.parametrize("name", workers.SHARDED)
 def test_fsdp2(fsdp: Path, name: str) -> None:
     assert_gradients(outcome(fsdp, f"sharded-{name}"), halves(name), TOLERANCE)
 

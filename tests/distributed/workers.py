@@ -66,7 +66,7 @@ METHODS: dict[str, tuple[Callable[..., fastadv.Method], dict[str, Any]]] = {
     "held-smart": (held, {"epsilon": 0.1, "random_start": waves}),
 }
 
-
+SHARDED = [name for name in METHODS if name not in ("llr", "held-smart")]  # FSDP2 is not for these
 SAMPLE = ["pgd-sample", "freelb-sample", "yopo-sample"]
 FAULTS = [("pgd-sample", index) for index in range(4)] + [("yopo-sample", index) for index in range(7)]
 
@@ -313,7 +313,7 @@ def refused(rank: int) -> dict[str, Tensor]:
     model = build()
     shard(model)
     found = {}
-    for name, make in {"awp": fastadv.AWP, "bregman": fastadv.BregmanProximal}.items():
+    for name, make in {"awp": fastadv.AWP, "bregman": fastadv.BregmanProximal, "llr": fastadv.LLR}.items():
         try:
             make(model)
         except ValueError as error:
@@ -352,7 +352,7 @@ DDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] =
     "suggested": (suggested, ()),
 }
 FSDP_CASES: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
-    **{f"sharded-{name}": (sharded, (name, 1)) for name in METHODS if not name.startswith("held")},
+    **{f"sharded-{name}": (sharded, (name, 1)) for name in SHARDED},
     **{f"sharded-accumulation-{name}": (sharded, (name, 2)) for name in SAMPLE},
     **{f"layers-{unit}-{split}": (by_layers, (unit, split)) for unit in UNITS for split in SPLITS},
     "told": (told, ()),
