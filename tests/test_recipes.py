@@ -11,7 +11,14 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "examples/recipes"
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "toy")
-NEEDS = {"fabric_loop": "lightning", "lightning_loop": "lightning", "lora": "peft", "prompt_tuning": "peft"}
+NEEDS = {
+    "deepspeed_zero": "deepspeed",
+    "fabric_loop": "lightning",
+    "lightning_loop": "lightning",
+    "lora": "peft",
+    "prompt_tuning": "peft",
+    "trl_sft": "trl",
+}
 SLOW = {
     "accelerate_loop",
     "another_attack",

@@ -11,6 +11,12 @@ from fastadv.engine.owner import Owner
 if TYPE_CHECKING:
     from accelerate import Accelerator  # type: ignore[import-untyped, unused-ignore]
 
+ELSEWHERE = {
+    "DEEPSPEED": "accelerate steps DeepSpeed's optimizer in every backward, and a step of fastadv has several: make "
+    "the engine with deepspeed.initialize, and give backward=fastadv.integrations.deepspeed.DeepSpeedOwner(engine)",
+    "MEGATRON_LM": "Megatron-LM runs its own backward in its forward: adversarial passes are not supported under it",
+}
+
 
 class AccelerateOwner(Owner):
     """Hand losses to `accelerator.backward`.
@@ -37,6 +43,8 @@ class AccelerateOwner(Owner):
     reads_gradients = False
 
     def __init__(self, accelerator: Accelerator) -> None:
+        if accelerator.distributed_type in ELSEWHERE:
+            raise ValueError(ELSEWHERE[accelerator.distributed_type])
         self._accelerator = accelerator
         self.scaler = accelerator.scaler
 

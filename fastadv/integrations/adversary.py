@@ -51,7 +51,8 @@ def refuse(trainer: Trainer) -> None:
     """
     if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
         raise ValueError(
-            "DeepSpeed steps its optimizer in every backward: adversarial passes are not supported under it"
+            "the Trainer steps DeepSpeed's optimizer in every backward, and an adversarial step has several: train in "
+            "a loop of your own with fastadv.integrations.deepspeed.DeepSpeedOwner, or shard with FSDP2"
         )
     if str(getattr(trainer.args.optim, "value", trainer.args.optim)) in ("lomo", "adalomo"):
         raise ValueError(

@@ -52,7 +52,8 @@ class PGD(ClassicPGD, EmbeddingMethod):
         tied: "lookup" perturbs the lookups, not an output layer with the same weight; "both" moves the table itself
             during the step, as the classic scripts do ("table" and "row" scopes, no random start, no mask).
         fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
-        backward: who takes a full pass's loss, `accelerator.backward` for example; None: `loss.backward()`.
+        backward: who takes a full pass's loss: a function (`accelerator.backward`) or a `fastadv.Owner`; None:
+            `loss.backward()`.
         scaler: a `torch.amp.GradScaler`, which then scales probes as well.
         atomic: keep a copy of gradients that were there before, to put back if the step fails.
         probe_dtype: torch.bfloat16 or torch.float16: probes run under autocast to it, full passes as you have them;

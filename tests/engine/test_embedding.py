@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastadv.engine.model.find import find, is_compiled, unwrap
+from fastadv.engine.model.find import find, is_compiled, is_plain_lookup, unwrap
 
 
 class Two(nn.Module):
@@ -75,3 +75,11 @@ def test_a_shared_module_by_any_of_its_names_and_once() -> None:
     model.alias = nn.ModuleDict({"tokens": model.words})
     assert find(model, "alias.tokens") == find(model, "tokens") == [model.words]
     assert find(model, ["words", "alias.tokens", model.words]) == [model.words]
+
+
+def test_a_table_that_is_held_in_parts_is_no_plain_lookup() -> None:
+    """DeepSpeed's ZeRO-3 marks such weights, and gathers them around the module's own forward alone."""
+    module = nn.Embedding(5, 4)
+    assert is_plain_lookup(module)
+    module.weight.ds_id = 0
+    assert not is_plain_lookup(module)

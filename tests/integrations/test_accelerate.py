@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -53,3 +54,11 @@ def test_accumulate_under_ddp(tmp_path: Path) -> None:
 def test_accumulate_under_fsdp2(tmp_path: Path) -> None:
     names = ["pgd-sample", "smart"]
     assert_as_alone(together(sharded, names, tmp_path))
+
+
+@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
+def test_what_has_several_backwards_elsewhere(kind: str) -> None:
+    from accelerate.utils import DistributedType
+
+    with pytest.raises(ValueError, match="backward"):
+        AccelerateOwner(SimpleNamespace(distributed_type=DistributedType[kind], scaler=None))

@@ -48,8 +48,9 @@ class Adversarial(AdversarialMixin, Counting):
         (fastadv.PGD, {"epsilon": 0.5, "step_size": 0.3, "scope": "sample"}),
         (fastadv.SMART, {"epsilon": 0.1, "steps": 2}),
         (fastadv.AWP, {}),
+        lambda model: fastadv.BregmanProximal(model, 2.0, 0.5, method=sample_scope(model)),
     ],
-    ids=["fgm", "pgd", "smart", "awp"],
+    ids=["fgm", "pgd", "smart", "awp", "bregman"],
 )
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_batch_counts_once(tmp_path: Path, adversary: Any, accumulate: int) -> None:
