@@ -58,8 +58,13 @@ def made(name: str, model: nn.Module, **options: Any) -> fastadv.Method:
 # FSDP2
 
 
-def units(model: nn.Module, shape: tuple[int, ...] = (workers.WORLD,), *, compiled: bool = False) -> nn.Module:
-    """Four, each gathered anew for its backward; on a mesh of two dimensions FSDP2 replicates over the first."""
+def units(
+    model: nn.Module, shape: tuple[int, ...] = (workers.WORLD,), *, compiled: bool = False, anew: bool | None = True
+) -> nn.Module:
+    """Four, each gathered anew for its backward; on a mesh of two dimensions FSDP2 replicates over the first.
+
+    Where `anew` is None, FSDP2 finds out in the first forward which is the root, and keeps that gathered.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -69,7 +74,7 @@ def units(model: nn.Module, shape: tuple[int, ...] = (workers.WORLD,), *, compil
         part = model.get_submodule(unit)
         if compiled and unit == "bert.ff1":
             part.compile(backend="aot_eager")
-        fully_shard(part, mesh=mesh, reshard_after_forward=True)
+        fully_shard(part, mesh=mesh, reshard_after_forward=anew)
     return model
 
 
@@ -129,6 +134,17 @@ def held(rank: int, communication: str) -> Found:
     adv.backward(closure, data["attention_mask"])
     count = sum(p.numel() for p in model.parameters())
     return {"all": torch.tensor(count), "between": torch.tensor(seen[1:])}
+
+
+def rooted(rank: int, communication: str) -> Found:
+    """Which units plain training would keep gathered for a backward, after a first step of each kind."""
+    model = units(workers.build(), anew=None)
+    data = workers.half(rank)
+    if communication == "plain":
+        model(**data).loss.backward()
+    else:
+        workers.step(made("pgd-sample", model, communication=communication), model, data)
+    return {"kept": torch.tensor([mesh is None for *_, mesh in switches(model)])}
 
 
 def trained(rank: int, communication: str) -> Found:
@@ -303,6 +319,7 @@ FAST: Cases = {
     "plain": (plain, ()),
     **{f"{choice}-{name}": (communicated, (name, choice, ONE)) for choice in CHOICES for name in COUNTED[:3]},
     **{f"held-{choice}": (held, (choice,)) for choice in CHOICES},
+    **{f"rooted-{choice}": (rooted, (choice,)) for choice in ("plain", "keep")},
     "searched": (searched, ()),
     "no-loss": (last_without_a_loss, ()),
     "trained-keep": (trained, ("keep",)),

@@ -58,8 +58,9 @@ class Parallelism:
         self.parallel: DistributedDataParallel | None = None
         self.units = Units([], communication, atomic)
         self._new_units = functools.partial(Units, communication=communication, atomic=atomic)
-        self._seen: tuple[object, list[Any]] = None, []
-        self._sought = False
+        self._seen: tuple[object, object] = None, None
+        self._around: DistributedDataParallel | None = None  # the DDP that holds a bare model
+        self._sought = False  # it was looked for, which takes long
         self._deferred = False  # forwards prepare no reduction
         self._unreduced = False  # a full pass of this step has left gradients for a later one to reduce
         self._frozen: list[nn.Parameter] = []
@@ -70,11 +71,12 @@ class Parallelism:
         inventory = self.inventory
         inventory.look()
         parameters = inventory.parameters if _is_grouped() else inventory.parameters[:1]
-        kinds, (holdings, before) = [*inventory.kinds(), *map(is_cut, parameters)], self._seen
-        if holdings is inventory.holdings and before == kinds:
+        found = inventory.compiled(), list(map(is_cut, parameters))
+        holdings, before = self._seen
+        if holdings is inventory.holdings and before == found:
             return False
         self._read()
-        self._seen = inventory.holdings, kinds
+        self._seen = inventory.holdings, found
         return True
 
     def _read(self) -> None:
@@ -84,8 +86,8 @@ class Parallelism:
         self.flat = Flat(self.model, modules, self.inventory.parameters)
         self.sharded = bool(self.units or self.flat)
         self.talks = self.sharded or any(isinstance(part, nn.SyncBatchNorm) for part in modules)
-        self.parallel = next((part for part in modules if isinstance(part, DistributedDataParallel)), None)
-        self._sought = False
+        inside = (part for part in modules if isinstance(part, DistributedDataParallel))
+        self.parallel = next(inside, self._around)
         self._check()
 
     def _check(self) -> None:
@@ -103,7 +105,7 @@ class Parallelism:
             return False
         if self.parallel is None and not self.sharded and not self._sought:
             self._sought = True
-            self.parallel = wrapper_of(self.model, DistributedDataParallel)
+            self.parallel = self._around = wrapper_of(self.model, DistributedDataParallel)
             self._check()
         return self.sharded or (self.parallel is not None and self.parallel.process_group.size() > 1)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from itertools import chain
-from operator import attrgetter, is_, itemgetter
+from itertools import chain, repeat
+from operator import is_, itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from fastadv import native
 
 CHILDREN = ("_modules",)
 KINDS, TRAINING = (*CHILDREN, "_parameters", "_buffers"), itemgetter("training")
-COMPILED = attrgetter("_compiled_call_impl")
+COMPILED = "_compiled_call_impl"
 
 
 class Holding(NamedTuple):
@@ -71,9 +71,9 @@ class Inventory:
         """Where the model is."""
         return self.parameters[0].device if self.parameters else torch.device("cpu")
 
-    def kinds(self) -> list[Any]:
-        """What a module may become without another child or parameter: its class (FSDP2), and what a call runs."""
-        return [*map(type, self.modules), *map(COMPILED, self.modules)]
+    def compiled(self) -> int:
+        """How many modules run another call than their class's: `compile()` replaces no child and no parameter."""
+        return sum(map(dict.__contains__, self._fields, repeat(COMPILED)))
 
     def modes(self) -> list[bool]:
         """Of each module, whether it is in training mode."""
