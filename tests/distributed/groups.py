@@ -16,6 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastadv
 from fastadv.engine.perturb.positions import APART
+from fastadv.engine.perturb.ranks import Ranks
+from fastadv.engine.perturb.shared_rows import SharedRows
+from fastadv.ops import segment_sum, segments
 from tests.distributed import workers
 from tests.models import CLASSES, D, TinyModel, V
 from tests.support import assert_unchanged, batch, gradients, seeded, snapshot
@@ -232,6 +235,21 @@ def lengths(rank: int) -> dict[str, Tensor]:
     return {"found": found, "want": drawn * scale.view(-1, 1, 1) * data.mask.unsqueeze(-1)}
 
 
+def rows_with_room(rank: int) -> dict[str, Tensor]:
+    """The rows of all ranks, where the plan has empty segments at its end, as on a GPU, and where it has none."""
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(0, V // 2, (9,), generator=generator)
+    values, mask = torch.randn(9, D, generator=generator).double(), torch.arange(9) != 4
+    found = {"ids": ids, "values": values, "mask": mask}
+    plan = segments(ids, V, mask=mask)
+    for name, own in {"room": plan, "trimmed": plan.trimmed()}.items():
+        shared = SharedRows(Ranks(dist.group.WORLD).meet(), own, ids, V, values, None)
+        shared.rows = shared.summed(segment_sum(values, own))
+        found[name] = shared.mine()[own.slot.clamp(min=0)].masked_fill(own.slot[:, None] < 0, 0)
+        found[f"{name} occupied"] = shared.occupied.sum()
+    return found
+
+
 def told(rank: int) -> dict[str, Tensor]:
     """Errors that all ranks raise alike, and a step after one of them."""
     group, model, found = dist.group.WORLD, workers.build(), {}
@@ -296,6 +314,7 @@ SUITE: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{str(case): (sharded, (case,)) for case in CASES},
     **{name: (of_the_batch, (name,)) for name in WHOLE},
     **{f"uneven-{cut}-{name}": (uneven_shards, (cut, name)) for cut, name in UNEVEN},
+    "rows": (rows_with_room, ()),
     "lengths": (lengths, ()),
     "told": (told, ()),
     "mesh": (mesh_dimension, ()),

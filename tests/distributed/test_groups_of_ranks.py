@@ -58,6 +58,17 @@ def test_halves_of_the_batch(found: Path, name: str) -> None:
         assert_gradients(one, want, TOLERANCE)
 
 
+def test_rows_of_all_ranks(found: Path) -> None:
+    ranks = by_rank(found, "rows")
+    ids, values, mask = (torch.cat([one[name] for one in ranks]) for name in ("ids", "values", "mask"))
+    sums = torch.zeros(int(ids.max()) + 1, values.shape[1]).double().index_add(0, ids[mask], values[mask])
+    for one in ranks:
+        want = sums[one["ids"]].masked_fill(~one["mask"].unsqueeze(1), 0)
+        for name in ("room", "trimmed"):
+            assert_close(one[name], want, TOLERANCE, name)
+            assert int(one[f"{name} occupied"]) == len(ids[mask].unique())
+
+
 def test_starts_take_the_length_of_all_shards(found: Path) -> None:
     ranks = by_rank(found, "lengths")
     for one in ranks:
