@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastadv.engine.safety.ballot import meet
+
 Group = Any  # a ProcessGroup, or one dimension of a DeviceMesh; a torch built without distributed has neither
 
 NO_GROUP = (
@@ -39,7 +41,6 @@ class Ranks:
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
         self.meeting = Meeting(self, 0)
         self._steps = 0
-        self._talk: Any = None  # a group that sends what lies on the CPU
 
     @staticmethod
     def of(choice: Group) -> Ranks | None:
@@ -77,13 +78,9 @@ class Ranks:
     @property
     def talk(self) -> Any:
         """A group for what lies on the CPU, so that no device is waited for."""
-        if self._talk is None:
-            told = str(dist.get_backend_config(self.group))
-            ranks = dist.get_process_group_ranks(self.group)
-            self._talk = (
-                self.group if "gloo" in told else dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-            )
-        return self._talk
+        if "gloo" in str(dist.get_backend_config(self.group)):
+            return self.group
+        return meet("norms", tuple(dist.get_process_group_ranks(self.group)))
 
 
 class Meeting:
