@@ -167,6 +167,17 @@ def uneven_shards(rank: int | None, cut: int, name: str) -> dict[str, Tensor]:
     return {**found, "same norm": adv.perturbation_norm}
 
 
+def scaled(rank: int | None, factor: float, norm: str) -> dict[str, Tensor]:
+    """PGD up gradients that are so many times as large: the direction is the same."""
+    model, data = seeded(Shards), shard(rank, True, False)
+    model.spoil = torch.full((ROWS, 1, 1), factor, dtype=torch.float64)
+    group = None if rank is None else dist.group.WORLD
+    direction = {"direction": "max", "ball": "l2"} if norm == "max" else {}
+    adv = fastadv.PGD(model, embedding="words", scope="sample", process_group=group, **METHODS["pgd"][1], **direction)
+    adv.backward(lambda: model(data, group), mask=data.mask, attack=lambda: model(data, group, spoilt=True))
+    return {f"sum {name}": grad for name, grad in gradients(model).items()}
+
+
 def sharded(rank: int | None, case: Case) -> dict[str, Tensor]:
     """One step of a rank (None: of one process with all positions): gradients, the loss and the figures."""
     model, make_options = seeded(Shards), METHODS[case.name]
@@ -190,6 +201,7 @@ def sharded(rank: int | None, case: Case) -> dict[str, Tensor]:
     }
 
 
+SCALED = [*itertools.product((1e200, 1e-200), ("l2", "max"))]
 UNEVEN = [*itertools.product((LENGTH // 2, 5, LENGTH), ("sample-l2", "sample-linf", "batch-l2"))]
 
 # Halves of the batch
@@ -314,6 +326,7 @@ SUITE: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{str(case): (sharded, (case,)) for case in CASES},
     **{name: (of_the_batch, (name,)) for name in WHOLE},
     **{f"uneven-{cut}-{name}": (uneven_shards, (cut, name)) for cut, name in UNEVEN},
+    **{f"scaled-{factor}-{norm}": (scaled, (factor, norm)) for factor, norm in SCALED},
     "rows": (rows_with_room, ()),
     "lengths": (lengths, ()),
     "told": (told, ()),

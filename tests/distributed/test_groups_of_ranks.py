@@ -51,6 +51,12 @@ def test_shards_of_different_lengths(found: Path, cut: int, name: str) -> None:
     assert_gradients(summed, {name: want[name] for name in summed}, TOLERANCE)
 
 
+@pytest.mark.parametrize(("factor", "norm"), groups.SCALED)
+def test_gradients_of_any_size(found: Path, factor: float, norm: str) -> None:
+    ranks, want = by_rank(found, f"scaled-{factor}-{norm}"), groups.scaled(None, 1.0, norm)
+    assert_gradients({name: sum(one[name] for one in ranks) for name in want}, want, TOLERANCE)
+
+
 @pytest.mark.parametrize("name", groups.WHOLE)
 def test_halves_of_the_batch(found: Path, name: str) -> None:
     ranks, want = by_rank(found, name), groups.of_the_batch(None, name)
