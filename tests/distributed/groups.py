@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -293,6 +294,28 @@ def uneven(rank: int, model: TinyModel, options: dict[str, Any]) -> None:
         adv.close()
 
 
+def failed(rank: int, index: int) -> dict[str, Tensor]:
+    """Under DDP, one rank fails in pass `index`: the other is told at once, and the next step is right on both."""
+    model, passes = workers.build(), []
+    ddp = DistributedDataParallel(model)
+    make, options = WHOLE["whole-pgd-batch-l2"]
+    adv = make(ddp, embedding="word_embeddings", process_group=dist.group.WORLD, **options)
+    data = workers.half(rank)
+
+    def closure() -> Tensor:
+        passes.append(1)
+        if rank == 1 and len(passes) == index + 1:
+            raise ZeroDivisionError
+        return ddp(**data).loss
+
+    before = snapshot(model)
+    with contextlib.suppress(ZeroDivisionError) if rank else pytest.raises(RuntimeError, match="rank 1 failed"):
+        adv.backward(closure, mask=data["attention_mask"])
+    assert_unchanged(model, before)
+    workers.step(adv, ddp, data)
+    return {**gradients(model), "norm": adv.perturbation_norm, "skipped": adv.skipped}
+
+
 def apart(rank: int) -> dict[str, Tensor]:
     """Where a rank has failed and goes on, all are told, and no norm is made of two batches."""
     model = workers.build()
@@ -327,6 +350,7 @@ SUITE: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{name: (of_the_batch, (name,)) for name in WHOLE},
     **{f"uneven-{cut}-{name}": (uneven_shards, (cut, name)) for cut, name in UNEVEN},
     **{f"scaled-{factor}-{norm}": (scaled, (factor, norm)) for factor, norm in SCALED},
+    **{f"failed-{index}": (failed, (index,)) for index in range(4)},
     "rows": (rows_with_room, ()),
     "lengths": (lengths, ()),
     "told": (told, ()),

@@ -64,6 +64,13 @@ def test_halves_of_the_batch(found: Path, name: str) -> None:
         assert_gradients(one, want, TOLERANCE)
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_a_rank_that_fails_under_ddp(found: Path, index: int) -> None:
+    want = groups.of_the_batch(None, "whole-pgd-batch-l2")
+    for one in by_rank(found, f"failed-{index}"):
+        assert_gradients(one, want, TOLERANCE)
+
+
 def test_rows_of_all_ranks(found: Path) -> None:
     ranks = by_rank(found, "rows")
     ids, values, mask = (torch.cat([one[name] for one in ranks]) for name in ("ids", "values", "mask"))
