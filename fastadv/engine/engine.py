@@ -124,10 +124,6 @@ class Engine:
             kind = TiedTables
         # And not the engine, which would then wait for the garbage collector.
         buffers, ranks, agree = self.buffers, self.ranks, self.agreement.meet
-            self.buffers,
-            self.ranks,
-            self.agreement.meet,
-        )  # and not the engine, which would then wait for the garbage collector
 
         def made(lookups: Lookups) -> Perturbation:
             perturbation = kind(lookups, scope, buffers)
