@@ -132,11 +132,12 @@ class Engine:
         if scope in TABLE_SCOPES and tied == "both":
             tied_weights(self.modules)  # refuses tables that cannot move
             kind = TiedTables
-        buffers, ranks = self.buffers, self.ranks  # and not the engine, which would then wait for the garbage collector
+        # And not the engine, which would then wait for the garbage collector.
+        buffers, ranks, agree = self.buffers, self.ranks, self.agreement.meet
 
         def made(lookups: Lookups) -> Perturbation:
             perturbation = kind(lookups, scope, buffers)
-            perturbation.meeting = None if ranks is None else ranks.meet()
+            perturbation.meeting = None if ranks is None else ranks.meet(agree)
             return perturbation
 
         return made

@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastadv
 from fastadv.engine.perturb.positions import APART
+from fastadv.engine.perturb.ranks import Ranks
+from fastadv.engine.perturb.shared_rows import SharedRows
+from fastadv.ops import segment_sum, segments
 from tests.distributed import workers
 from tests.models import CLASSES, D, TinyModel, V
 from tests.support import assert_unchanged, batch, gradients, seeded, snapshot
@@ -164,6 +168,17 @@ def uneven_shards(rank: int | None, cut: int, name: str) -> dict[str, Tensor]:
     return {**found, "same norm": adv.perturbation_norm}
 
 
+def scaled(rank: int | None, factor: float, norm: str) -> dict[str, Tensor]:
+    """PGD up gradients that are so many times as large: the direction is the same."""
+    model, data = seeded(Shards), shard(rank, True, False)
+    model.spoil = torch.full((ROWS, 1, 1), factor, dtype=torch.float64)
+    group = None if rank is None else dist.group.WORLD
+    direction = {"direction": "max", "ball": "l2"} if norm == "max" else {}
+    adv = fastadv.PGD(model, embedding="words", scope="sample", process_group=group, **METHODS["pgd"][1], **direction)
+    adv.backward(lambda: model(data, group), mask=data.mask, attack=lambda: model(data, group, spoilt=True))
+    return {f"sum {name}": grad for name, grad in gradients(model).items()}
+
+
 def sharded(rank: int | None, case: Case) -> dict[str, Tensor]:
     """One step of a rank (None: of one process with all positions): gradients, the loss and the figures."""
     model, make_options = seeded(Shards), METHODS[case.name]
@@ -187,6 +202,7 @@ def sharded(rank: int | None, case: Case) -> dict[str, Tensor]:
     }
 
 
+SCALED = [*itertools.product((1e200, 1e-200), ("l2", "max"))]
 UNEVEN = [*itertools.product((LENGTH // 2, 5, LENGTH), ("sample-l2", "sample-linf", "batch-l2"))]
 
 # Halves of the batch
@@ -232,6 +248,21 @@ def lengths(rank: int) -> dict[str, Tensor]:
     return {"found": found, "want": drawn * scale.view(-1, 1, 1) * data.mask.unsqueeze(-1)}
 
 
+def rows_with_room(rank: int) -> dict[str, Tensor]:
+    """The rows of all ranks, where the plan has empty segments at its end, as on a GPU, and where it has none."""
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(0, V // 2, (9,), generator=generator)
+    values, mask = torch.randn(9, D, generator=generator).double(), torch.arange(9) != 4
+    found = {"ids": ids, "values": values, "mask": mask}
+    plan = segments(ids, V, mask=mask)
+    for name, own in {"room": plan, "trimmed": plan.trimmed()}.items():
+        shared = SharedRows(Ranks(dist.group.WORLD).meet(), own, ids, V, values, None)
+        shared.rows = shared.summed(segment_sum(values, own))
+        found[name] = shared.mine()[own.slot.clamp(min=0)].masked_fill(own.slot[:, None] < 0, 0)
+        found[f"{name} occupied"] = shared.occupied.sum()
+    return found
+
+
 def told(rank: int) -> dict[str, Tensor]:
     """Errors that all ranks raise alike, and a step after one of them."""
     group, model, found = dist.group.WORLD, workers.build(), {}
@@ -261,6 +292,28 @@ def uneven(rank: int, model: TinyModel, options: dict[str, Any]) -> None:
         assert_unchanged(model, before)
         workers.step(adv, model, batch())
         adv.close()
+
+
+def failed(rank: int, index: int) -> dict[str, Tensor]:
+    """Under DDP, one rank fails in pass `index`: the other is told at once, and the next step is right on both."""
+    model, passes = workers.build(), []
+    ddp = DistributedDataParallel(model)
+    make, options = WHOLE["whole-pgd-batch-l2"]
+    adv = make(ddp, embedding="word_embeddings", process_group=dist.group.WORLD, **options)
+    data = workers.half(rank)
+
+    def closure() -> Tensor:
+        passes.append(1)
+        if rank == 1 and len(passes) == index + 1:
+            raise ZeroDivisionError
+        return ddp(**data).loss
+
+    before = snapshot(model)
+    with contextlib.suppress(ZeroDivisionError) if rank else pytest.raises(RuntimeError, match="rank 1 failed"):
+        adv.backward(closure, mask=data["attention_mask"])
+    assert_unchanged(model, before)
+    workers.step(adv, ddp, data)
+    return {**gradients(model), "norm": adv.perturbation_norm, "skipped": adv.skipped}
 
 
 def apart(rank: int) -> dict[str, Tensor]:
@@ -296,6 +349,9 @@ SUITE: dict[str, tuple[Callable[..., dict[str, Tensor]], tuple[Any, ...]]] = {
     **{str(case): (sharded, (case,)) for case in CASES},
     **{name: (of_the_batch, (name,)) for name in WHOLE},
     **{f"uneven-{cut}-{name}": (uneven_shards, (cut, name)) for cut, name in UNEVEN},
+    **{f"scaled-{factor}-{norm}": (scaled, (factor, norm)) for factor, norm in SCALED},
+    **{f"failed-{index}": (failed, (index,)) for index in range(4)},
+    "rows": (rows_with_room, ()),
     "lengths": (lengths, ()),
     "told": (told, ()),
     "mesh": (mesh_dimension, ()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -96,7 +97,13 @@ EXACT = ("rowwise", "rowwise-dtensor", "colwise", "colwise-dtensor", "sequence",
 
 
 def step(
-    rank: int | None, kind: str, name: str, perturbed: str = "words", first: str = "plan", parts: bool = False
+    rank: int | None,
+    kind: str,
+    name: str,
+    perturbed: str = "words",
+    first: str = "plan",
+    parts: bool = False,
+    twice: bool = False,
 ) -> dict[str, Tensor]:
     """One step of a model under a plan (rank None: of one process): what `full_tensor` has of its gradients.
 
@@ -107,6 +114,7 @@ def step(
         perturbed: which module is.
         first: what is made first, the "plan" or the "method".
         parts: whether each rank is told of its part, by process_group=.
+        twice: whether a step goes before.
     """
     model, data = seeded(Stack), batch(length=LENGTH)
     make, options = METHODS[name]
@@ -128,6 +136,9 @@ def step(
     else:
         adv = make(model, **options)
     torch.manual_seed(3)
+    if twice:  # the second step is lent what the first one has left
+        with contextlib.suppress(ValueError):
+            adv.backward(lambda: model(**data), mask=mask)
     adv.backward(lambda: model(**data), mask=mask)
     found = {key: workers.whole(p.grad) for key, p in model.named_parameters()}
     return {**found, "norm": adv.perturbation_norm, "skipped": adv.skipped}
@@ -205,6 +216,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], tuple[Any, ...], str]] = {
     "norm-sample": (step, ("sequence", "pgd-sample", "norm"), "give process_group="),
     "norm-batch": (step, ("sequence", "freelb-batch", "norm"), "give process_group="),
     "norm-start": (step, ("sequence", "neftune", "norm"), "give process_group="),
+    "norm-start-again": (step, ("sequence", "neftune", "norm", "plan", False, True), "give process_group="),
     "prepared-norm": (step, ("prepared-norm", "pgd-sample", "norm"), "give process_group="),
     "same-everywhere": (step, ("rowwise-dtensor", "pgd-sample", "words", "plan", True), "leave process_group out"),
     "table": (step, ("sequence", "pgd-table", "words", "plan", True), "use scope='sample'"),

@@ -51,11 +51,35 @@ def test_shards_of_different_lengths(found: Path, cut: int, name: str) -> None:
     assert_gradients(summed, {name: want[name] for name in summed}, TOLERANCE)
 
 
+@pytest.mark.parametrize(("factor", "norm"), groups.SCALED)
+def test_gradients_of_any_size(found: Path, factor: float, norm: str) -> None:
+    ranks, want = by_rank(found, f"scaled-{factor}-{norm}"), groups.scaled(None, 1.0, norm)
+    assert_gradients({name: sum(one[name] for one in ranks) for name in want}, want, TOLERANCE)
+
+
 @pytest.mark.parametrize("name", groups.WHOLE)
 def test_halves_of_the_batch(found: Path, name: str) -> None:
     ranks, want = by_rank(found, name), groups.of_the_batch(None, name)
     for one in ranks:
         assert_gradients(one, want, TOLERANCE)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_rank_that_fails_under_ddp(found: Path, index: int) -> None:
+    want = groups.of_the_batch(None, "whole-pgd-batch-l2")
+    for one in by_rank(found, f"failed-{index}"):
+        assert_gradients(one, want, TOLERANCE)
+
+
+def test_rows_of_all_ranks(found: Path) -> None:
+    ranks = by_rank(found, "rows")
+    ids, values, mask = (torch.cat([one[name] for one in ranks]) for name in ("ids", "values", "mask"))
+    sums = torch.zeros(int(ids.max()) + 1, values.shape[1]).double().index_add(0, ids[mask], values[mask])
+    for one in ranks:
+        want = sums[one["ids"]].masked_fill(~one["mask"].unsqueeze(1), 0)
+        for name in ("room", "trimmed"):
+            assert_close(one[name], want, TOLERANCE, name)
+            assert int(one[f"{name} occupied"]) == len(ids[mask].unique())
 
 
 def test_starts_take_the_length_of_all_shards(found: Path) -> None:

@@ -23,8 +23,6 @@ SAME = (
     "the embedding's output is the same on all ranks of process_group=, so that its norm is whole on each: leave "
     "process_group out. (Where the plan shards it over the sequence, make the method after parallelize_module.)"
 )
-
-
 SEEDS = (
     "the ranks of a tensor-parallel mesh hold the same embedding, and draw its random start from different seeds: "
     "torch.manual_seed(...) with the same number on all of them, as their dropout needs too"

@@ -19,12 +19,14 @@ class PositionPerturbation(Perturbation):
     """Each lookup has a perturbation and a ball of its own."""
 
     _divided = False  # each sample, over ranks
+    _by_sample = False  # it starts where whole samples say
     _moved = False  # so that there is a norm to tell the other ranks
     _over_ranks: dict[str, Tensor] | None = None  # the norms that all ranks know, by kind
 
     def divide(self, *, has_ids: bool) -> None:  # noqa: ARG002
         """What takes more than a position is then asked of the other ranks, or refused."""
         self._divided = True
+        self._check(self._by_sample)
 
     def _check(self, whole: bool) -> None:
         if whole and self._divided and self.meeting is None:
@@ -39,6 +41,7 @@ class PositionPerturbation(Perturbation):
 
     def start(self, draw: Draw, seed: int, lookup: Lookup) -> None:
         """Draw delta for every position."""
+        self._by_sample = draw.by_sample
         self._check(draw.by_sample)
         index = next(i for i, other in enumerate(self.lookups) if other is lookup)
         part = 0 if self.meeting is None else self.meeting.ranks.rank * APART  # parts of a sample do not draw alike

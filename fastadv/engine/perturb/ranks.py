@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastadv.engine.safety.ballot import meet
 
 Group = Any  # a ProcessGroup, or one dimension of a DeviceMesh; a torch built without distributed has neither
 
@@ -37,9 +40,8 @@ class Ranks:
     def __init__(self, group: Any) -> None:
         self.group = group
         self.size, self.rank = dist.get_world_size(group), dist.get_rank(group)
-        self.meeting = Meeting(self, 0)
+        self.meeting = Meeting(self, 0, lambda: None)
         self._steps = 0
-        self._talk: Any = None  # a group that sends what lies on the CPU
 
     @staticmethod
     def of(choice: Group) -> Ranks | None:
@@ -60,10 +62,10 @@ class Ranks:
             raise ValueError(OUTSIDE)
         return Ranks(group) if dist.get_world_size(group) > 1 else None
 
-    def meet(self) -> Meeting:
-        """A step begins, on all of them."""
+    def meet(self, agree: Callable[[], None] = lambda: None) -> Meeting:
+        """A step begins, on all of them. `agree` raises where one that trains the same model has failed."""
         self._steps += 1
-        self.meeting = Meeting(self, self._steps)
+        self.meeting = Meeting(self, self._steps, agree)
         return self.meeting
 
     def total(self, part: Tensor) -> Tensor:
@@ -77,21 +79,17 @@ class Ranks:
     @property
     def talk(self) -> Any:
         """A group for what lies on the CPU, so that no device is waited for."""
-        if self._talk is None:
-            told = str(dist.get_backend_config(self.group))
-            ranks = dist.get_process_group_ranks(self.group)
-            self._talk = (
-                self.group if "gloo" in told else dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
-            )
-        return self._talk
+        if "gloo" in str(dist.get_backend_config(self.group)):
+            return self.group
+        return meet("norms", tuple(dist.get_process_group_ranks(self.group)))
 
 
 class Meeting:
     """One step of all ranks: what one of them sends, all of them do, and in the same order."""
 
-    def __init__(self, ranks: Ranks, step: int) -> None:
+    def __init__(self, ranks: Ranks, step: int, agree: Callable[[], None]) -> None:
         self.ranks = ranks
-        self._step = step
+        self._step, self._agree = step, agree
         self._agreed: set[int] = set()  # sizes that are known to be the same everywhere
 
     def tell(self, *numbers: int) -> list[list[int]]:
@@ -100,6 +98,7 @@ class Meeting:
         Raises:
             RuntimeError: the ranks are in different steps.
         """
+        self._agree()
         mine = torch.tensor([self._step, *numbers], device="cpu")
         every = [torch.empty_like(mine) for _ in range(self.ranks.size)]
         dist.all_gather(every, mine, self.ranks.talk)
@@ -120,6 +119,7 @@ class Meeting:
             if len(set(sizes)) > 1:
                 raise ValueError(UNEVEN.format(sizes=", ".join(map(str, sizes))))
             self._agreed.add(part.numel())
+        self._agree()
         every = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(self.ranks.size)]
         dist.all_gather(every, part.detach().contiguous(), self.ranks.group)
         return torch.stack(every)

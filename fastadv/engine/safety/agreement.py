@@ -94,6 +94,16 @@ class Agreement:
         finally:
             self._trains = self._running = self._reducing = False
 
+    def meet(self) -> None:
+        """Before processes put together norms, which nobody begins unless all do.
+
+        Raises:
+            RuntimeError: another process failed.
+        """
+        if self._running:
+            self._reductions += 1
+            self._reach(self._reductions)
+
     @contextlib.contextmanager
     def reduction(self, loss: Tensor, last: bool) -> Iterator[None]:
         """Around a backward; where it reduces, as the `last` one does, nobody begins it unless all do.

@@ -18,7 +18,8 @@ SHIFT = 32  # a vote is what a process says, and below it who says so
 NEUTRAL = 2**62
 HASTE = dt.timedelta(seconds=60)
 
-_groups: dict[tuple[int, ...], Any] = {}  # by ranks; made once, and never given up: every process must do the same
+# By purpose and ranks; made once, and never given up: every process must do the same.
+_groups: dict[tuple[str, tuple[int, ...]], Any] = {}
 
 
 class Verdict(NamedTuple):
@@ -56,7 +57,7 @@ class Ballot:
     def __init__(self, groups: list[Any], ranks: list[int], device: torch.device) -> None:
         self._groups = groups
         self._timeout = 2 * max(_timeout(group, device) for group in groups)  # what waits there gives up sooner
-        self._group = _meet(tuple(sorted(ranks)), self._timeout)
+        self._group = meet("votes", tuple(sorted(ranks)), self._timeout)
 
     def issued(self) -> int:
         """How many collectives this process has begun in the model's groups."""
@@ -84,12 +85,12 @@ def _timeout(group: Any, device: torch.device) -> dt.timedelta:
     return timeout
 
 
-def _meet(ranks: tuple[int, ...], timeout: dt.timedelta) -> Any:
-    """The group of these ranks. Where it is made, every one of them must be."""
-    group = _groups.get(ranks)
+def meet(purpose: str, ranks: tuple[int, ...], timeout: dt.timedelta | None = None) -> Any:
+    """The gloo group of these ranks. Where it is made, every one of them must be."""
+    group = _groups.get((purpose, ranks))
     if group is None or not _lives(group):
         group = dist.new_group(list(ranks), timeout=timeout, backend="gloo", use_local_synchronization=True)
-        _groups[ranks] = group
+        _groups[purpose, ranks] = group
     return group
 
 
