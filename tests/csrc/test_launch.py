@@ -32,7 +32,7 @@ RULE = Rule(0.3, 0.5, "l2", "l2", 0)
 IDS, COUNT = torch.tensor([[3, 1, 3, 0], [1, 1, 4, 3]]), torch.zeros((), dtype=torch.int64)
 GROUPS = ops.segments(IDS, 5, fused=False).trimmed()
 W, R, POSITIONS = torch.zeros(5, 6), torch.zeros(4, 6), torch.zeros(2, 4, 6)
-STEP = (POSITIONS, POSITIONS + 1, torch.ones(2, 4, dtype=torch.bool), COUNT)
+STEP = (POSITIONS, POSITIONS + 1, torch.ones(2, 4, dtype=torch.bool), COUNT, torch.tensor([0, 3, 8]))
 SOME = torch.tensor([0, 2])
 # What a launcher calls, with tensors that are good, and what else it is given.
 GOOD: dict[str, tuple[Launch, tuple[Any, ...], tuple[Any, ...]]] = {
@@ -42,7 +42,8 @@ GOOD: dict[str, tuple[Launch, tuple[Any, ...], tuple[Any, ...]]] = {
     ),
     "ascend by slot": (
         ascend._RUN[signatures.ASCEND_BY_SLOT],
-        (R, R + 1, torch.ones(4, dtype=torch.bool), COUNT, W, IDS, torch.zeros(2, 4, 6), GROUPS.slot.view(2, 4)),
+        (R, R + 1, torch.ones(4, dtype=torch.bool), COUNT, torch.tensor([0, 1, 4]), W, IDS, torch.zeros(2, 4, 6),
+         GROUPS.slot.view(2, 4)),
         (RULE,),
     ),
     "table_step": (
