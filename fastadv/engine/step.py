@@ -64,7 +64,8 @@ class Step:
     ) -> None:
         self.draws = draws = frame.begin()
         self.undo = frame.undo
-        self.call = Watched(engine.inventory, sharded=engine.parallelism.sharded)
+        parallelism = engine.parallelism
+        self.call = Watched(engine.inventory, sharded=parallelism.sharded, flat=bool(parallelism.flat))
         self.closure = closure
         self.engine = engine
         self.device = draws.device

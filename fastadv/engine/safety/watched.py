@@ -28,11 +28,12 @@ class Watched:
     Args:
         inventory: of the model, up to date.
         sharded: whether FSDP2 shards it, which gathers gradients out of sight until it reduces them.
+        flat: whether FSDP1 or ZeRO-3 does, whose forward takes gradients from their parameters: nothing can be seen.
     """
 
-    def __init__(self, inventory: Inventory, *, sharded: bool = False) -> None:
+    def __init__(self, inventory: Inventory, *, sharded: bool = False, flat: bool = False) -> None:
         self._model = inventory.model
-        self._parameters = inventory.parameters
+        self._parameters = [] if flat else inventory.parameters
         self._sharded = sharded
 
     def __call__(self, closure: Callable[[], Any]) -> Any:
