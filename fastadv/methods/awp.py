@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.engine.lookups import Masks
+from fastadv.engine.model.find import library_of
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.interrupts import Block
 from fastadv.engine.step import Step
@@ -90,6 +91,8 @@ class AWP(Method):
         super().__init__(model, **options)
         if self._engine.parallelism.sharded:
             raise ValueError("AWP moves each weight as a whole, and FSDP shards them: train with DDP, or without")
+        if library_of(model) == "deepspeed":
+            raise ValueError("AWP moves by the weights' gradients, and DeepSpeed keeps them elsewhere: train with DDP")
         self._choice = matrices if parameters is None else parameters
         self._weights = MovedWeights([], self._engine.places.fused)
         self._known: tuple[list[nn.Parameter], list[bool]] = [], []
