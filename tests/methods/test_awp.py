@@ -161,3 +161,9 @@ def test_a_gradient_of_next_to_nothing_moves_as_far_as_any(scale: float, options
     assert weight.tolist() == [3.0, 4.0]
     assert int(moved.skipped) == 0
     assert float(moved.norm) == pytest.approx(0.5, rel=1e-5) or "epsilon" in options
+
+
+def test_a_deepspeed_engine_is_refused() -> None:
+    engine = type("DeepSpeedEngine", (TinyModel,), {"__module__": "deepspeed.runtime.engine"})
+    with pytest.raises(ValueError, match="DeepSpeed keeps them elsewhere"):
+        fastadv.AWP(engine("mlp"))

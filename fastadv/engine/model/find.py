@@ -26,14 +26,23 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _inside(model: nn.Module) -> nn.Module | None:
     if "_orig_mod" in model._modules:
         return model._modules["_orig_mod"]
+<<<<<<< HEAD
     if FLAT in model._modules:
         return model._modules[FLAT]
     library = type(model).__module__.split(".")[0]
+=======
+    library = library_of(model)
+>>>>>>> owner
     if isinstance(model, (DistributedDataParallel, nn.DataParallel)) or library == "deepspeed":
         return model._modules.get("module")
     if library == "peft":
         return model._modules.get("base_model") or model._modules.get("model")
     return None
+
+
+def library_of(model: nn.Module) -> str:
+    """The package that a module's class is from."""
+    return type(model).__module__.split(".")[0]
 
 
 def is_compiled(model: nn.Module) -> bool:
