@@ -12,12 +12,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.engine.lookups import Masks
-<<<<<<< HEAD
+from fastadv.engine.model.find import library_of
 from fastadv.engine.model.placed import is_placed
 from fastadv.engine.perturb.documents import Groups
-=======
-from fastadv.engine.model.find import library_of
->>>>>>> owner
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.safety.interrupts import Block
 from fastadv.engine.step import Step
@@ -102,15 +99,11 @@ class AWP(Method):
         self.clean_weight = number("clean_weight", clean_weight)
         self.adv_weight = number("adv_weight", adv_weight)
         super().__init__(model, **options)
-<<<<<<< HEAD
         self._engine.refuse(sharded=SHARDED)
         self._engine.agreement.averages = True
-=======
-        if self._engine.parallelism.sharded:
-            raise ValueError("AWP moves each weight as a whole, and FSDP shards them: train with DDP, or without")
         if library_of(model) == "deepspeed":
+            self.close()
             raise ValueError("AWP moves by the weights' gradients, and DeepSpeed keeps them elsewhere: train with DDP")
->>>>>>> owner
         self._choice = matrices if parameters is None else parameters
         self._weights = MovedWeights([], self._engine.places.fused)
         self._known: tuple[list[nn.Parameter], list[bool]] = [], []

@@ -26,13 +26,9 @@ def unwrap(model: nn.Module) -> nn.Module:
 def _inside(model: nn.Module) -> nn.Module | None:
     if "_orig_mod" in model._modules:
         return model._modules["_orig_mod"]
-<<<<<<< HEAD
     if FLAT in model._modules:
         return model._modules[FLAT]
-    library = type(model).__module__.split(".")[0]
-=======
     library = library_of(model)
->>>>>>> owner
     if isinstance(model, (DistributedDataParallel, nn.DataParallel)) or library == "deepspeed":
         return model._modules.get("module")
     if library == "peft":
