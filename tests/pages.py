@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 import fastadv
@@ -57,6 +58,7 @@ def surroundings(folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(1, 50, (4, 6))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1])}
+    packed = {**batch, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 4)}
 
     for _ in range(60):  # it has learnt something, so that a radius can be found
         model(**batch).loss.backward()
@@ -73,11 +75,12 @@ def surroundings(folder: Path) -> dict[str, Any]:
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "loader": [batch, batch],
         "batch": batch,
+        "packed": packed,
         "mesh": {"cp": None, "tp": None},  # of one process
         "labelled": batch,
         "unlabelled": {key: value for key, value in batch.items() if key != "labels"},
         "losses": losses,
         "args": TrainingArguments(str(folder), max_steps=2, use_cpu=True, report_to="none", save_strategy="no"),
         "data": [{key: value[row] for key, value in batch.items()} for row in range(4)],
-        "accelerator": type("Accelerator", (), {"backward": staticmethod(torch.Tensor.backward)}),
+        "accelerator": Accelerator(cpu=True),
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -204,3 +204,20 @@ class Forward:
                 raise RuntimeError(f"the embedding ran under no_grad only. If {REENTRANT}")
             raise RuntimeError(NEVER_CALLED.format(names=self.step.engine.names()))
         self.lookups.settle(self.cursor)
+
+
+def differentiate(
+    ends: Sequence[Tensor], leaves: Sequence[Tensor], weights: Sequence[Tensor] | None = None
+) -> Sequence[Tensor | None]:
+    """The gradients of `leaves`, and of nothing else.
+
+    Raises:
+        RuntimeError: reentrant checkpointing, which gives gradients to parameters alone.
+    """
+    try:
+        found: Sequence[Tensor | None] = torch.autograd.grad(ends, leaves, weights, allow_unused=True)
+    except RuntimeError as error:
+        if "Checkpointing is not compatible" in str(error):
+            raise RuntimeError(REENTRANT) from error
+        raise
+    return found

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from fastadv.engine.forward import Forward, Reached
+from fastadv.engine.forward import Forward, Reached, differentiate
 from fastadv.engine.model.split import NOT_ON_THE_WAY, Crossing
 from fastadv.engine.outputs import loss_of
 from fastadv.engine.profile import span
@@ -17,11 +17,9 @@ from fastadv.engine.profile import span
 if TYPE_CHECKING:
     from fastadv.engine.step import Step
 
-Gradients = Callable[[Sequence[Tensor], Sequence[Tensor]], Sequence[Tensor | None]]
 
-
-def gradients(step: Step, back: Gradients) -> Sequence[Tensor | None]:
-    """The perturbation's, as `back` finds them from ends and their weights.
+def gradients(step: Step) -> Sequence[Tensor | None]:
+    """The perturbation's.
 
     Raises:
         RuntimeError: the split does not depend on the perturbation.
@@ -49,7 +47,7 @@ def gradients(step: Step, back: Gradients) -> Sequence[Tensor | None]:
     hidden = crossing.output(len(step.lookups))
     forward.ended = True
     with span("backward"):
-        found = back([*ends, hidden], [*weights, crossed.gradient])
+        found = differentiate([*ends, hidden], step.perturbation.leaves(), [*weights, crossed.gradient])
     engine.entrance.forward = None
     if all(grad is None for grad in found):
         raise RuntimeError(NOT_ON_THE_WAY.format(name=split.name))

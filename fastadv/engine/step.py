@@ -17,7 +17,7 @@ import torch
 from torch import Size, Tensor
 
 from fastadv.engine import partial
-from fastadv.engine.forward import NO_GRADIENT, REENTRANT, Forward, Kind
+from fastadv.engine.forward import NO_GRADIENT, Forward, Kind, differentiate
 from fastadv.engine.lookups import Lookups, Masks
 from fastadv.engine.model.split import Crossing
 from fastadv.engine.model.table_gradients import TableGradients
@@ -64,8 +64,7 @@ class Step:
     ) -> None:
         self.draws = draws = frame.begin()
         self.undo = frame.undo
-        parallelism = engine.parallelism
-        self.call = Watched(engine.inventory, sharded=parallelism.sharded, flat=bool(parallelism.flat))
+        self.call = Watched(engine.inventory, engine.parallelism)
         self.closure = closure
         self.engine = engine
         self.device = draws.device
@@ -102,7 +101,7 @@ class Step:
         if self.waiting and self.engine.traced:
             self.lookups.renew()  # a compiled graph may hold what its compiler chose to compute again in its backward
         if self._start is None:
-            self.zero_()
+            self.perturbation.zero_()
             return
         if self.first is None and (isinstance(self.perturbation, RowPerturbation) or self.lookups.masks_follow_ids()):
             self.lookups.items.clear()  # what the start depends on is known only when the embedding is called
@@ -122,10 +121,6 @@ class Step:
     def drawn_from(self) -> int | None:
         """The seed of a random start; None: nothing is drawn."""
         return self._seed if self._start is not None and self._start.random else None
-
-    def zero_(self) -> None:
-        """Put the perturbation at zero; the last pass's gradient stays."""
-        self.perturbation.zero_()
 
     # Full passes
 
@@ -203,7 +198,7 @@ class Step:
     def finish(self) -> None:
         """After the method's last pass: pay the term that no pass could, and add up the tables' gradients."""
         if self._term is not None and self._term.owing:
-            self.zero_()
+            self.perturbation.zero_()
             self.descend(0.0, clean=True)
         with span("table_gradient"):
             self.tables.flush()
@@ -216,8 +211,8 @@ class Step:
 
     def result(self, clean: Pass | None, adversarial: Pass) -> StepResult:
         """The step's figures, from its clean pass (if there was one) and its last."""
-        first = self.first or adversarial
-        return StepResult((clean or adversarial).loss.detach(), adversarial.loss.detach(), first.output)
+        output = (self.first or adversarial).output
+        return StepResult((clean or adversarial).loss.detach(), adversarial.loss.detach(), output)
 
     # Passes that leave every `.grad` as it is
 
@@ -227,7 +222,7 @@ class Step:
             with self.engine.probe_autocast.lowered(self.device):
                 _, loss = self._run("probe", self.target if target is None else target, loss_of)
             with cast(Forward, self._pending).backward():
-                grads = self._gradients([scaled(self.engine.owner, loss)])
+                grads = differentiate([scaled(self.engine.owner, loss)], self.perturbation.leaves())
         self.perturbation.take(grads)
         self._followed = True
         return cast(Tensor, loss.detach())
@@ -239,17 +234,17 @@ class Step:
     def partial(self) -> None:
         """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""
         with self.probing(), self.engine.parallelism.quiet(self.perturbation.leaves):
-            grads = partial.gradients(self, self._gradients)
+            grads = partial.gradients(self)
         self.perturbation.take(grads)
 
     def gradients_by(self, weights: Sequence[Tensor]) -> Sequence[Tensor | None]:
         """The gradient of the target by weights that a method moves, and by nothing else."""
-        owner, autocast = self.engine.owner, self.engine.probe_autocast
+        engine = self.engine
         with self.probing():
-            with autocast.lowered(self.device), self.engine.parallelism.synchronised(False):
+            with engine.probe_autocast.lowered(self.device), engine.parallelism.synchronised(False):
                 _, loss = self._run("full", self.target, loss_of)
             with span("backward"):
-                return torch.autograd.grad(scaled(owner, loss), weights, allow_unused=True)
+                return differentiate([scaled(engine.owner, loss)], weights)
 
     def look(self) -> Any:
         """The unperturbed model's output, without a gradient."""
@@ -290,15 +285,6 @@ class Step:
         output, loss = forward.run(closure, read, eager=needs_shape(self) and not find_shape(self, closure))
         self.first = self.first or self._detached(loss, output)
         return output, loss
-
-    def _gradients(self, ends: Sequence[Tensor], weights: Sequence[Tensor] | None = None) -> Sequence[Tensor | None]:
-        """Of the perturbation, and nothing else's."""
-        try:
-            return torch.autograd.grad(ends, self.perturbation.leaves(), weights, allow_unused=True)
-        except RuntimeError as error:
-            if "Checkpointing is not compatible" in str(error):
-                raise RuntimeError(REENTRANT) from error
-            raise
 
     def _hand_over(self, loss: Tensor | None, weight: float = 1.0, last: bool = True) -> None:
         """Give the loss, and a term that joins it, to the owner of the backward."""

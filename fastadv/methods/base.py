@@ -174,8 +174,7 @@ class Method:
     def check(self) -> None:
         """Synchronise, and raise if the device has met an index out of range.
 
-        On the CPU that is an error at once. A GPU leaves the position out and goes on, so ask now and then, where you
-        read a loss anyway.
+        On the CPU that is an error at once. A GPU leaves the position out and goes on: ask where you read a loss.
 
         Raises:
             IndexError: an id outside of its table, in this or another model on that device.
@@ -206,12 +205,11 @@ class Method:
         A term is a mean over the batch's own m samples (or, for logits of tokens, the positions that its mask has). So
         that all terms of a step together are the mean over its M of them, in all micro-batches and on all processes:
 
-        .. math:: \mathrm{share} = m / M 	ext{ where gradients are summed over processes}, \qquad
-            \mathrm{share} = R \, m / M 	ext{ where they are averaged over R of them (DDP, FSDP)}
+        .. math:: \mathrm{share} = m / M \text{ where gradients are summed over processes}, \qquad
+            \mathrm{share} = R \, m / M \text{ where they are averaged over R of them (DDP, FSDP)}
 
         One process, batches of equal size, a closure that divides its loss by n: 1 / n. None, the default: the term
         counts as the closure's loss does, 1, or 1 / n where the owner of the backward divides by n (accelerate).
-
         A number, or a 0-d tensor on the model's device, which nothing waits for; set it before each `backward`.
         """
         share = self._engine.share

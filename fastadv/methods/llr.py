@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastadv.arguments.runs import Runs
 from fastadv.engine.engine import TABLE_SCOPES
 from fastadv.engine.forward import NO_GRADIENT
 from fastadv.engine.lookups import Masks
@@ -18,11 +17,11 @@ from fastadv.engine.outputs import losses_of
 from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.start import RandomStart
 from fastadv.engine.results import Closure, Pass, StepResult
-from fastadv.engine.safety import rng
 from fastadv.engine.safety.surroundings import attention, use_attention
 from fastadv.engine.step import Step
 from fastadv.methods.adam import Adam
 from fastadv.methods.embedding_method import EmbeddingMethod
+from fastadv.methods.linear import along, check_samples
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, one_of
 from fastadv.methods.second_derivative import CustomFunctions
 from fastadv.methods.smart import refuse_tied
@@ -251,36 +250,6 @@ class LLR(EmbeddingMethod):
         assert self._adam is not None
         moved, radius = delta + self._adam.step(index, grad), self.rule.epsilon
         return moved if radius is None else moved.clamp(-radius, radius)
-
-
-def along(step: Step, deltas: list[Tensor], slope: list[Tensor], losses: Tensor) -> Tensor:
-    """Delta . g of each sample, or of all of them where there is one loss."""
-    products = [delta * g for delta, g in zip(deltas, slope, strict=True)]
-    if len(losses) == 1:
-        return torch.stack([product.sum() for product in products]).sum().reshape(1)
-    by_sample = zip(products, step.lookups, strict=True)
-    return torch.stack([_of_samples(product, lookup.documents, len(losses)) for product, lookup in by_sample]).sum(0)
-
-
-def _of_samples(products: Tensor, documents: Runs | None, count: int) -> Tensor:
-    """The sum over each sample; in packed rows samples are documents, in their order."""
-    if documents is None:
-        return products.flatten(1).sum(1)
-    rows = products.flatten(0, -2).sum(1)
-    return rows.new_zeros(len(documents.starts) - 1).index_add(0, documents.of, rows)[:count]
-
-
-def check_samples(step: Step, losses: Tensor) -> None:
-    """Raises ValueError where rows are packed and there is a loss for something else than each document, or for all."""
-    for lookup in step.lookups:
-        if lookup.documents is None or len(losses) == 1 or rng.capturing():
-            continue
-        count = lookup.documents.occupied()
-        if count != len(losses):
-            raise ValueError(
-                f"LLR takes one loss, or one of each sample, and groups hold {count} documents, but there are "
-                f"{len(losses)} losses: return one of each document, row after row"
-            )
 
 
 def _slope(step: Step, loss: Tensor) -> list[Tensor]:

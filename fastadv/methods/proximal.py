@@ -47,8 +47,7 @@ class BregmanProximal(Method):
     call the teacher's tensors hang in the model (`torch.func.functional_call`); nothing is copied, and the model's own
     are there again when the step ends, however it ends.
 
-    Teacher memory: a copy of every parameter that requires a gradient, in its dtype. One call of the native op averages
-    them all.
+    Teacher memory: a copy of every parameter that requires a gradient, in its dtype. One native call averages them all.
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.

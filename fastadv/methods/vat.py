@@ -136,7 +136,7 @@ class VAT(EmbeddingMethod):
         step.start()
         step.probe()
         for left in reversed(range(self.steps)):
-            step.zero_()
+            step.perturbation.zero_()
             step.ascend(Rule(self.xi * self._unit, None, self._direction, "none") if left else self.rule)
             if left:
                 step.probe()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from operator import attrgetter, is_
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from fastadv.engine.safety import rng
 from fastadv.engine.safety.inventory import Inventory
+
+if TYPE_CHECKING:
+    from fastadv.engine.model.parallelism import Parallelism
 
 GRADIENT = attrgetter("grad")
 CALLED_BACKWARD = (
@@ -27,14 +30,14 @@ class Watched:
 
     Args:
         inventory: of the model, up to date.
-        sharded: whether FSDP2 shards it, which gathers gradients out of sight until it reduces them.
-        flat: whether FSDP1 or ZeRO-3 does, whose forward takes gradients from their parameters: nothing can be seen.
+        parallelism: of the model. FSDP2 gathers gradients out of sight until it reduces them; a forward of FSDP1 or
+            ZeRO-3 takes them from their parameters, so that nothing can be seen.
     """
 
-    def __init__(self, inventory: Inventory, *, sharded: bool = False, flat: bool = False) -> None:
+    def __init__(self, inventory: Inventory, parallelism: Parallelism) -> None:
         self._model = inventory.model
-        self._parameters = [] if flat else inventory.parameters
-        self._sharded = sharded
+        self._parameters = [] if parallelism.flat else inventory.parameters
+        self._sharded = parallelism.sharded
 
     def __call__(self, closure: Callable[[], Any]) -> Any:
         """Return what the closure returns.
