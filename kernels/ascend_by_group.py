@@ -38,8 +38,10 @@ def reach(
     if RUNS:
         first = tl.minimum(tl.maximum(tl.load(starts + group), 0), rows)
         own = tl.maximum(tl.minimum(tl.load(starts + group + 1), rows) - first, 0)
-        return first, own, (own + ROWS - 1) // ROWS * across
-    return group * rows, rows, tiles
+        tiles = (own + ROWS - 1) // ROWS * across
+    else:
+        first, own = group * rows, rows
+    return first, own, tiles
 
 
 @triton.jit

@@ -153,6 +153,7 @@ def test_sizes_that_triton_takes_for_constants(dim: int, target: str, compiled: 
         gather_perturb.gather_perturb_backward(weight, grads, ids, groups.order, groups.starts, -1)
     rule, lookup = Rule(0.1, 1.0, "l2", "l2", 0), Lookup(weight, ids, None, torch.zeros_like(grad))
     table_step.table_step(rows, grad, torch.tensor(0), rule, groups, lookup, torch.zeros_like(rows))
+    ascend.ascend(rows, grad[:1], None, torch.tensor(0), rule, None, torch.tensor([0, 1]))
     for kind in KINDS:
         compare(torch.bfloat16, dim, kind)
     for kernel in {id(each.kernel): each for each in compiled}.values():
