@@ -144,6 +144,12 @@ def test_the_readme_promises_what_the_campaign_shows() -> None:
     assert not any(rows[name]["wrong"] for name in ("operations", "calls", "signals", "sigints", "storms"))
 
 
+def test_every_cell_of_the_table_of_stacks_is_a_test() -> None:
+    named = re.findall(r"`([\w/]+\.py)::(\w+)`", (ROOT / "docs/stacks.md").read_text())
+    assert len(named) > 30
+    assert not [cell for cell in named if f"def {cell[1]}(" not in (ROOT / "tests" / cell[0]).read_text()]
+
+
 def test_the_mean_row_norm_of_minilm() -> None:
     """What a relative radius is measured in."""
     norm = float(AutoModel.from_pretrained(resolve(DEFAULT)).get_input_embeddings().weight.detach().norm(dim=1).mean())
