@@ -58,7 +58,6 @@ def surroundings(folder: Path) -> dict[str, Any]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     ids = torch.randint(1, 50, (4, 6))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.tensor([0, 1, 0, 1])}
-    packed = {**batch, "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]] * 4)}
 
     for _ in range(60):  # it has learnt something, so that a radius can be found
         model(**batch).loss.backward()
@@ -75,7 +74,6 @@ def surroundings(folder: Path) -> dict[str, Any]:
         "optimizer": torch.optim.AdamW(model.parameters(), lr=1e-3),
         "loader": [batch, batch],
         "batch": batch,
-        "packed": packed,
         "mesh": {"cp": None, "tp": None},  # of one process
         "labelled": batch,
         "unlabelled": {key: value for key, value in batch.items() if key != "labels"},

@@ -13,6 +13,7 @@ from transformers import DataCollatorWithFlattening
 import fastadv
 from fastadv import packed
 from fastadv.integrations.transformers import AdversarialTrainer
+from fastadv.methods.radius_losses import Task
 from tests.integrations.by_hand import llama, train
 
 LENGTHS = (7, 3, 2, 9, 5, 4)
@@ -65,6 +66,19 @@ def test_packed_documents_train_as_padded_ones(tmp_path: Path, attention: str) -
             assert float(delta[groups == number].norm()) == pytest.approx(EPSILON, rel=1e-9)
     for row in packing.state.log_history[:-1]:
         assert row["adv_norm"] == pytest.approx(EPSILON, rel=1e-6)
+
+
+def test_a_radius_is_measured_by_document() -> None:
+    model = llama().double()
+    model.config.use_cache = False
+    task = Task(
+        fastadv.FGM, {"scope": "sample"}, lambda m, batch: m(**batch), lambda batch: batch.get("attention_mask")
+    )
+    packing, rows = DataCollatorWithFlattening(return_tensors="pt")(documents()), padded(documents())
+    rows["labels"][:, 0] = -100  # which is nobody's label in any case
+    got, want = (task.attacked(model, [batch], EPSILON) for batch in (packing, rows))
+    assert got == pytest.approx(want, rel=1e-5)
+    assert want > 1.01 * task.attacked(model, [rows], 0.01)
 
 
 @pytest.mark.parametrize("given", ["return_position_ids", "return_seq_idx", "return_flash_attn_kwargs"])
