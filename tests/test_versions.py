@@ -36,8 +36,9 @@ def test_every_session_runs_or_says_why_not(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=free)
     told = done.stdout + done.stderr
     assert done.returncode == 0, told
-    results = {one["signature"]: one["result"] for one in json.loads(report.read_text())["sessions"]}
-    assert len(results) >= len(noxfile.TORCHES) and set(results.values()) == {"success", "skipped"}, results
-    assert len(re.findall(r"^\d{4,} passed", told, re.MULTILINE)) == list(results.values()).count("success"), told
-    reasons = re.findall(r"skipped: (torch .* several GB|Python interpreter .* not found)", told)
-    assert len(reasons) == list(results.values()).count("skipped"), told
+    sessions = json.loads(report.read_text())["sessions"]
+    ran = [one for one in sessions if one["result"] == "success"]
+    others = [one["reason"] for one in sessions if one["result"] != "success"]
+    assert len(sessions) == len(noxfile.PYTHONS) * len(noxfile.TORCHES) and ran, told
+    assert len(re.findall(r"^\d{4,} passed", told, re.MULTILINE)) == len(ran), told
+    assert all(re.search(r"torch .* several GB|interpreter .* not found", reason) for reason in others), others
