@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import os
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -364,8 +366,16 @@ SUITES = {"ddp": DDP_CASES, "fsdp": FSDP_CASES}
 
 def start(run: Callable[[int, str, str], None], suite: str, folder: Path) -> Path:
     """Run a suite's cases in as many processes as there are ranks; what they find is in the folder."""
-    mp.spawn(run, (suite, str(folder)), nprocs=WORLD)
+    mp.spawn(_to_the_end, (run, suite, str(folder)), nprocs=WORLD)
     return folder
+
+
+def _to_the_end(rank: int, run: Callable[[int, str, str], None], suite: str, folder: str) -> None:
+    """And no further: torch may abort in the interpreter's own end, where FSDP2's models still hold gloo's threads."""
+    run(rank, suite, folder)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run(rank: int, suite: str, folder: str) -> None:

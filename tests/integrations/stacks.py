@@ -77,6 +77,7 @@ def _rank(rank: int, case: Case, names: list[str], folder: str, port: int) -> No
     torch.save({name: case(rank, name) for name in names}, Path(folder, f"{rank}.pt"))
     if dist.is_initialized():
         dist.destroy_process_group()
+    os._exit(0)  # as distributed.workers does, and why
 
 
 def assert_as_alone(found: dict[str, dict[str, Tensor]], tolerance: float = TOLERANCE, floor: float = 1e-6) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastadv.engine.forward import Entrance, Entrances, Perturbing
 from fastadv.engine.model.find import first_tensor, is_plain_lookup
-from fastadv.engine.model.placed import Placed, here, is_grouped, is_placed, is_planned, planned_over_sequence
+from fastadv.engine.model.placed import Placed, here, is_placed, is_planned, planned_over_sequence
 from fastadv.engine.profile import span
 from fastadv.ops.gather_perturb import gather_perturb
 
@@ -56,7 +56,7 @@ class Hook:
             return hidden
         placed = Placed(hidden, self.entrance.ranks) if is_placed(hidden) else None
         local, ids = (hidden if placed is None else placed.local), here(ids)
-        apart = is_grouped() and ids is not None and ids.shape != local.shape[:-1]  # a plan has sharded what ids gave
+        apart = ids is not None and ids.numel() > local.shape[:-1].numel()  # a plan has sharded what the ids gave
         if placed is not None:
             forward.place(placed)
         if self.divided or apart or (placed is not None and placed.over_sequence):

@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastadv.engine.model.find import is_compiled, is_cut
 from fastadv.engine.model.flat import Flat
-from fastadv.engine.model.placed import is_grouped
 from fastadv.engine.model.units import Units
 from fastadv.engine.model.wrapper import wrapper_of
 from fastadv.engine.safety.inventory import Inventory
@@ -71,7 +70,7 @@ class Parallelism:
         """Read the wrappers where they are others than before; whether they were."""
         inventory = self.inventory
         inventory.look()
-        parameters = inventory.parameters if is_grouped() else inventory.parameters[:1]
+        parameters = inventory.parameters if _is_grouped() else inventory.parameters[:1]
         found = inventory.compiled(), list(map(is_cut, parameters))
         holdings, before = self._seen
         if holdings is inventory.holdings and before == found:
@@ -102,7 +101,7 @@ class Parallelism:
 
     def among_others(self) -> bool:
         """Whether other processes train this model too. Looks, once, for the DDP that a bare model was wrapped in."""
-        if not is_grouped():
+        if not _is_grouped():
             return False
         if self.parallel is None and not self.sharded and not self._sought:
             self._sought = True
@@ -128,7 +127,7 @@ class Parallelism:
 
     def reduces(self) -> bool:
         """Whether gradients are reduced over processes, by hooks that wait for each parameter's."""
-        return is_grouped() or self.parallel is not None
+        return _is_grouped() or self.parallel is not None
 
     def reduces_now(self) -> bool:
         """Whether DDP reduces in a backward whose forward runs now: not inside of the user's `no_sync`."""
@@ -276,3 +275,8 @@ def _unreduced(parallel: DistributedDataParallel) -> Iterator[None]:
     parallel.require_backward_grad_sync = False
     yield
     parallel.require_backward_grad_sync = before
+
+
+def _is_grouped() -> bool:
+    """Whether there are other processes."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

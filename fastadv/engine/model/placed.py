@@ -105,11 +105,6 @@ def _waited(gradient: Tensor) -> Tensor:
     return gradient if wait is None else wait()
 
 
-def is_grouped() -> bool:
-    """Whether there are other processes."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-
-
 def is_placed(tensor: object) -> bool:
     """Whether it is a DTensor."""
     if type(tensor) is Tensor or PLANS not in sys.modules:

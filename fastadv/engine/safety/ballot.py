@@ -6,6 +6,7 @@ is well, the two would be taken for each other's. On the CPU, because what is as
 
 from __future__ import annotations
 
+import atexit
 import datetime as dt
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ HASTE = dt.timedelta(seconds=60)
 
 # By purpose and ranks; made once, and never given up: every process must do the same.
 _groups: dict[tuple[str, tuple[int, ...]], Any] = {}
+atexit.register(_groups.clear)  # gloo's threads must not outlive the interpreter
 
 
 class Verdict(NamedTuple):
