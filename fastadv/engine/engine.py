@@ -174,7 +174,7 @@ class Engine:
         self._install()
 
     def refuse(self, **kinds: str) -> None:
-        """From now on a model that is `compiled`, `sharded` or `flat` (see `Parallelism`) is an error that says why."""
+        """From now on a model that is one of these kinds (see `Parallelism`) is an error that says why."""
         self._refusals = kinds
         try:
             self.look()

@@ -56,6 +56,16 @@ class Reached(BaseException):
     """The forward has come as far as it should. Not an Exception: nothing on the way is to take it for an error."""
 
 
+def as_far_as_reached(closure: Closure) -> Closure:
+    """The closure, which returns None where its forward is stopped by `Reached`."""
+
+    def run() -> Any:
+        with contextlib.suppress(Reached):
+            return closure()
+
+    return run
+
+
 class Perturbing(Protocol):
     """A forward pass with a perturbation: one of a step's, or any while a found perturbation is applied."""
 

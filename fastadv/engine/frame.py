@@ -45,8 +45,7 @@ class Frame:
         self.undo += [lambda: surroundings.put_back(around), engine.remember(), engine.parallelism.remember()]
         if not rng.capturing():
             with span("guard"):
-                self.undo += [engine.buffers.remember()]
-                self.undo += engine.guard.put_back(engine.guard.save())
+                self.undo += [engine.buffers.remember(), *engine.guard.put_back(engine.guard.save())]
         engine.busy = True
         self._quiet = quieted(engine.dropout, engine.inventory.modules)
         for module in self._quiet:

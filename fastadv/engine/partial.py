@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastadv.engine.forward import Forward, Reached, differentiate
+from fastadv.engine.forward import Forward, as_far_as_reached, differentiate
 from fastadv.engine.model.split import NOT_ON_THE_WAY, Crossing
 from fastadv.engine.outputs import loss_of
 from fastadv.engine.profile import span
@@ -30,15 +29,10 @@ def gradients(step: Step) -> Sequence[Tensor | None]:
     crossing = Crossing(split.name, partial=True, ends=not sharded)
     ends, weights = [], []
 
-    def to_the_split() -> Any:
-        with contextlib.suppress(Reached):
-            return step.target()
-        return None
-
     step.draws.next_pass()
     forward = engine.entrance.forward = Forward(step, "partial", crossing)
     with engine.probe_autocast.lowered(step.device), span("forward"):
-        output = step.call(to_the_split)
+        output = step.call(as_far_as_reached(step.target))
     if output is not None:
         # Under FSDP2 the forward runs to its end, since its modules must see the end of what they began; the loss takes
         # part with a zero, since a module's weights are gathered when its output's gradient comes.

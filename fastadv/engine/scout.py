@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from fastadv.engine.forward import Forward, Reached
+from fastadv.engine.forward import Forward, as_far_as_reached
 from fastadv.engine.results import Closure
 from fastadv.engine.safety import rng
 
@@ -33,14 +32,10 @@ def find_shape(step: Step, closure: Closure) -> bool:
         return False
     scout = Forward(step, "scout")
 
-    def to_the_module() -> Any:
-        with contextlib.suppress(Reached):
-            return closure()
-
     buffers, replayed = engine.guard.remember_buffers(), rng.Replayed(step.device)
     engine.entrance.forward = scout
     with engine.parallelism.eagerly(True):
-        step.call(to_the_module)
+        step.call(as_far_as_reached(closure))
     engine.entrance.forward = None
     buffers()
     replayed.again()

@@ -140,7 +140,7 @@ class LLR(EmbeddingMethod):
             random_start=random_start,
             **options,
         )
-        self._engine.refuse(compiled=COMPILED, flat=FLAT)
+        self._engine.refuse(compiled=COMPILED, flat=FLAT, placed=SHARDED)
         if self._ranks is not None:
             self.close()
             raise ValueError(
@@ -149,12 +149,6 @@ class LLR(EmbeddingMethod):
             )
         self._adam = Adam(self.rule.step_size) if optimizer == "adam" else None
         self._tried: tuple[object, object] = None, None  # the parameters and the closure that were looked into
-        self._engine.inventory.look()
-        try:
-            self._look_for_shards()
-        except ValueError:
-            self.close()
-            raise
 
     def backward(
         self,
@@ -236,15 +230,9 @@ class LLR(EmbeddingMethod):
         now = self._engine.inventory.parameters, getattr(step.closure, "__code__", type(step.closure))
         if all(map(is_, now, self._tried)):
             return None
-        self._look_for_shards()
         step.undo.append(partial(setattr, self, "_tried", self._tried))
         self._tried = now
         return CustomFunctions(losses)
-
-    def _look_for_shards(self) -> None:
-        """Raises ValueError if the weights are sharded; as listed before a forward, in which FSDP2 gathers them."""
-        if any(hasattr(parameter, "device_mesh") for parameter in self._engine.inventory.parameters):
-            raise ValueError(SHARDED)
 
     def _by_adam(self, index: int, delta: Tensor, grad: Tensor) -> Tensor:
         assert self._adam is not None

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastadv.engine.model.find import is_compiled, is_cut
 from fastadv.engine.model.flat import Flat
+from fastadv.engine.model.placed import is_placed
 from fastadv.engine.model.units import Units
 from fastadv.engine.model.wrapper import wrapper_of
 from fastadv.engine.safety.inventory import Inventory
@@ -42,6 +43,7 @@ class Parallelism:
         compiled: the model, or a part of it, is.
         sharded: by FSDP2, FSDP1 or ZeRO-3.
         flat: what FSDP1 or ZeRO-3 has made of it.
+        placed: weights are DTensors, as FSDP2 and tensor parallelism make them.
         talks: forwards send.
         units: FSDP2's.
         parallel: the DDP in the model or around it.
@@ -53,7 +55,7 @@ class Parallelism:
     def __init__(self, inventory: Inventory, communication: str = "each", atomic: bool = True) -> None:
         self.inventory = inventory
         self.model = inventory.model
-        self.compiled = self.sharded = self.talks = False
+        self.compiled = self.sharded = self.placed = self.talks = False
         self.flat = Flat(self.model, [], [])
         self.parallel: DistributedDataParallel | None = None
         self.units = Units([], communication, atomic)
@@ -85,6 +87,7 @@ class Parallelism:
         self.units = self._new_units(modules)
         self.flat = Flat(self.model, modules, self.inventory.parameters)
         self.sharded = bool(self.units or self.flat)
+        self.placed = any(map(is_placed, self.inventory.parameters))
         self.talks = self.sharded or any(isinstance(part, nn.SyncBatchNorm) for part in modules)
         inside = (part for part in modules if isinstance(part, DistributedDataParallel))
         self.parallel = next(inside, self._around)

@@ -73,6 +73,13 @@ class Units:
         """Whether gradients wait for the last full pass."""
         return self._late and bool(self._states)
 
+    def unreduced(self) -> Iterator[Tensor | None]:
+        """What FSDP2 holds of gradients that are not reduced yet."""
+        for state in self._states:
+            for group in _groups(state):
+                for parameter in group.fsdp_params:
+                    yield from _waiting(parameter)
+
     def begin(self) -> None:
         """Write down what there is, where a step may change it."""
         self._switches = [_switches(state, group) for state in self._states for group in _groups(state)]
@@ -155,7 +162,11 @@ def _switches(state: Any, group: Any) -> Switches:
 
 
 def _gradient(parameter: Any, copy: bool) -> Gradient:
-    whole = getattr(parameter, "_unsharded_param", None)
-    kept = (parameter.unsharded_accumulated_grad, None if whole is None else whole.grad)
-    accumulated, plain = (one.clone() if copy and one is not None else one for one in kept)
+    accumulated, plain = (one.clone() if copy and one is not None else one for one in _waiting(parameter))
     return Gradient(parameter, accumulated, plain)
+
+
+def _waiting(parameter: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Its gradients that are not reduced yet: in the precision of the reduction, and plain."""
+    whole = getattr(parameter, "_unsharded_param", None)
+    return parameter.unsharded_accumulated_grad, None if whole is None else whole.grad

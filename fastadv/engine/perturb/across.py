@@ -20,7 +20,7 @@ from torch import Tensor
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
-from fastadv.ops.ascend import l2_norm
+from fastadv.ops.ascend import l2_norm, largest
 
 
 def joins(scope: str, rule: Rule) -> bool:
@@ -66,7 +66,7 @@ class _Part(NamedTuple):
             return torch.cat([finite.double(), h.new_zeros(len(h), 4)], dim=1)
         size = l2_norm(h)
         along = (delta * (h / torch.where(size > 0, size, 1))).sum(dim=1, keepdim=True)
-        return torch.cat([finite.double(), size, _largest(h), along, l2_norm(delta)], dim=1)
+        return torch.cat([finite.double(), size, largest(h), along, l2_norm(delta)], dim=1)
 
 
 class _Whole(NamedTuple):
@@ -81,9 +81,9 @@ class _Whole(NamedTuple):
     def of(figures: Tensor, rule: Rule) -> _Whole:
         """Of the ranks' figures, [ranks, G, 5]."""
         finite = figures[..., 0].amin(0).bool()[:, None]
-        sizes, largest, along = figures[..., 1].t(), figures[..., 2].amax(0)[:, None], figures[..., 3].t()
+        sizes, most, along = figures[..., 1].t(), figures[..., 2].amax(0)[:, None], figures[..., 3].t()
         size, before = l2_norm(sizes), l2_norm(figures[..., 4].t())
-        divisor = {"sign": torch.ones_like(size), "l2": size, "max": largest}[rule.direction]
+        divisor = {"sign": torch.ones_like(size), "l2": size, "max": most}[rule.direction]
         divisor = torch.where(divisor > 0, divisor, 1)
         slope = (along * (sizes / torch.where(size > 0, size, 1))).sum(dim=1, keepdim=True)
         length = torch.where(finite, rule.step_size * (size / divisor), 0)
@@ -115,20 +115,11 @@ def norms(deltas: Sequence[Tensor], scope: str, meeting: Meeting) -> dict[str, T
     return {"l2": l2_norm(every[..., 0].t()).flatten(), "linf": every[..., 1].amax(0)}
 
 
-def mean(found: Tensor) -> Tensor:
-    """Over the groups that are not zero."""
-    return found.sum() / (found > 0).sum().clamp(min=1)
-
-
 def _both(group: Tensor) -> Tensor:
     """[G, 2]: the l2 norm and the largest magnitude of each row."""
     if group.shape[1] == 0:
         return group.new_zeros(len(group), 2)
-    return torch.cat([l2_norm(group), _largest(group)], dim=1)
-
-
-def _largest(x: Tensor) -> Tensor:
-    return x.abs().amax(dim=1, keepdim=True)
+    return torch.cat([l2_norm(group), largest(group)], dim=1)
 
 
 def _by_group(x: Tensor, leading: int) -> Tensor:

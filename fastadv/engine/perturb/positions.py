@@ -100,7 +100,7 @@ class PositionPerturbation(Perturbation):
     def norm(self, kind: str) -> Tensor:
         """Over the groups of all lookups, and of all ranks."""
         if self._over_ranks is not None:
-            return across.mean(self._over_ranks[kind])
+            return mean_norm([self._over_ranks[kind]])
         leading = {"batch": 0, "sample": 1, "token": -1}[self.scope]
         return mean_norm(
             [

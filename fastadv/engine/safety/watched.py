@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastadv.engine.safety import rng
 from fastadv.engine.safety.inventory import Inventory
@@ -37,7 +37,7 @@ class Watched:
     def __init__(self, inventory: Inventory, parallelism: Parallelism) -> None:
         self._model = inventory.model
         self._parameters = [] if parallelism.flat else inventory.parameters
-        self._sharded = parallelism.sharded
+        self._units = parallelism.units
 
     def __call__(self, closure: Callable[[], Any]) -> Any:
         """Return what the closure returns.
@@ -58,9 +58,9 @@ class Watched:
     def _look(self) -> tuple[list[Tensor | None], list[int]]:
         """The gradients and their versions; -1 where there is none."""
         found: list[Tensor | None] = list(map(GRADIENT, self._parameters))
-        if self._sharded:  # FSDP2 adds to a DTensor's own part, whose version alone moves
+        if self._units:  # FSDP2 adds to a DTensor's own part, whose version alone moves
             parts = [getattr(gradient, "_local_tensor", gradient) for gradient in found]
-            found = [*parts, *_unreduced(self._model)]
+            found = [*parts, *self._units.unreduced()]
         return found, [-1 if gradient is None else gradient._version for gradient in found]
 
     def _name(self, index: int) -> str:
@@ -69,13 +69,3 @@ class Watched:
             return "a sharded parameter"
         named = self._model.named_parameters()
         return next((name for name, one in named if one is self._parameters[index]), "a parameter")
-
-
-def _unreduced(model: nn.Module) -> Iterator[Tensor | None]:
-    """What FSDP2 holds of gradients that are not reduced yet."""
-    for module in model.modules():
-        state = getattr(module, "_get_fsdp_state", lambda: None)()
-        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-        for sharded in (one for group in groups if group is not None for one in group.fsdp_params):
-            yield sharded.unsharded_accumulated_grad
-            yield getattr(getattr(sharded, "_unsharded_param", None), "grad", None)
