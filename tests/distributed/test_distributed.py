@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,13 +32,11 @@ def fsdp(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def outcome(folder: Path, case: str) -> dict[str, Tensor]:
     """What both processes found, the same to the bit."""
-    ranks: list[Any] = [torch.load(folder / f"{case}-{rank}.pt") for rank in range(workers.WORLD)]
-    for found in ranks:
-        if isinstance(found, str):
-            pytest.fail(found)
+    ranks = workers.by_rank(folder, case)
     for name, value in ranks[0].items():
         assert same_bits(value, ranks[1][name]), f"{name} differs between the processes"
-    return ranks[0]
+    found: dict[str, Tensor] = ranks[0]
+    return found
 
 
 def one(model: nn.Module, name: str, data: dict[str, Tensor]) -> dict[str, Tensor]:

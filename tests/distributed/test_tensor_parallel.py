@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from tests.distributed import tensor_parallel, workers
 from tests.support import assert_gradients
@@ -21,22 +18,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workers.start(tensor_parallel.run, "tensor-parallel", tmp_path_factory.mktemp("tensor-parallel"))
 
 
-def by_rank(folder: Path, case: str) -> list[dict[str, Tensor]]:
-    ranks: list[Any] = [torch.load(folder / f"{case}-{rank}.pt") for rank in range(workers.WORLD)]
-    for one in ranks:
-        if isinstance(one, str):
-            pytest.fail(one)
-    return ranks
-
-
 @pytest.mark.parametrize("name", tensor_parallel.STEPS)
 def test_a_step_is_that_of_one_process(found: Path, name: str) -> None:
     kind, method, *perturbed = tensor_parallel.STEPS[name]
     want = tensor_parallel.step(None, kind, method, *perturbed[:1])
-    for one in by_rank(found, name):
+    for one in workers.by_rank(found, name):
         assert_gradients(one, want, TOLERANCE)
 
 
 @pytest.mark.parametrize("name", tensor_parallel.REFUSED)
 def test_what_would_be_wrong_is_refused(found: Path, name: str) -> None:
-    assert all(one["told"] for one in by_rank(found, f"refused-{name}"))
+    assert all(one["told"] for one in workers.by_rank(found, f"refused-{name}"))

@@ -370,6 +370,15 @@ def start(run: Callable[[int, str, str], None], suite: str, folder: Path) -> Pat
     return folder
 
 
+def by_rank(folder: Path, case: str) -> list[Any]:
+    """What each process found in a case; the test fails where one of them raised."""
+    ranks: list[Any] = [torch.load(folder / f"{case}-{rank}.pt") for rank in range(WORLD)]
+    for found in ranks:
+        if isinstance(found, str):
+            pytest.fail(found)
+    return ranks
+
+
 def _to_the_end(rank: int, run: Callable[[int, str, str], None], suite: str, folder: str) -> None:
     """And no further: torch may abort in the interpreter's own end, where FSDP2's models still hold gloo's threads."""
     run(rank, suite, folder)

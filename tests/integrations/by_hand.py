@@ -70,9 +70,9 @@ def samples(count: int, *, language: bool = False) -> list[dict[str, Tensor]]:
     return rows
 
 
-def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+def settings(folder: Path) -> dict[str, Any]:
     """SGD on two rows a batch in the given order, so that a hand-written loop sees the same."""
-    common: dict[str, Any] = {
+    return {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
         "num_train_epochs": 1,
@@ -88,7 +88,10 @@ def arguments(folder: Path, **changes: Any) -> TrainingArguments:
         "disable_tqdm": True,
         "dataloader_pin_memory": False,
     }
-    return TrainingArguments(**{**common, **changes})
+
+
+def arguments(folder: Path, **changes: Any) -> TrainingArguments:
+    return TrainingArguments(**{**settings(folder), **changes})
 
 
 def sample_scope(model: Any) -> fastadv.Method:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastadv
 from fastadv.integrations.transformers import AdversarialMixin
-from tests.integrations.by_hand import RATE, llama, samples
+from tests.integrations.by_hand import RATE, llama, samples, settings
 
 trl = pytest.importorskip("trl")
 
@@ -52,29 +52,15 @@ def rows(count: int) -> list[dict[str, list[int]]]:
 def sft(folder: Path, name: str, **changes: Any) -> Any:
     from datasets import Dataset
 
-    common: dict[str, Any] = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 2,
-        "num_train_epochs": 1,
-        "learning_rate": RATE,
-        "lr_scheduler_type": "constant",
-        "optim": "sgd",
-        "max_grad_norm": 0.0,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
+    own: dict[str, Any] = {
         "bf16": False,
         "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         "max_length": 16,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     return Adversarial(
         model=llama(),
-        args=trl.SFTConfig(**{**common, **changes}),
+        args=trl.SFTConfig(**{**settings(folder), **own, **changes}),
         train_dataset=Dataset.from_list(rows(8)),
         processing_class=tokenizer(),
         adversary=METHODS[name],
