@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from transformers import DataCollatorWithPadding
 
 import fastadv
+from fastadv.jobs.surroundings import device_name
 from fastadv.train.job import Settings, prepare
-from fastadv.train.phase import device_name
 from fastadv.train.tokens import LengthGrouped
 
 PGD = {"epsilon": 0.1, "step_size": 0.05, "steps": 3, "scope": "sample"}

@@ -48,7 +48,7 @@ def movies(data: Path) -> Iterable[tuple[str, str]]:
 
 def train(folder: Path) -> None:
     """Run what is not in the folder yet."""
-    from fastadv.train.cli import main
+    from fastadv.cli import main
     from fastadv.train.sources import package_folder
 
     for name in NAMES:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from fastadv.train.threads import PASSIVE, SETTINGS
+from fastadv.jobs.threads import PASSIVE, SETTINGS
 
 BATCH = 32
 PAUSE = 0.3  # seconds, until the threads of the one before have stopped spinning
@@ -34,7 +34,7 @@ def work() -> None:
     import torch
 
     import fastadv
-    from fastadv.train.job import quiet
+    from fastadv.jobs.surroundings import quiet
     from fastadv.train.model import DEFAULT, build, resolve, tokenizer_of
     from fastadv.train.sources import default_rows
 

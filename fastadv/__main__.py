@@ -8,7 +8,7 @@ import sys
 def main() -> None:
     """Run the command that the arguments name; with none, print what is available here."""
     if len(sys.argv) > 1:
-        from fastadv.train.cli import main as command
+        from fastadv.cli import main as command
 
         command()
     else:

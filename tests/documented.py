@@ -15,9 +15,9 @@ from torch import nn
 
 import fastadv
 from fastadv.classic import ClassicFGM, ClassicPGD, by_position
+from fastadv.jobs.method_options import methods
 from fastadv.methods import Method
 from fastadv.methods.options import options_of
-from fastadv.train.options import methods
 from tests.pages import RUNNABLE, run
 
 OF_THE_MODEL = (

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from fastadv.jobs.method_options import methods
 from fastadv.train import compare
-from fastadv.train.options import methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "tests/goldens/README.md"]

@@ -149,7 +149,7 @@ def test_metadata(tree: Path) -> None:
     assert metadata["Version"] == citation["version"]
     released = f"## {citation['version']} - {citation['date-released']}\n"
     assert released in (tree / "CHANGELOG.md").read_text()
-    assert "fastadv = fastadv.train.cli:main" in (info / "entry_points.txt").read_text()
+    assert "fastadv = fastadv.cli:main" in (info / "entry_points.txt").read_text()
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from typing import Any
 import matplotlib.pyplot as plt
 import pytest
 
+from fastadv.jobs.errors import UserError
 from fastadv.train import model
-from fastadv.train.errors import UserError
 
 TOUR = Path(__file__).parent.parent / "examples/tour.ipynb"
 

@@ -9,10 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastadv.jobs.shown import visible
 from fastadv.train.job import Job
 from fastadv.train.labels import AUTO, MULTI_LABEL, REGRESSION
 from fastadv.train.overview import Overview, spread
-from fastadv.train.shown import visible
 
 SHOWN = 12  # classes; the rest is one line
 WIDTH = 120  # columns, where the output is no terminal

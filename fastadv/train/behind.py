@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from fastadv.train.folders import PLAIN
-from fastadv.train.log import read_log
+from fastadv.jobs.folders import PLAIN
+from fastadv.jobs.log import read_log
 
 AFTER = 0.4  # part of the training after which it is said
 HALF = 0.5  # of what plain training has learnt by the same step

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fastadv.integrations.files import write as write_whole
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.folders import SETTINGS, models_of
+from fastadv.jobs.json_file import write_json
+from fastadv.jobs.surroundings import device_name, quiet, versions
 from fastadv.train import data, plots, run_files
 from fastadv.train.data import DataSettings, Sample
-from fastadv.train.errors import UserError
 from fastadv.train.evaluate import Evaluator
-from fastadv.train.folders import SETTINGS, models_of
-from fastadv.train.job import quiet, write_json
 from fastadv.train.labels import task_of
 from fastadv.train.model import check_length, check_tokens, label_names, load_where_it_runs, longest, tokenizer_of
-from fastadv.train.phase import device_name
-from fastadv.train.run import versions
 from fastadv.train.tokens import Tokens
 
 FILES = ("evaluation.json", "evaluation.svg")

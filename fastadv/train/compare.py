@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastadv.integrations import files
-from fastadv.train import options, plots, signatures
-from fastadv.train.errors import Interrupted
+from fastadv.jobs import method_options, signatures
+from fastadv.jobs.errors import Interrupted
+from fastadv.jobs.shown import visible
+from fastadv.jobs.writable import check_files
+from fastadv.train import plots
 from fastadv.train.job import Settings
 from fastadv.train.kept import Kept, Point, check
 from fastadv.train.metrics import score
-from fastadv.train.shown import visible
 from fastadv.train.sweep import common, label, points, ready, train_all
-from fastadv.train.writable import check_files
 
 RESULT, PICTURE, TABLE = "compare.json", "compare.svg", "compare.md"
 _MARKUP = re.compile(r"[|<>&`*\[\]\\$~]")
@@ -54,7 +55,7 @@ def grid_of(names: str, tries: Sequence[str]) -> list[Point]:
     named: list[Point] = [("plain", {})]
     for name in chosen:
         if name.lower() != "plain":
-            options.signature_of(name)
+            method_options.signature_of(name)
             named.append((name.lower(), {}))
     return [*named, *(point for point in points(tries) if point not in named)]
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fastadv.jobs.errors import UserError
 from fastadv.train import labels as reading
-from fastadv.train.errors import UserError
 from fastadv.train.hub import hub_rows
 from fastadv.train.labels import CLASSIFICATION, REGRESSION, Label
 from fastadv.train.sources import Columns, Found, Row, default_rows, file_rows, is_file_name, short

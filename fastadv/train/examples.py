@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DataCollatorWithPadding
 
+from fastadv.jobs.folders import ADVERSARIAL, PLAIN
 from fastadv.train.evaluate import measuring, summed
-from fastadv.train.folders import ADVERSARIAL, PLAIN
 from fastadv.train.job import Job
 from fastadv.train.labels import MULTI_LABEL, REGRESSION, Label, task_of
 from fastadv.train.model import label_names, load_checkpoint, place

@@ -6,8 +6,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from fastadv.train import formats
-from fastadv.train.errors import UserError, loading
+from fastadv.jobs import formats
+from fastadv.jobs.errors import UserError, loading
 from fastadv.train.sources import Columns, Found, checked
 
 

@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from transformers import set_seed
-from transformers.utils import logging as transformers_logging
 
-from fastadv.integrations import files
+from fastadv.jobs import method_options
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.surroundings import quiet
 from fastadv.methods import Method
 from fastadv.methods.radius_losses import scaled
 from fastadv.train import data, model, options, overview
 from fastadv.train.data import DataSettings, Sample, Samples
-from fastadv.train.errors import UserError
 from fastadv.train.labels import REGRESSION, Scale
 from fastadv.train.modeling_mean_pool import MeanPoolClassifier
 from fastadv.train.overview import Overview
@@ -124,7 +121,7 @@ def prepare(settings: Settings) -> Job:
     """
     _check(settings)
     quiet(offline=_is_local(settings))
-    method = options.method_class(settings.method)
+    method = method_options.method_class(settings.method)
     extra = options.split(settings.extra, method)
     folder = model.resolve(settings.model)
     model.encoder_config(folder)
@@ -184,37 +181,3 @@ def _check(settings: Settings) -> None:
 def _is_local(settings: Settings) -> bool:
     local_data = settings.data.data == data.DEFAULT or Path(settings.data.data).exists()
     return local_data and (settings.model == model.DEFAULT or Path(settings.model).expanduser().exists())
-
-
-def quiet(offline: bool = False) -> None:
-    """Silence transformers. `offline`: model and data are local, so do not ask the network."""
-    if offline:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file whole or not at all, and on the disk."""
-    files.write(path, json.dumps(value, indent=1, default=str) + "\n")
-
-
-def read_json(path: Path, advice: str = "remove it and run again") -> Any:
-    """Read a file of `write_json`; None if there is none. `advice`: for one that cannot be read.
-
-    Raises:
-        UserError: the file is there and is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read ({error}): {advice}") from None
-
-
-def command_line(arguments: Sequence[str] | None = None) -> str:
-    """Spell the command as its user typed it."""
-    import shlex
-
-    return "fastadv " + shlex.join(sys.argv[1:] if arguments is None else arguments)

@@ -11,12 +11,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from fastadv.train import typed
+from fastadv.jobs import typed
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.json_file import read_json, write_json
+from fastadv.jobs.lock import lock
 from fastadv.train.data import DataSettings
-from fastadv.train.errors import UserError
-from fastadv.train.job import read_json, write_json
 from fastadv.train.labels import CLASSIFICATION
-from fastadv.train.lock import lock
 
 ADVICE = "Remove it, or give another --output-dir"
 Point = tuple[str, dict[str, Any]]

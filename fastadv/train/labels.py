@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
-from fastadv.train.errors import UserError
+from fastadv.jobs.errors import UserError
 from fastadv.train.sources import Row, short
 
 CLASSIFICATION, MULTI_LABEL, REGRESSION = "classification", "multi-label", "regression"

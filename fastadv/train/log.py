@@ -3,25 +3,17 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import sys
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from fastadv.integrations import files
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-END = "train_runtime"  # in the row that the Trainer logs when it is through, or stopped
+from fastadv.jobs.log import append
+from fastadv.jobs.stop import Stop
 
 
 class JsonLines(TrainerCallback, ExportableState):
@@ -60,31 +52,7 @@ class JsonLines(TrainerCallback, ExportableState):
     ) -> None:
         row = {"phase": self.phase, "step": state.global_step, **(logs or {}), "step_seconds": self._seconds}
         self._seconds = []
-        with self.path.open("ab") as file:
-            file.write((json.dumps(row) + "\n").encode())
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def read_log(path: Path, phase: str | None = None) -> list[dict[str, Any]]:
-    """Read a log, or the rows of one phase. A line that a crash cut off, within a character too, is skipped."""
-    rows = []
-    if path.exists():
-        for line in path.read_bytes().split(b"\n"):
-            try:
-                row = json.loads(line)
-                named, step = row["phase"], row["step"]
-            except (ValueError, TypeError, KeyError, RecursionError):
-                continue
-            if isinstance(step, int) and (phase is None or named == phase):
-                rows.append(row)
-    return rows
-
-
-def rewind(path: Path, phase: str, step: int) -> None:
-    """Drop the rows of `phase` after `step`, and of its end: a resumed training writes them again."""
-    rows = [row for row in read_log(path) if row["phase"] != phase or (row["step"] <= step and END not in row)]
-    files.write(path, "".join(json.dumps(row) + "\n" for row in rows))
+        append(self.path, row)
 
 
 class Progress(TrainerCallback):
@@ -125,30 +93,8 @@ class Progress(TrainerCallback):
             self.bar = None
 
 
-class Stop(TrainerCallback):
+class StopTraining(TrainerCallback, Stop):
     """End training after the current step, with a checkpoint, on Ctrl-C or SIGTERM; at once on the second."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        try:
-            self._before = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not the main thread: its owner handles signals
-            self._before = {}
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _stop(self, _number: int, _frame: FrameType | None) -> None:
-        if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if self.requested:

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
+from fastadv.jobs.errors import UserError, loading
 from fastadv.train.configuration_mean_pool import MeanPoolConfig
-from fastadv.train.errors import UserError, loading
 from fastadv.train.labels import CLASSIFICATION, PROBLEM_TYPES, Scale
 from fastadv.train.modeling_mean_pool import MeanPoolClassifier, without_pooler
 from fastadv.train.sources import exists, package_folder

@@ -10,15 +10,13 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
-import fastadv
-from fastadv.train import names, signatures
-from fastadv.train.errors import UserError
+from fastadv.jobs import names, signatures
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.method_options import literal, parameters, signature_of
 
 if TYPE_CHECKING:  # torch comes with a method, and not before
     from fastadv.methods import Method
 
-# The job decides these itself, or only a program can give them.
-INTERNAL = {"self", "model", "method", "parameters", "backward", "scaler", "atomic", "process_group"}
 IN_A_SCRIPT = "leave it out, or write a script with AdversarialTrainer"
 TAKEN = dict.fromkeys((
     "resume_from_checkpoint", "restore_callback_states_from_checkpoint", "disable_tqdm", "local_rank", "deepspeed",
@@ -59,39 +57,6 @@ TRAINING = {
 }
 
 
-def methods() -> dict[str, type[Method]]:
-    """List every method that fastadv exports, by its lower-case name."""
-    return {name: getattr(fastadv, one.name) for name, one in signatures.methods().items()}
-
-
-def signature_of(name: str) -> signatures.Signature:
-    """Find what a method takes, without importing it.
-
-    Raises:
-        UserError: there is no such method.
-    """
-    known = signatures.methods()
-    if name.lower() not in known:
-        raise UserError(f"there is no method {name!r}: choose one of {', '.join(known)}")
-    return known[name.lower()]
-
-
-def method_class(name: str) -> type[Method]:
-    """Find a method by its name.
-
-    Raises:
-        UserError: there is none.
-    """
-    cls: type[Method] = getattr(fastadv, signature_of(name).name)
-    return cls
-
-
-def parameters(method: type[Method] | str) -> dict[str, Any]:
-    """List a method's options that a command line can give, with their defaults."""
-    found = signature_of(method if isinstance(method, str) else method.__name__).options
-    return {name: default for name, default in found.items() if name not in INTERNAL}
-
-
 def arguments(method: type[Method], given: Mapping[str, Any], radius: float | str | None = None) -> dict[str, Any]:
     """Complete a method's arguments by this job's defaults. `radius`: the epsilon where none is given.
 
@@ -119,23 +84,6 @@ def arguments(method: type[Method], given: Mapping[str, Any], radius: float | st
 def usual_radius(method: type[Method]) -> Any:
     """Return the epsilon of this job for a method, found for MiniLM."""
     return {**parameters(method), **METHOD_DEFAULTS.get(method.__name__.lower(), {})}["epsilon"]
-
-
-def literal(text: str | None) -> Any:
-    """Read a value much as Python would: none, true, 3, 0.5, l2, bfloat16."""
-    if text is None:
-        return True
-    constants = {"none": None, "true": True, "false": False}
-    if text.lower() in constants:
-        return constants[text.lower()]
-    if text.lower() in {"bfloat16", "float16"}:
-        import torch
-
-        return getattr(torch, text.lower())
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from transformers import DataCollatorWithPadding, PrinterCallback, Trainer
 
 from fastadv.integrations import checkpoints
@@ -17,13 +16,14 @@ from fastadv.integrations.adversary import Adversary
 from fastadv.integrations.checkpoints import CheckpointError
 from fastadv.integrations.transformers import AdversarialMixin
 from fastadv.integrations.whole_checkpoints import WholeCheckpoints
+from fastadv.jobs.conditions import Conditions, Watch
+from fastadv.jobs.errors import Interrupted, UserError
+from fastadv.jobs.log import read_log, rewind
+from fastadv.jobs.memory import PeakMemory
 from fastadv.train.behind import Behind
-from fastadv.train.conditions import Conditions, Watch, processor
-from fastadv.train.errors import Interrupted, UserError
 from fastadv.train.evaluate import Evaluator
 from fastadv.train.job import Job
-from fastadv.train.log import JsonLines, Progress, Stop, read_log, rewind
-from fastadv.train.memory import PeakMemory
+from fastadv.train.log import JsonLines, Progress, StopTraining
 from fastadv.train.model import check_same_model, unscale
 from fastadv.train.modeling_mean_pool import MeanPoolClassifier
 from fastadv.train.tokens import LengthGrouped, Tokens
@@ -82,7 +82,7 @@ def train(
     """
     args = job.arguments(folder, **fixed)
     model = job.build(args.seed)
-    progress, stop, behind = Progress(title), Stop(), Behind(log, title)
+    progress, stop, behind = Progress(title), StopTraining(), Behind(log, title)
     common: dict[str, Any] = {
         "model": model,
         "args": args,
@@ -150,11 +150,3 @@ def only_answer(job: Job, clean: dict[str, Any]) -> str | None:
 def cost_dict(cost: Cost) -> dict[str, Any]:
     """Lay out a cost for JSON."""
     return asdict(cost)
-
-
-def device_name(device: str) -> str:
-    """Name the hardware."""
-    if device.startswith("cuda"):
-        return torch.cuda.get_device_name(torch.device(device))
-    threads = torch.get_num_threads()
-    return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import math
-import re
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("svg")
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from fastadv.jobs.drawing import COLOURS, on_axes, svg
+from fastadv.jobs.shown import visible
 from fastadv.train import cells
 from fastadv.train.metrics import score
-from fastadv.train.shown import visible
-
-COLOURS = {"plain": "#6b7280", "adversarial": "#1d5fbf", "attacked": "#c2410c"}
-STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#9ca3af",
-    "axes.grid": True,
-    "grid.color": "#e5e7eb",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a name may hold a $
-    "svg.fonttype": "path",  # the page must look the same without this machine's fonts
-}
 
 
 def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
@@ -62,7 +43,7 @@ def losses(rows: Sequence[dict[str, Any]], method: str) -> str:
             note = "no loss was logged: give a smaller --logging-steps"
             axes.text(0.5, 0.5, note, ha="center", transform=axes.transAxes)
 
-    return svg(_axes(draw), "losses")
+    return svg(on_axes(draw), "losses")
 
 
 def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
@@ -89,7 +70,7 @@ def radii(models: dict[str, Sequence[dict[str, Any]]], steps: int) -> str:
         axes.set_xticks(sorted({cell["radius"] for measured in models.values() for cell in measured}))
         axes.legend()
 
-    return svg(_axes(draw), "radii")
+    return svg(on_axes(draw), "radii")
 
 
 def methods(rows: Sequence[Any]) -> str:
@@ -117,24 +98,3 @@ def methods(rows: Sequence[Any]) -> str:
             axes.invert_yaxis() if index == 0 else None
 
     return svg(draw, "methods", (9.6, 1.2 + 0.3 * len(rows)))
-
-
-def _axes(draw: Callable[[Axes], None]) -> Callable[[Figure], None]:
-    return lambda figure: draw(figure.add_subplot())
-
-
-def svg(
-    draw: Callable[[Figure], None], salt: str, size: tuple[float, float] = (5.6, 3.6), *, opaque: bool = False
-) -> str:
-    """Draw a figure of `size` inches in this project's style. Equal drawings with equal `salt` give equal text.
-
-    `opaque`: on white, for pages whose background is not known.
-    """
-    with mpl.rc_context(cast("Any", {**STYLE, "svg.hashsalt": salt})):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", transparent=not opaque, metadata={"Date": None, "Creator": None})
-    text = file.getvalue()
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return text[text.index("<svg") :]

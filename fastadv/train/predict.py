@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
-from fastadv.train.errors import UserError
-from fastadv.train.job import quiet
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.shown import visible_json
+from fastadv.jobs.surroundings import quiet
 from fastadv.train.model import check_length, check_tokens, label_names, load_where_it_runs, longest, tokenizer_of
-from fastadv.train.shown import visible_json
 from fastadv.train.sources import Columns, file_rows, half
 
 BATCH = 64

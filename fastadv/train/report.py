@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from fastadv.integrations import files
-from fastadv.train import cells, page, plots, radius, report_examples, tables, verdict
-from fastadv.train.folders import ADVERSARIAL, PLAIN
-from fastadv.train.memory import WHAT
+from fastadv.jobs import page
+from fastadv.jobs.folders import ADVERSARIAL, PLAIN
+from fastadv.jobs.memory import WHAT
+from fastadv.train import cells, plots, radius, report_examples, tables, verdict
 
 
 def write(result: Mapping[str, Any], rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fastadv.train import page
+from fastadv.jobs import page
+from fastadv.jobs.folders import ADVERSARIAL, PLAIN
 from fastadv.train.examples import GAINED, HELD, LOST, TURNED, WRONG
-from fastadv.train.folders import ADVERSARIAL, PLAIN
 
 LONGEST = 80  # words that are shown of a text
 

@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import importlib.util
-import platform
 import shutil
 import sys
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import fastadv
 from fastadv.integrations import files
 from fastadv.integrations.whole_checkpoints import UNFINISHED
+from fastadv.jobs import run_folder
+from fastadv.jobs.errors import Interrupted, UserError
+from fastadv.jobs.folders import ADVERSARIAL, PLAIN, RESULT, SETTINGS
+from fastadv.jobs.json_file import read_json, write_json
+from fastadv.jobs.log import read_log
+from fastadv.jobs.shown import visible
+from fastadv.jobs.surroundings import device_name, versions
 from fastadv.methods.radius_losses import SCALED
-from fastadv.train import examples, phase, radius, report, run_files, run_folder
-from fastadv.train.errors import Interrupted, UserError
-from fastadv.train.folders import ADVERSARIAL, PLAIN, RESULT, SETTINGS
-from fastadv.train.job import Job, Settings, read_json, write_json
-from fastadv.train.log import read_log
+from fastadv.train import examples, phase, radius, report, run_files
+from fastadv.train.job import Job, Settings
 from fastadv.train.model import load_checkpoint, place
 from fastadv.train.saved_model import save
-from fastadv.train.shown import visible
 
 REPORT, LOG, DONE = "report.html", "log.jsonl", "phase.json"
 RADIUS = "radius.json"
@@ -50,7 +51,7 @@ def run(job: Job, folder: Path, command: str) -> dict[str, Any]:
         "settings": job.description(),
         "warnings": [*job.overview.warnings, *_said(found, models)],
         "versions": versions(),
-        "hardware": phase.device_name(models[PLAIN]["cost"]["device"]),
+        "hardware": device_name(models[PLAIN]["cost"]["device"]),
         "models": models,
         "radius": found,
         "examples": examples.of_run(job, folder, models),
@@ -139,17 +140,6 @@ def to_resume(runs: Path, chosen: Path | None) -> tuple[Path, Settings, str]:
     if saved is None:
         raise UserError(f"{chosen} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
     return chosen, run_files.settings_of(saved["settings"], chosen / SETTINGS), saved["command"]
-
-
-def versions() -> dict[str, str]:
-    """List the versions of the packages that compute the numbers."""
-    found = {"python": platform.python_version(), "fastadv": fastadv.__version__}
-    for package in ("torch", "transformers", "accelerate", "tokenizers", "safetensors"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 def default_packages() -> dict[str, str]:

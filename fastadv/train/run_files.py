@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, TypedDict
 
-from fastadv.train import typed
-from fastadv.train.errors import UserError
-from fastadv.train.job import Settings, read_json
+from fastadv.jobs import typed
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.json_file import read_json
+from fastadv.train.job import Settings
 from fastadv.train.sources import exists
 
 ADVICE = "Train afresh, with another --output-dir"

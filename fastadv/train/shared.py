@@ -10,8 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from fastadv.train import names
-from fastadv.train.errors import UserError
+from fastadv.jobs import names
+from fastadv.jobs.errors import UserError
 
 Data = Annotated[
     str,
@@ -148,11 +148,12 @@ def check_extra(context: typer.Context, *, training: bool = True) -> None:
     parameters = context.command.params
     own = [option[2:].replace("-", "_") for one in parameters for option in one.opts if option.startswith("--")]
     if training:
+        from fastadv.jobs import method_options
         from fastadv.train import options
 
         method = context.params.get("method")
         if method is not None:
-            options.signature_of(method)
+            method_options.signature_of(method)
         options.split(context.args, method, own)
     elif context.args:
         unknown = [one for one in context.args if one.startswith("--")]

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fastadv.train import formats
-from fastadv.train.errors import UserError
+from fastadv.jobs import formats
+from fastadv.jobs.errors import UserError
 
 # How programs write a label that is not there. "none" in lower case is a class that people do have.
 MISSING = frozenset({"NaN", "nan", "NAN", "None", "null", "NULL", "Null", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaT"})

@@ -9,14 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastadv.jobs import method_options
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.shown import say, visible
+from fastadv.jobs.writable import check_files
 from fastadv.train import options, phase, radius
 from fastadv.train.announce import announce
-from fastadv.train.errors import UserError
 from fastadv.train.job import Job, Settings, prepare
 from fastadv.train.kept import Kept, Point, as_read, check
 from fastadv.train.metrics import score
-from fastadv.train.shown import say, visible
-from fastadv.train.writable import check_files
 
 RESULT = "sweep.json"
 
@@ -30,7 +31,7 @@ def points(tries: Sequence[str]) -> list[Point]:
     found: list[Point] = []
     for text in tries:
         name, *assignments = text.split()
-        accepted = options.parameters(name)
+        accepted = method_options.parameters(name)
         values: list[list[tuple[str, Any]]] = []
         for assignment in assignments:
             key, _, listed = assignment.partition("=")
@@ -39,7 +40,7 @@ def points(tries: Sequence[str]) -> list[Point]:
                 raise UserError(f"--try {text!r}: {name} has no parameter {key!r}; it takes {', '.join(accepted)}")
             if not listed:
                 raise UserError(f"--try {text!r}: give {key} a value, or several with commas between")
-            values.append([(key, options.literal(one)) for one in listed.split(",")])
+            values.append([(key, method_options.literal(one)) for one in listed.split(",")])
         found += [(name.lower(), dict(chosen)) for chosen in itertools.product(*values)]
     return found
 
@@ -109,7 +110,7 @@ def _one(job: Job, name: str, arguments: dict[str, Any], seed: int, place: str) 
     title = visible(f"{place}{label(name, arguments)}, seed {seed}")
     adversary = found = None
     if name != "plain":
-        method = options.method_class(name)
+        method = method_options.method_class(name)
         mine = replace(job, method=method, method_arguments=options.arguments(method, arguments))
         mine.check_adversary(seed)
         mine, found = radius.chosen(mine, seed)

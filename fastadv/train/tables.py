@@ -9,12 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fastadv.jobs.conditions import obstacles
+from fastadv.jobs.folders import ADVERSARIAL, PLAIN
+from fastadv.jobs.shown import visible
 from fastadv.train import cells
 from fastadv.train.cells import Cell
-from fastadv.train.conditions import obstacles
-from fastadv.train.folders import ADVERSARIAL, PLAIN
 from fastadv.train.paired import difference
-from fastadv.train.shown import visible
 
 
 class Line(NamedTuple):

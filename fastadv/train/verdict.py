@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastadv.jobs.conditions import obstacles
+from fastadv.jobs.folders import ADVERSARIAL, PLAIN
 from fastadv.train import cells
 from fastadv.train.cells import Cell
-from fastadv.train.conditions import obstacles
-from fastadv.train.folders import ADVERSARIAL, PLAIN
 from fastadv.train.metrics import score
 from fastadv.train.paired import Difference, difference
 

@@ -20,12 +20,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from fastadv.cli import main
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.log import read_log
 from fastadv.train import compare, data, kept, run_files
-from fastadv.train.cli import main
 from fastadv.train.data import DataSettings
-from fastadv.train.errors import UserError
 from fastadv.train.job import Settings
-from fastadv.train.log import read_log
 from fastadv.train.model import build
 from fastadv.train.predict import Predictor
 from tests.train.conftest import save_encoder, texts

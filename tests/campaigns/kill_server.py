@@ -45,7 +45,7 @@ def _work(job: dict[str, Any]) -> None:
         output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        from fastadv.train.cli import main as command
+        from fastadv.cli import main as command
 
         command(job["arguments"])
         code = 0

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 import fastadv
-from fastadv.train.options import parameters
+from fastadv.jobs.method_options import parameters
 from tests.every import EVERY
 from tests.support import batch, refused, snapshot, with_gradients
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastadv.train.cli import main
+from fastadv.cli import main
 
 FAST = ["--num-train-epochs", "3", "--learning-rate", "1e-3", "--radii", "0.2,0.1", "--attack-steps", "3"]
 

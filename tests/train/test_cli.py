@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastadv.jobs.log import read_log
 from fastadv.train import verdict
-from fastadv.train.log import read_log
 from tests.train.command import main_ok, refused, train
 from tests.train.conftest import texts, write_csv
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from fastadv.train import compare, options, phase
-from fastadv.train.cli import main
+from fastadv.cli import main
+from fastadv.jobs import method_options
+from fastadv.train import compare, phase
 from tests.train.command import main_ok, refused
 
 
@@ -28,13 +29,13 @@ def saved() -> dict[str, Any]:
 def test_every_method_trains(encoder: Path, table: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main_ok(*command(encoder, table, "--seeds", "0"))
     result = saved()
-    assert [run["method"] for run in result["runs"]] == ["plain", *options.methods()]
+    assert [run["method"] for run in result["runs"]] == ["plain", *method_options.methods()]
     for run in result["runs"]:
         assert run["steps"] == 2
         assert run["peak_memory"] > 0
         assert [cell["radius"] for cell in run["accuracy"]] == [0.0, 0.1]
     printed = capsys.readouterr().out
-    assert all(name in printed for name in options.methods())
+    assert all(name in printed for name in method_options.methods())
     page = Path("out", compare.TABLE).read_text()
     assert (
         page.splitlines()[0]

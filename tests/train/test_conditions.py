@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from fastadv.train.conditions import Watch, obstacles
+from fastadv.jobs.conditions import Watch, obstacles
 
 ALIKE = {"host": "a", "processor": "p", "cores": 2, "threads": 2, "session": "1", "resumed": False, "others": 0.0}
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from fastadv.jobs.errors import UserError
 from fastadv.train import data
 from fastadv.train.data import DataSettings
-from fastadv.train.errors import UserError
 from fastadv.train.sources import Columns, default_rows, file_rows
 from fastadv.train.tokens import LengthGrouped
 from tests.train.conftest import texts, write_csv

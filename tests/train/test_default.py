@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.method_options import methods, parameters
 from fastadv.train import model
-from fastadv.train.errors import UserError
-from fastadv.train.options import METHOD_DEFAULTS, methods, parameters
+from fastadv.train.options import METHOD_DEFAULTS
 from fastadv.train.sources import default_rows
 from tests.train.command import main_ok
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from fastadv.jobs.errors import UserError
 from fastadv.train import data
 from fastadv.train.data import DataSettings
-from fastadv.train.errors import UserError
 from fastadv.train.sources import Columns, Found, file_rows
 from tests.train.command import evaluated, main_ok, refused
 from tests.train.conftest import texts, write_csv

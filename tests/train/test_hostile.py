@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from fastadv.train import compare, data, kept, page, plots, predict, run_files, tables
-from fastadv.train.cli import main
+from fastadv.cli import main
+from fastadv.jobs import page
+from fastadv.jobs.errors import Interrupted, UserError
+from fastadv.jobs.shown import say, visible, visible_json
+from fastadv.train import compare, data, kept, plots, predict, run_files, tables
 from fastadv.train.data import DataSettings
-from fastadv.train.errors import Interrupted, UserError
 from fastadv.train.run import to_resume
-from fastadv.train.shown import say, visible, visible_json
 from tests.campaigns.hostile_files import hostile_files
 from tests.train.command import refused
 

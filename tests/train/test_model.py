@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fastadv.jobs.errors import UserError
 from fastadv.train import model
-from fastadv.train.errors import UserError
 
 LABELS = ["bad", "good"]
 

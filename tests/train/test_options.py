@@ -11,26 +11,27 @@ import torch
 from transformers import TrainingArguments
 
 import fastadv
+from fastadv.jobs import method_options, signatures
+from fastadv.jobs.errors import UserError
 from fastadv.methods.options import options_of
-from fastadv.train import options, signatures
-from fastadv.train.errors import UserError
+from fastadv.train import options
 
 
 def test_methods_are_those_that_fastadv_exports() -> None:
-    assert options.methods()["fgm"] is fastadv.FGM
-    assert options.methods()["pgd"] is fastadv.PGD
-    assert "method" not in options.methods()
+    assert method_options.methods()["fgm"] is fastadv.FGM
+    assert method_options.methods()["pgd"] is fastadv.PGD
+    assert "method" not in method_options.methods()
 
 
 def test_parameters_are_the_signatures() -> None:
-    pgd, fgm = options.parameters(fastadv.PGD), options.parameters(fastadv.FGM)
+    pgd, fgm = method_options.parameters(fastadv.PGD), method_options.parameters(fastadv.FGM)
     assert {"epsilon", "step_size", "steps", "norm", "scope", "random_start", "clean_weight", "every"} <= set(pgd)
     assert pgd["step_size"] == 0.3
     assert not {"step_size", "steps"} & set(fgm), "FGM decides these itself"
     assert not {"model", "backward", "scaler"} & set(pgd)
 
 
-@pytest.mark.parametrize(("name", "method"), options.methods().items())
+@pytest.mark.parametrize(("name", "method"), method_options.methods().items())
 def test_the_source_says_what_the_class_says(name: str, method: Any) -> None:
     assert list(signatures.methods()[name].options.items()) == list(options_of(method).items())
 
@@ -38,7 +39,7 @@ def test_the_source_says_what_the_class_says(name: str, method: Any) -> None:
 def test_every_exported_method_is_listed() -> None:
     exported = [getattr(fastadv, name) for name in fastadv.__all__]
     methods = [one for one in exported if isinstance(one, type) and issubclass(one, fastadv.Method)]
-    assert list(options.methods().values()) == [
+    assert list(method_options.methods().values()) == [
         one for one in methods if one not in (fastadv.Method, fastadv.EmbeddingMethod)
     ]
 
@@ -47,7 +48,7 @@ def test_training_arguments_are_those_of_transformers() -> None:
     assert signatures.training_fields() == [field.name for field in dataclasses.fields(TrainingArguments) if field.init]
 
 
-@pytest.mark.parametrize("method", options.methods().values())
+@pytest.mark.parametrize("method", method_options.methods().values())
 def test_every_method_takes_the_dtype_of_its_probes(method: type[fastadv.Method]) -> None:
     assert options.split(["--probe-dtype", "bfloat16"], method).method == {"probe_dtype": torch.bfloat16}
 
@@ -83,8 +84,8 @@ def test_split() -> None:
     ],
 )
 def test_literal(text: str | None, value: object) -> None:
-    assert options.literal(text) == value
-    assert type(options.literal(text)) is type(value)
+    assert method_options.literal(text) == value
+    assert type(method_options.literal(text)) is type(value)
 
 
 @pytest.mark.parametrize(

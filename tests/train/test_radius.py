@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import fastadv
+from fastadv.jobs.errors import UserError
 from fastadv.methods.radius import RISE
 from fastadv.train import options
-from fastadv.train.errors import UserError
 from fastadv.train.job import Settings, prepare
 from fastadv.train.radius import chosen
 from tests.train.command import main_ok, refused, train

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastadv.train.cli import main
+from fastadv.cli import main
 from tests.train.command import refused
 from tests.train.conftest import write_csv
 

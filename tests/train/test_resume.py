@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastadv.cli import main
+from fastadv.jobs.log import read_log
+from fastadv.jobs.method_options import methods
 from fastadv.train import phase, run, saved_model
-from fastadv.train.cli import main
-from fastadv.train.log import Stop, read_log
-from fastadv.train.options import methods
+from fastadv.train.log import StopTraining
 from fastadv.train.run import to_resume
 from tests.small_disk import enlarge, small_disk
 from tests.train.command import FAST, main_ok, refused, train
@@ -34,16 +35,16 @@ def test_an_interrupted_run_goes_on_where_it_was(
     chosen = ["--method", method, *MORE.get(method, [])]
     whole = train(encoder, table, "whole", *chosen)
 
-    at_step = Stop.on_step_end
+    at_step = StopTraining.on_step_end
 
-    def interrupt(self: Stop, args: Any, state: Any, control: Any, **rest: Any) -> None:
+    def interrupt(self: StopTraining, args: Any, state: Any, control: Any, **rest: Any) -> None:
         if Path(args.output_dir).name == stopped_in and state.global_step == 4:
             self._stop(2, None)  # what Ctrl-C calls
         at_step(self, args, state, control, **rest)
 
     command = ["train", "--model", str(encoder), "--data", str(table), "--output-dir", "broken", *FAST, *chosen]
     with monkeypatch.context() as patch:
-        patch.setattr(Stop, "on_step_end", interrupt)
+        patch.setattr(StopTraining, "on_step_end", interrupt)
         with pytest.raises(SystemExit) as left:
             main(command)
     assert left.value.code == 130
@@ -204,14 +205,14 @@ def test_settings_of_an_earlier_version_can_be_resumed() -> None:
 def test_resume_with_a_checkpoint_of_another_model(
     encoder: Path, table: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    at_step = Stop.on_step_end
+    at_step = StopTraining.on_step_end
 
-    def interrupt(self: Stop, args: Any, state: Any, control: Any, **rest: Any) -> None:
+    def interrupt(self: StopTraining, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.requested = True
         at_step(self, args, state, control, **rest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stop, "on_step_end", interrupt)
+        patch.setattr(StopTraining, "on_step_end", interrupt)
         with pytest.raises(SystemExit):
             main(["train", "--model", str(encoder), "--data", str(table), "--output-dir", "run", *FAST])
     config = Path("run/plain/checkpoint-1/config.json")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from fastadv.train import run_folder
-from fastadv.train.cli import main
-from fastadv.train.errors import UserError
+from fastadv.cli import main
+from fastadv.jobs import run_folder
+from fastadv.jobs.errors import UserError
 from fastadv.train.run import to_resume
 from tests.train.command import refused
 

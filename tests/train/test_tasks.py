@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig
 
+from fastadv.jobs.errors import UserError
 from fastadv.train import data, labels, model
 from fastadv.train.data import DataSettings, Sample
-from fastadv.train.errors import UserError
 from fastadv.train.evaluate import Evaluator
 from fastadv.train.losses import losses
 from fastadv.train.sources import Row

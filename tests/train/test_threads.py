@@ -16,7 +16,7 @@ NAMES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
 TELL = """
 import json, os, sys
 {before}
-from fastadv.train.cli import main
+from fastadv.cli import main
 early = "torch" in sys.modules
 try:
     main({arguments!r})
@@ -96,7 +96,7 @@ def test_what_needs_no_torch_loads_none_nor_transformers(arguments: list[str], c
     script = f"""
 import sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # an import is an error
-from fastadv.train.cli import main
+from fastadv.cli import main
 main({arguments!r})
 """
     done = subprocess.run(

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.lock import lock
 from fastadv.train import sweep
-from fastadv.train.errors import UserError
-from fastadv.train.lock import lock
 
 OUTPUT = Path("swept/sweep.json")
 FORKED = multiprocessing.get_context("fork")  # with torch loaded already

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from fastadv.train.errors import UserError
-from fastadv.train.writable import check_file, check_files
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.writable import check_file, check_files
 from tests.train.command import refused
 
 NO_DATA = ["--data", "nowhere.csv"]

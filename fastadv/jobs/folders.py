@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fastadv.train.errors import UserError
+from fastadv.jobs.errors import UserError
 
 SETTINGS, RESULT = "settings.json", "result.json"
 PLAIN, ADVERSARIAL = "plain", "adversarial"

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from fastadv.integrations import files
-from fastadv.train.errors import UserError
-from fastadv.train.folders import RESULT, SETTINGS
+from fastadv.jobs.errors import UserError
+from fastadv.jobs.folders import RESULT, SETTINGS
 
 TAKEN = "{folder} is being written to by another fastadv: wait until it ends, or stop it"
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
-from fastadv.train.errors import UserError
+from fastadv.jobs.errors import UserError
 
 
 def option(name: str) -> str:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fastadv.integrations.full_disk import is_full
-from fastadv.train.shown import visible
+from fastadv.jobs.shown import visible
 
 UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import fastadv
-from fastadv.train.errors import UserError
+from fastadv.jobs.errors import UserError
 
 Classes = Mapping[str, ast.ClassDef]
 BASES = ("Method", "EmbeddingMethod")

@@ -18,9 +18,10 @@ except ImportError as error:  # what the extra brings
     sys.exit(f"error: the command fastadv needs more packages ({error.name}): pip install 'fastadv[train]'")
 
 import fastadv
-from fastadv.train import folders, shared, threads, writable
-from fastadv.train.errors import Interrupted, UserError, writing
-from fastadv.train.shown import say, visible
+from fastadv.jobs import folders, threads, writable
+from fastadv.jobs.errors import Interrupted, UserError, writing
+from fastadv.jobs.shown import say, visible
+from fastadv.train import shared
 
 RUNS = Path("runs")
 MORE: dict[str, Any] = {
@@ -83,7 +84,8 @@ def train(
     """
     if not resume:
         shared.check_extra(context)
-    from fastadv.train import run, run_folder, tables, verdict
+    from fastadv.jobs import run_folder
+    from fastadv.train import run, tables, verdict
     from fastadv.train.announce import announce
     from fastadv.train.job import prepare
 
@@ -246,7 +248,8 @@ def compare(
 def info() -> None:
     """List what is available here, and why the rest is not."""
     from fastadv import available
-    from fastadv.train.run import default_packages, versions
+    from fastadv.jobs.surroundings import versions
+    from fastadv.train.run import default_packages
 
     print(available.report())
     print()
@@ -276,7 +279,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _command(context: typer.Context) -> str:
-    from fastadv.train.job import command_line
+    from fastadv.jobs.surroundings import command_line
 
     return command_line(context.obj)
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastadv.train.errors import UserError
+from fastadv.jobs.errors import UserError
 
 NEEDED = 2**16  # bytes: a disk that has not even these is full
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
-from fastadv.train.errors import UserError, loading
+from fastadv.jobs.errors import UserError, loading
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 LONGEST_CELL = 2**31 - 1  # the most that the csv module takes on every system

@@ -7,7 +7,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from fastadv.train.errors import UserError
+from fastadv.jobs.errors import UserError
 
 Made = TypeVar("Made")
 LONGEST = 60  # characters of a value that an error shows

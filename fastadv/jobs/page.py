@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fastadv.train.shown import visible
+from fastadv.jobs.shown import visible
 
 CSS = """
 :root { color-scheme: light; }

@@ -1,0 +1,1 @@
+"""Pretrain language models adversarially: `fastadv pretrain`."""
