@@ -1,4 +1,4 @@
-"""The options of `fastadv pretrain`, each declared once: its name, its default, its bounds, and what help says of it."""
+"""The options of `fastadv pretrain`, each declared once: name, default, bounds, and what help says of it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def _of(
     one_of: tuple[str, ...] = (),
 ) -> Any:
     """Declare an option: `about` is its help, `group` the heading under which help lists it."""
-    return field(default=default, metadata=dict(group=group, help=about, least=least, most=most, one_of=one_of))
+    bounds = {"least": least, "most": most, "one_of": one_of}
+    return field(default=default, metadata={"group": group, "help": about, **bounds})
 
 
 @dataclass(frozen=True)
