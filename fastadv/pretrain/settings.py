@@ -13,6 +13,7 @@ from fastadv.jobs.names import option
 SQUAD = "squad"  # the default text
 SMALL = "small"  # the default model
 PLAIN_ONLY = "plain"  # a method that attacks nothing
+LONGER = "longer"  # the plain training that is given the time of the adversarial one: its folder and phase
 OBJECTIVES = ("causal", "masked")
 DTYPES = ("float32", "bfloat16", "float64")
 ABOVE = math.ulp(0.0)  # the least of numbers that must be above 0

@@ -1,0 +1,88 @@
+"""Lay out a result as a table: the same cells for the terminal and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastadv.jobs.conditions import obstacles
+from fastadv.jobs.folders import ADVERSARIAL, PLAIN
+from fastadv.pretrain.intervals import Interval, ratio
+from fastadv.pretrain.measured import ATTACK, CLEAN
+from fastadv.pretrain.settings import LONGER
+
+Cell = Mapping[str, Any]
+
+
+def columns(result: Mapping[str, Any]) -> dict[str, Cell]:
+    """List the trainings of a run by the headings of their columns, the adversarial one last."""
+    titles = {PLAIN: "plain", LONGER: "plain, same time", ADVERSARIAL: result["settings"]["method_name"]}
+    return {title: result["trainings"][name] for name, title in titles.items() if name in result["trainings"]}
+
+
+def plain_ones(result: Mapping[str, Any]) -> dict[str, Cell]:
+    """List the trainings that the adversarial one is compared with; without it there is no comparison."""
+    if ADVERSARIAL not in result["trainings"]:
+        return {}
+    *found, _ = columns(result).items()
+    return dict(found)
+
+
+def headings(result: Mapping[str, Any]) -> list[str]:
+    """Name the columns: the trainings, and what the adversarial one's numbers are divided by."""
+    method = result["settings"]["method_name"]
+    return ["", *columns(result), *(f"{method} over {title}" for title in plain_ones(result))]
+
+
+def lines(result: Mapping[str, Any]) -> list[list[str]]:
+    """List the measures of a run, a cell for each heading."""
+    found, others = list(columns(result).values()), list(plain_ones(result).values())
+    rows = []
+    for index, cell in enumerate(found[0]["measured"]):
+        cells = [one["measured"][index] for one in found]
+        ratios = [times(ratio(one["measured"][index], cells[-1])) for one in others]
+        rows.append([measure(cell, result["settings"]), *map(with_interval, cells), *ratios])
+    return [*rows, *_costs([one["cost"] for one in found], len(others))]
+
+
+def _costs(costs: Sequence[Cell], compared: int) -> list[list[str]]:
+    """List what the trainings took. Times are compared where they were taken alike."""
+    shown = {
+        "steps": ("optimizer steps", "{:,.0f}", 1),
+        "seconds": ("seconds of training", "{:,.0f} s", 1),
+        "seconds_per_token": ("time per token", "{:,.1f} µs", 1e6),
+        "peak_memory": ("peak memory", "{:,.0f} MB", 1e-6),
+    }
+    rows = []
+    for key, (name, form, scale) in shown.items():
+        ratios = [
+            "not compared" if "second" in key and obstacles(one, costs[-1]) else f"x {costs[-1][key] / one[key]:.2f}"
+            for one in costs[:compared]
+        ]
+        rows.append([name, *(form.format(scale * one[key]) for one in costs), *ratios])
+    shares = ["" if one["attack_share"] is None else f"{100 * one['attack_share']:.0f} %" for one in costs]
+    return [*rows, ["share of a step that is the attack", *shares, *[""] * compared]] if any(shares) else rows
+
+
+def measure(cell: Cell, settings: Mapping[str, Any]) -> str:
+    """Name a measure."""
+    if cell["kind"] == CLEAN:
+        return f"held-out perplexity ({cell['documents']:,} documents)"
+    if cell["kind"] == ATTACK:
+        return f"under PGD-{settings['attack_steps']}, radius {cell['size']:g}"
+    return f"with {100 * cell['size']:g} % of the letters misspelt"
+
+
+def with_interval(cell: Cell) -> str:
+    """Format a perplexity with its interval."""
+    return f"{number(cell['perplexity'])} [{number(cell['low'])}, {number(cell['high'])}]"
+
+
+def times(found: Interval) -> str:
+    """Format a ratio with its interval."""
+    return f"x {found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+
+
+def number(value: float) -> str:
+    """Format a perplexity: three digits, and whole numbers in full."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
