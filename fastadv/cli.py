@@ -18,9 +18,10 @@ except ImportError as error:  # what the extra brings
     sys.exit(f"error: the command fastadv needs more packages ({error.name}): pip install 'fastadv[train]'")
 
 import fastadv
-from fastadv.jobs import folders, threads, writable
+from fastadv.jobs import folders, names, threads, writable
 from fastadv.jobs.errors import Interrupted, UserError, writing
 from fastadv.jobs.shown import say, visible
+from fastadv.pretrain.command import Pretrain, pretrain
 from fastadv.train import shared
 
 RUNS = Path("runs")
@@ -91,7 +92,7 @@ def train(
 
     with contextlib.ExitStack() as stack:
         if resume:
-            _only(context, "resume", "output_dir")
+            names.only(context, "resume", "output_dir")
             chosen, settings, command = run.to_resume(RUNS, output_dir)
             folder = stack.enter_context(run_folder.held(chosen))
             job = prepare(settings)
@@ -113,6 +114,9 @@ def train(
             raise Interrupted(f"{stopped}; to continue: {goes_on}") from None
     tables.show(tables.comparison(result))
     say(*verdict.sentences(result), folder / run.REPORT, folder / folders.RESULT)
+
+
+app.command(cls=Pretrain, context_settings=MORE)(pretrain)
 
 
 @app.command(context_settings=MORE)
@@ -282,14 +286,3 @@ def _command(context: typer.Context) -> str:
     from fastadv.jobs.surroundings import command_line
 
     return command_line(context.obj)
-
-
-def _only(context: typer.Context, *names: str) -> None:
-    """Refuse other options beside --resume: the run keeps its settings, so they would be ignored."""
-    given = [
-        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
-    ]
-    others = ["--" + name.replace("_", "-") for name in given if name not in names]
-    others += [one for one in context.args if one.startswith("--")]
-    if others:
-        raise UserError(f"--resume continues with the settings of the run: leave out {', '.join(others)}")

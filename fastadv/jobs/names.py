@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from fastadv.jobs.errors import UserError
 
@@ -60,3 +60,22 @@ def refuse(name: str, own: Sequence[str], others: Iterable[str] = ()) -> NoRetur
     if not 1 <= len(found) <= 3:  # a word that many have
         found = difflib.get_close_matches(name, [*own, *passed_on], n=1)
     raise UserError(f"there is no option {option(name)}: {suggestion(found) if found else 'see --help'}")
+
+
+def only(context: Any, *own: str) -> None:
+    """Refuse other options beside --resume: the run keeps its settings, so they would be ignored.
+
+    Args:
+        context: of the command, as typer gives it.
+        *own: the options that a run which goes on takes.
+
+    Raises:
+        UserError: it was given others.
+    """
+    given = [
+        name for name in context.params if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    ]
+    others = [option(name) for name in given if name not in own]
+    others += [one for one in context.args if one.startswith("--")]
+    if others:
+        raise UserError(f"--resume continues with the settings of the run: leave out {', '.join(others)}")

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
+from fastadv.jobs.errors import UserError
 from fastadv.pretrain import intervals
+from fastadv.pretrain.corpus import Corpus
+from fastadv.pretrain.data import Data
 from fastadv.pretrain.evaluate import IGNORED, Document, Evaluator, Losses
+from fastadv.pretrain.masking import Masking
 from fastadv.pretrain.noise import misspelt
 from fastadv.pretrain.settings import Settings
+from fastadv.pretrain.tokenizer import encode, end_token
 
-MASKED = 0.15  # of a document's tokens, those that a masked model is asked for
+SHORTEST = 2  # tokens: one, and the end
 CLEAN, ATTACK, NOISE = "clean", "attack", "noise"
-
-
-class Special(NamedTuple):
-    """Hold the numbers of a tokenizer's special tokens."""
-
-    end: int
-    padding: int
-    mask: int | None
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Held-out documents, read by the tokenizer of the run, as they are and misspelt."""
+    """Held-out documents as a model reads them, as they are and misspelt, cut to a row."""
 
     clean: list[Document]
     noisy: list[Document]
@@ -35,42 +32,48 @@ class Texts:
     padding: int
 
     @staticmethod
-    def read(texts: Sequence[str], encode: Callable[[str], list[int]], special: Special, settings: Settings) -> Texts:
-        """Read texts: cut to a row, and for a masked model masked at places that follow from the seed.
+    def read(corpus: Corpus, numbers: Sequence[int], tokenizer: Any, settings: Settings) -> Texts:
+        """Read the documents of these numbers. A masked model's are corrupted as in training, by the seed.
 
-        Args:
-            texts: held-out documents.
-            encode: makes a text's tokens, without special ones.
-            special: the tokenizer's special tokens.
-            settings: of the run.
+        What is misspelt is what the tokens spell, so that no source is read again.
         """
-        causal = settings.objective == "causal"
+        mask = Masking(tokenizer, settings.seed) if settings.objective == "masked" else None
+        end = end_token(tokenizer)
 
-        def document(text: str, number: int) -> Document:
-            ids = [*encode(text), special.end][: settings.length]
-            return Document(ids, ids) if causal else _masked(ids, special.mask, settings.seed, number)
+        def document(tokens: Sequence[int], number: int) -> Document:
+            ids = np.asarray(tokens, np.int64)[: settings.length]
+            shown, labels = (ids, ids) if mask is None else mask(ids, number)
+            return Document(shown.tolist(), labels.tolist())
 
-        clean = [document(text, number) for number, text in enumerate(texts)]
-        noisy = [
-            document(misspelt(text, settings.noise_rate, settings.seed, number), number)
-            for number, text in enumerate(texts)
-        ]
-        return Texts(clean, noisy, causal, special.padding)
+        def noisy(number: int) -> list[int]:
+            text = tokenizer.decode(corpus[number][:-1].tolist(), clean_up_tokenization_spaces=False)
+            return [*encode(tokenizer, [misspelt(text, settings.noise_rate, settings.seed, number)])[0], end]
+
+        return Texts(
+            [document(corpus[number], number) for number in numbers],
+            [document(noisy(number), number) for number in numbers],
+            mask is None,
+            end if tokenizer.pad_token_id is None else int(tokenizer.pad_token_id),
+        )
 
     def part(self, rank: int, world: int) -> Texts:
         """Take the share of one of so many processes."""
         return Texts(self.clean[rank::world], self.noisy[rank::world], self.causal, self.padding)
 
 
-def _masked(ids: list[int], mask: int | None, seed: int, number: int) -> Document:
-    """Mask tokens of a document: one at least."""
-    if mask is None:
-        raise ValueError("the tokenizer has no mask token")
-    generator = np.random.default_rng([seed, number])
-    chosen = generator.random(len(ids)) < MASKED
-    chosen[generator.integers(len(ids))] = True
-    shown = [mask if one else token for one, token in zip(chosen, ids, strict=True)]
-    return Document(shown, [token if one else IGNORED for one, token in zip(chosen, ids, strict=True)])
+def measured_texts(data: Data) -> Texts:
+    """Choose documents that are held out, evenly: neighbours are often about one thing. Those of one token are none.
+
+    Raises:
+        UserError: there is no document to measure on.
+    """
+    corpus, numbers = data.held_out
+    usable = [int(one) for one in numbers if len(corpus[one]) > SHORTEST]
+    if not usable:
+        raise UserError("no document is held out to measure on: give more text, a larger --held-out or --eval-data")
+    count = min(data.settings.eval_documents, len(usable))
+    even = [usable[index * len(usable) // count] for index in range(count)]
+    return Texts.read(corpus, even, data.tokenizer, data.settings)
 
 
 def losses(model: Any, texts: Texts, settings: Settings, progress: bool = False) -> list[Losses]:

@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
 from fastadv.jobs.conditions import obstacles
 from fastadv.jobs.folders import ADVERSARIAL, PLAIN
+from fastadv.jobs.shown import visible
 from fastadv.pretrain.intervals import Interval, ratio
 from fastadv.pretrain.measured import ATTACK, CLEAN
 from fastadv.pretrain.settings import LONGER
@@ -86,3 +91,14 @@ def times(found: Interval) -> str:
 def number(value: float) -> str:
     """Format a perplexity: three digits, and whole numbers in full."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the table of a run; 140 columns wide where the output is no terminal."""
+    table = Table(title="perplexity, with 95 % intervals", title_justify="left", title_style="dim")
+    for index, heading in enumerate(headings(result)):
+        table.add_column(Text(visible(heading)), justify="right" if index else "left")
+    for line in lines(result):
+        table.add_row(*(Text(visible(one)) for one in line))
+    console = Console()
+    Console(width=None if console.is_terminal else 140).print(table)
