@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from fastadv.integrations import files
 from fastadv.jobs.json_file import write_json
 from fastadv.pretrain import generators
+from fastadv.pretrain.settings import PLAIN_ONLY
 from fastadv.pretrain.step import Training
 
 UNFINISHED = "unfinished"  # begins the name of one that is being written
@@ -51,7 +52,8 @@ class Saver:
         """Begin to save what `step` steps have led to; `state`: what can be written as JSON, the same everywhere."""
         self.finish()
         self._name = f"step-{step:08d}"
-        self._state = {"step": step, "world": self._training.processes.world, **state}
+        method, world = name_of(self._training), self._training.processes.world
+        self._state = {"step": step, "world": world, "method": method, **state}
         if self._training.processes.first:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._training.processes.wait()
@@ -153,6 +155,11 @@ def _content(training: Training) -> dict[str, Any]:
         "method": {} if training.method is None else training.method.state_dict(),
         "generators": {_mine(training): generators.save(training.processes.device)},
     }
+
+
+def name_of(training: Training) -> str:
+    """Name a training's method, or plain training."""
+    return PLAIN_ONLY if training.method is None else type(training.method).__name__.lower()
 
 
 def _mine(training: Training) -> str:

@@ -74,7 +74,7 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Any], *, s
     counted = _count(micro_batches, causal=training.inputs.causal)
     tokens, positions, stops = processes.sums(*counted, int(stop))
     weights = Weights(processes.world / max(1, tokens), processes.world / max(1, positions))
-    sums = torch.zeros(2, device=processes.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
     for index, batch in enumerate(micro_batches):
         _hold_back(training, index + 1 < len(micro_batches))
         with training.clock.around("batch"), drawing_from(ByRow(settings.seed, step, batch.rows.tolist())):

@@ -65,8 +65,6 @@ def prepare(
     Raises:
         UserError: a model or a method that cannot be.
     """
-    if processes.device.type == "cpu" and settings.dtype == "float64":
-        torch.set_default_dtype(torch.float32)  # what starts are drawn in
     network = model.build(settings, tokenizer)
     inputs = Inputs(network, settings, sharded=processes.world > 1)
     wrap(network, settings, processes)
