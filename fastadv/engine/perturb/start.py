@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,6 +18,40 @@ Start = Callable[[tuple[int, ...], Tensor], Tensor]  # the user's: shape and mas
 RandomStart = bool | float | Start
 Total = Callable[[Tensor], Tensor]  # over the parts of a sample that several ranks hold
 Drawn = Callable[[tuple[int, ...], Tensor, Runs | None], Tensor]  # ours: the documents of packed rows besides
+
+
+class Source(Protocol):
+    """Where random numbers of starts come from, by shape [rows, ...]."""
+
+    def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """U(0, 1)."""
+
+    def normal(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """N(0, 1)."""
+
+
+class _Generators:
+    """torch's own generators, which `fill` has seeded for this start."""
+
+    def uniform(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.rand(shape, device=device)
+
+    def normal(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        return torch.randn(shape, device=device)
+
+
+_source: Source = _Generators()
+
+
+@contextlib.contextmanager
+def drawing_from(source: Source) -> Iterator[None]:
+    """Inside, starts are drawn from `source`: so that a row's numbers need not depend on its batch or process."""
+    global _source  # noqa: PLW0603
+    before, _source = _source, source
+    try:
+        yield
+    finally:
+        _source = before
 
 
 @dataclass(frozen=True)
@@ -84,7 +120,7 @@ def uniform_linf(magnitude: float) -> Drawn:
 
 def normal(deviation: float) -> Drawn:
     """N(0, deviation^2) per element (SMART, Jiang et al. 2020)."""
-    return lambda shape, mask, _: deviation * torch.randn(shape, device=mask.device)
+    return lambda shape, mask, _: deviation * _source.normal(shape, mask.device)
 
 
 def somewhere_at(radius: float, leading: int, total: Total | None = None) -> Drawn:
@@ -94,7 +130,7 @@ def somewhere_at(radius: float, leading: int, total: Total | None = None) -> Dra
     """
 
     def draw(shape: tuple[int, ...], mask: Tensor, documents: Runs | None) -> Tensor:
-        drawn = torch.randn(shape, device=mask.device).masked_fill_(~mask.unsqueeze(-1), 0)
+        drawn = _source.normal(shape, mask.device).masked_fill_(~mask.unsqueeze(-1), 0)
         if leading == 1 and documents is not None:
             norm = l2_norm(drawn.reshape(-1, shape[-1]), documents).view(*shape[:-1], 1)
         else:
@@ -115,4 +151,4 @@ def _lengths(mask: Tensor, documents: Runs | None) -> Tensor:
 
 
 def _uniform(shape: tuple[int, ...], mask: Tensor) -> Tensor:
-    return 2 * torch.rand(shape, device=mask.device) - 1
+    return 2 * _source.uniform(shape, mask.device) - 1
