@@ -20,7 +20,7 @@ from fastadv.pretrain.measured import Texts, cells, losses
 from fastadv.pretrain.model import HEADS, build
 from fastadv.pretrain.processes import Processes
 from fastadv.pretrain.settings import Settings
-from fastadv.pretrain.together import first_alone, gathered
+from fastadv.pretrain.together import first_alone, gathered, whole_weights
 
 LOG, DONE = "log.jsonl", "phase.json"
 
@@ -50,9 +50,9 @@ def trained(settings: Settings, folder: Path, phase: str, data: Data, processes:
             processes=processes,
             log=folder / LOG,
             stop=stop,
-            resume=True,
+            resume=checkpoints.exists(),
         )
-    weights = checkpoint.whole_weights(done.model)
+    weights = whole_weights(done.model)
     if processes.first:
         cost = {**_cost(done, read_log(folder / LOG, phase)), "device": str(processes.device)}
         record = {

@@ -27,6 +27,7 @@ def compose(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
         page.box(verdict.doubts(result), "warnings"),
         page.box(verdict.sentences(result), "verdict"),
         "<h2>Result</h2>",
+        page.paragraph(f"{tables.title(result).capitalize()}."),
         page.table(tables.headings(result), tables.lines(result)),
         page.paragraph(_explanation(result), "quiet"),
         "<h2>Curves</h2>",

@@ -71,17 +71,16 @@ def _begun(
     if settings is not None:
         if folder is not None:
             run_folder.check(folder)
-        begun: dict[str, Any] = {"command": command, "settings": asdict(settings)}
-        return str(stack.enter_context(run_folder.new(folder, runs, begun))), begun
-    if folder is None:
-        folder, said = run_folder.latest_unfinished(runs)
-        say(*said)
-    if not (folder / SETTINGS).exists():
-        raise UserError(f"{folder} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
-    saved = typed.read(
-        read_json(folder / SETTINGS), Begun, folder / SETTINGS, "Train afresh, with another --output-dir"
-    )
-    return str(stack.enter_context(run_folder.held(folder))), dict(saved)
+        begun = {"command": command, "settings": asdict(settings)}
+        folder = stack.enter_context(run_folder.new(folder, runs, begun))
+    else:
+        if folder is None:
+            folder, said = run_folder.latest_unfinished(runs)
+            say(*said)
+        if not (folder / SETTINGS).exists():
+            raise UserError(f"{folder} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
+        stack.enter_context(run_folder.held(folder))
+    return str(folder), dict(typed.read(read_json(folder / SETTINGS, AFRESH), Begun, folder / SETTINGS, AFRESH))
 
 
 def run(settings: Settings, folder: Path, command: str, processes: Processes) -> dict[str, Any]:

@@ -85,7 +85,7 @@ class Settings:
     plain: bool = _of(True, METHOD, "Train plainly too, from the same start on the same rows, and compare.")
     same_time: bool = _of(True, METHOD, "And once more plainly, for as long as the adversarial training took.")
 
-    eval_documents: int = _of(256, MEASURING, "Held-out documents to measure on.", least=2, most=2**31)
+    eval_documents: int = _of(128, MEASURING, "Held-out documents to measure on.", least=2, most=2**31)
     attack_radii: str = _of(
         "0.5,1", MEASURING, "Radii of the PGD attack, in mean norms of the model's own embedding rows."
     )

@@ -33,6 +33,12 @@ def plain_ones(result: Mapping[str, Any]) -> dict[str, Cell]:
     return dict(found)
 
 
+def title(result: Mapping[str, Any]) -> str:
+    """Say what the table has."""
+    documents = next(iter(columns(result).values()))["measured"][0]["documents"]
+    return f"perplexity of {documents:,} held-out documents, with 95 % intervals"
+
+
 def headings(result: Mapping[str, Any]) -> list[str]:
     """Name the columns: the trainings, and what the adversarial one's numbers are divided by."""
     method = result["settings"]["method_name"]
@@ -66,16 +72,16 @@ def _costs(costs: Sequence[Cell], compared: int) -> list[list[str]]:
         ]
         rows.append([name, *(form.format(scale * one[key]) for one in costs), *ratios])
     shares = ["" if one["attack_share"] is None else f"{100 * one['attack_share']:.0f} %" for one in costs]
-    return [*rows, ["share of a step that is the attack", *shares, *[""] * compared]] if any(shares) else rows
+    return [*rows, ["share of the attack", *shares, *[""] * compared]] if any(shares) else rows
 
 
 def measure(cell: Cell, settings: Mapping[str, Any]) -> str:
     """Name a measure."""
     if cell["kind"] == CLEAN:
-        return f"held-out perplexity ({cell['documents']:,} documents)"
+        return "on held-out text"
     if cell["kind"] == ATTACK:
-        return f"under PGD-{settings['attack_steps']}, radius {cell['size']:g}"
-    return f"with {100 * cell['size']:g} % of the letters misspelt"
+        return f"PGD-{settings['attack_steps']}, radius {cell['size']:g}"
+    return f"{100 * cell['size']:g} % of letters misspelt"
 
 
 def with_interval(cell: Cell) -> str:
@@ -85,7 +91,7 @@ def with_interval(cell: Cell) -> str:
 
 def times(found: Interval) -> str:
     """Format a ratio with its interval."""
-    return f"x {found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+    return f"x {found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def number(value: float) -> str:
@@ -95,7 +101,7 @@ def number(value: float) -> str:
 
 def show(result: Mapping[str, Any]) -> None:
     """Print the table of a run; 140 columns wide where the output is no terminal."""
-    table = Table(title="perplexity, with 95 % intervals", title_justify="left", title_style="dim")
+    table = Table(title=title(result), title_justify="left", title_style="dim")
     for index, heading in enumerate(headings(result)):
         table.add_column(Text(visible(heading)), justify="right" if index else "left")
     for line in lines(result):

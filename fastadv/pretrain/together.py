@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from fastadv.jobs.errors import UserError
 from fastadv.pretrain.processes import Processes
@@ -55,3 +57,8 @@ def gathered(processes: Processes, mine: Sequence[T]) -> list[T]:
     for rank, part in enumerate(parts):
         whole[rank :: processes.world] = part
     return whole  # type: ignore[return-value]
+
+
+def whole_weights(model: nn.Module) -> dict[str, Any]:
+    """Gather a sharded model's weights on the first process's CPU; the others get none."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

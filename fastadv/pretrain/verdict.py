@@ -10,12 +10,12 @@ from fastadv.jobs.folders import ADVERSARIAL, PLAIN
 from fastadv.pretrain.intervals import Interval, ratio
 from fastadv.pretrain.measured import ATTACK, CLEAN
 from fastadv.pretrain.settings import LONGER
-from fastadv.pretrain.tables import number, times
+from fastadv.pretrain.tables import number
 
 LEARNT = 0.25  # of the vocabulary: a perplexity above it is hardly any learning
 WEAK = 1.05  # an attack that raises plain training's perplexity by less shows nothing
 FAR = 1.0  # of the vocabulary: an attack that takes plain training there destroys it
-BETTER, WORSE, UNSURE = "better", "worse", "unsure"
+BETTER, WORSE, UNSURE = "better", "worse", "not surely different"
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
@@ -43,19 +43,22 @@ def _alone(training: Mapping[str, Any], name: str) -> str:
 
 
 def _against(method: str, adversarial: Mapping[str, Any], plain: Mapping[str, Any], which: str) -> str:
-    """Compare perplexities, measure by measure."""
-    parts = [
-        f"{_word(change)} {_what(a)} ({number(b['perplexity'])} against {number(a['perplexity'])}, {times(change)})"
-        for a, b, change in _changes(adversarial, plain)
-    ]
+    """Say at what the adversarial model is better, at what worse, and by how much its perplexity is another."""
+    found: dict[str, list[str]] = {}
+    for cell, change in _changes(adversarial, plain):
+        found.setdefault(judged(change), []).append(f"{_what(cell)} (x {change.value:.2f})")
+    parts = [f"{word} {_listed(found[word])}" for word in (BETTER, WORSE, UNSURE) if word in found]
     return f"Against {which}, {method} is {'; '.join(parts)}."
 
 
-def _changes(
-    adversarial: Mapping[str, Any], plain: Mapping[str, Any]
-) -> list[tuple[Mapping[str, Any], Mapping[str, Any], Interval]]:
+def _changes(adversarial: Mapping[str, Any], plain: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Interval]]:
+    """List what was measured, with the ratio of the perplexities."""
     pairs = zip(plain["measured"], adversarial["measured"], strict=True)
-    return [(a, b, ratio(a, b)) for a, b in pairs]
+    return [(one, ratio(one, other)) for one, other in pairs]
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def judged(change: Interval) -> str:
@@ -63,15 +66,11 @@ def judged(change: Interval) -> str:
     return BETTER if change.high < 1 else WORSE if change.low > 1 else UNSURE
 
 
-def _word(change: Interval) -> str:
-    return {BETTER: "better", WORSE: "worse", UNSURE: "not surely different"}[judged(change)]
-
-
 def _what(cell: Mapping[str, Any]) -> str:
     if cell["kind"] == CLEAN:
         return "on held-out text"
     if cell["kind"] == ATTACK:
-        return f"under the embedding attack of radius {cell['size']:g}"
+        return f"under the attack of radius {cell['size']:g}"
     return "on misspelt text"
 
 
@@ -87,15 +86,12 @@ def _cost(method: str, adversarial: Mapping[str, Any], plain: Mapping[str, Any])
 
 def _worth(method: str, adversarial: Mapping[str, Any], longer: Mapping[str, Any]) -> str:
     """Say what speaks for the adversarial training once plain training is given its time."""
-    judgements = {_what(a): judged(change) for a, _, change in _changes(adversarial, longer)}
-    gains, losses = ([what for what, one in judgements.items() if one == kind] for kind in (BETTER, WORSE))
-    if not gains:
+    judgements = {judged(change) for _, change in _changes(adversarial, longer)}
+    if BETTER not in judgements:
         return f"So nothing measured here speaks for {method}: its time is better spent on more plain steps."
-    if not losses:
-        return f"So {method} is worth its time here: it is worse at nothing measured."
-    return (
-        f"So the time buys one or the other: {method} {' and '.join(gains)}, more plain steps {' and '.join(losses)}."
-    )
+    if WORSE not in judgements:
+        return f"So {method} is worth its time here: more plain steps are better at nothing that was measured."
+    return f"So the time buys one or the other: what {method} is better at, or what more plain steps are better at."
 
 
 def doubts(result: Mapping[str, Any]) -> list[str]:
