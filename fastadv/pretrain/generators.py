@@ -32,5 +32,5 @@ def restore(state: dict[str, Tensor], device: torch.device) -> None:
     numpy = ("MT19937", keys, place, 0, 0.0) if keys else None
     python = (random.getstate()[0], tuple(state["python"].tolist()), None)
     if numpy is not None:
-        import numpy.random
+        import numpy.random  # noqa: F401 - the training that was saved had it loaded
     rng.restore(rng.RngState(state["cpu"], state.get("device"), python, numpy), device)
