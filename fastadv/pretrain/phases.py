@@ -84,7 +84,7 @@ def _cost(done: trainer.Trained, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "seconds": done.seconds,
         "seconds_per_token": done.seconds / max(1, done.tokens),
         "tokens_per_second": done.tokens / max(1e-9, done.seconds),
-        "attack_share": attack / seconds if attack else None,
+        "attack_share": attack / max(1e-9, seconds),
         "peak_memory": done.peak_memory,
     }
 

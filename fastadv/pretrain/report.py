@@ -8,7 +8,6 @@ from typing import Any
 
 from fastadv.integrations import files
 from fastadv.jobs import page
-from fastadv.jobs.folders import ADVERSARIAL
 from fastadv.jobs.memory import WHAT
 from fastadv.pretrain import plots, tables, verdict
 
@@ -30,6 +29,9 @@ def compose(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
         page.paragraph(f"{tables.title(result).capitalize()}."),
         page.table(tables.headings(result), tables.lines(result)),
         page.paragraph(_explanation(result), "quiet"),
+        "<h2>What it took</h2>",
+        page.table(["", *tables.columns(result)], tables.costs(result)),
+        page.paragraph(_costs(result), "quiet"),
         "<h2>Curves</h2>",
         f'<div class="figures">{_curves(result, rows)}</div>',
         "<h2>Configuration</h2>",
@@ -61,7 +63,10 @@ def _curves(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
     method = settings["method_name"]
     return (
         page.figure(plots.losses(rows, method, "step"), "Training loss by optimizer steps: as much text.")
-        + page.figure(plots.losses(rows, method, "seconds"), "The same by seconds: as much time.")
+        + page.figure(
+            plots.losses(rows, method, "seconds"),
+            "The same by seconds: as much time. The loss of a method without a clean pass is the mean over its passes.",
+        )
         + page.figure(
             plots.radii(result["trainings"], method, settings["attack_steps"]),
             "Held-out perplexity against the radius of the attack. Radius 0 is no attack. Bars: 95 % intervals.",
@@ -71,23 +76,25 @@ def _curves(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str
 
 def _explanation(result: Mapping[str, Any]) -> str:
     settings = result["settings"]
-    first = next(iter(result["trainings"].values()))["cost"]
-    kind = "cuda" if first["device"].startswith("cuda") else "cpu"
-    told = (
+    return (
         f"Perplexity is the exponential of the mean loss of a {settings['objective']} token, of the first "
         f"{settings['length']} tokens of each document. Brackets: 95 % intervals, by drawing the documents again "
         "(bootstrap); ratios draw them for both models together. They say what other documents would change; another "
         f"--seed is another training. The attack is PGD-{settings['attack_steps']} on the embeddings of each document, "
         "inside an l2 ball around the whole document whose unit is the mean norm of the model's own embedding rows, "
         "with steps of a quarter of the radius; of all radii up to one the highest loss counts. Misspelt text has "
-        "other tokens, and more of them: its perplexity is by token of the misspelt text. "
+        "other tokens, and more of them: its perplexity is by token of the misspelt text."
     )
-    if ADVERSARIAL in result["trainings"]:
-        told += (
-            "The training loss of a method that has no clean pass is the mean over its passes, so that curves of the "
-            "training are no comparison; the table is. "
-        )
-    return f"{told}Peak memory: {WHAT[kind]}."
+
+
+def _costs(result: Mapping[str, Any]) -> str:
+    first = next(iter(result["trainings"].values()))["cost"]
+    kind = "cuda" if first["device"].startswith("cuda") else "cpu"
+    return (
+        "Time per token is that of predicted tokens, checkpoints and logs included. The share of the attack is "
+        "the part of a training's time that is for passes beyond one forward and backward per batch. "
+        f"Peak memory: {WHAT[kind]}."
+    )
 
 
 def _configuration(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastadv.jobs.conditions import obstacles
 from fastadv.jobs.folders import ADVERSARIAL, PLAIN
 from fastadv.jobs.shown import visible
 from fastadv.pretrain.intervals import Interval, ratio
@@ -40,39 +39,33 @@ def title(result: Mapping[str, Any]) -> str:
 
 
 def headings(result: Mapping[str, Any]) -> list[str]:
-    """Name the columns: the trainings, and what the adversarial one's numbers are divided by."""
-    method = result["settings"]["method_name"]
-    return ["", *columns(result), *(f"{method} over {title}" for title in plain_ones(result))]
+    """Name the columns: the trainings, and what the adversarial one's perplexities are divided by."""
+    return ["", *columns(result), *(f"over {title.removeprefix('plain, ')}" for title in plain_ones(result))]
 
 
 def lines(result: Mapping[str, Any]) -> list[list[str]]:
-    """List the measures of a run, a cell for each heading."""
+    """List the perplexities of a run, a cell for each heading."""
     found, others = list(columns(result).values()), list(plain_ones(result).values())
     rows = []
     for index, cell in enumerate(found[0]["measured"]):
         cells = [one["measured"][index] for one in found]
         ratios = [times(ratio(one["measured"][index], cells[-1])) for one in others]
         rows.append([measure(cell, result["settings"]), *map(with_interval, cells), *ratios])
-    return [*rows, *_costs([one["cost"] for one in found], len(others))]
+    return rows
 
 
-def _costs(costs: Sequence[Cell], compared: int) -> list[list[str]]:
-    """List what the trainings took. Times are compared where they were taken alike."""
+def costs(result: Mapping[str, Any]) -> list[list[str]]:
+    """List what the trainings took, a cell for each."""
     shown = {
         "steps": ("optimizer steps", "{:,.0f}", 1),
-        "seconds": ("seconds of training", "{:,.0f} s", 1),
+        "tokens": ("tokens", "{:,.0f}", 1),
+        "seconds": ("training", "{:,.0f} s", 1),
         "seconds_per_token": ("time per token", "{:,.1f} µs", 1e6),
+        "attack_share": ("share of the attack", "{:.0f} %", 100),
         "peak_memory": ("peak memory", "{:,.0f} MB", 1e-6),
     }
-    rows = []
-    for key, (name, form, scale) in shown.items():
-        ratios = [
-            "not compared" if "second" in key and obstacles(one, costs[-1]) else f"x {costs[-1][key] / one[key]:.2f}"
-            for one in costs[:compared]
-        ]
-        rows.append([name, *(form.format(scale * one[key]) for one in costs), *ratios])
-    shares = ["" if one["attack_share"] is None else f"{100 * one['attack_share']:.0f} %" for one in costs]
-    return [*rows, ["share of the attack", *shares, *[""] * compared]] if any(shares) else rows
+    found = [one["cost"] for one in columns(result).values()]
+    return [[name, *(form.format(scale * one[key]) for one in found)] for key, (name, form, scale) in shown.items()]
 
 
 def measure(cell: Cell, settings: Mapping[str, Any]) -> str:
@@ -100,11 +93,17 @@ def number(value: float) -> str:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Print the table of a run; 140 columns wide where the output is no terminal."""
-    table = Table(title=title(result), title_justify="left", title_style="dim")
-    for index, heading in enumerate(headings(result)):
-        table.add_column(Text(visible(heading)), justify="right" if index else "left")
-    for line in lines(result):
-        table.add_row(*(Text(visible(one)) for one in line))
+    """Print the tables of a run; 120 columns wide where the output is no terminal."""
     console = Console()
-    Console(width=None if console.is_terminal else 140).print(table)
+    console = Console(width=None if console.is_terminal else 120)
+    console.print(_table(title(result), headings(result), lines(result)))
+    console.print(_table("what the trainings took", ["", *columns(result)], costs(result)))
+
+
+def _table(heading: str, named: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(title=heading, title_justify="left", title_style="dim")
+    for index, name in enumerate(named):
+        table.add_column(Text(visible(name)), justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*(Text(visible(one)) for one in row))
+    return table

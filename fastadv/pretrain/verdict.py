@@ -79,9 +79,10 @@ def _cost(method: str, adversarial: Mapping[str, Any], plain: Mapping[str, Any])
     reasons = obstacles(one, other)
     if reasons:
         return f"The times of the trainings are not compared: {' and '.join(reasons)}."
-    share = other["attack_share"]
-    told = "" if share is None else f"; {100 * share:.0f} % of its time is the search for the perturbation"
-    return f"A token takes {other['seconds_per_token'] / one['seconds_per_token']:.1f} times as long in {method}{told}."
+    share = f"{100 * other['attack_share']:.0f} % of that training's time is for passes that plain training has not"
+    return (
+        f"A token takes {other['seconds_per_token'] / one['seconds_per_token']:.1f} times as long in {method}: {share}."
+    )
 
 
 def _worth(method: str, adversarial: Mapping[str, Any], longer: Mapping[str, Any]) -> str:
