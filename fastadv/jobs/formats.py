@@ -29,19 +29,30 @@ def long_cells() -> Iterator[None]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[TextIO]:
+def reading(path: Path) -> Iterator[None]:
+    """Say in one line what keeps a file from being read.
+
+    Raises:
+        UserError: it is missing or not open to this user, or what is read of it inside is not UTF-8.
+    """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            yield file
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start}): convert it") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[TextIO]:
+    """Open a file of text, its line ends as they are; errors as of `reading`."""
+    with reading(path), path.open(encoding="utf-8-sig", newline="") as file:
+        yield file
+
+
 def _csv(path: Path) -> Rows:
     """Read a table with a header. The header tells whether commas, semicolons or tabs are between its cells."""
-    with _opened(path) as file:
+    with opened(path) as file:
         header = file.readline()
         delimiter = max(",;\t", key=header.count)
         yield from _table(itertools.chain([header], file), path, delimiter)
@@ -67,7 +78,7 @@ def _tsv(path: Path) -> Rows:
     Half of the programs that write such files quote cells as in CSV, the others never do. Where every line has as many
     tabs as the header, each is a row, and a quote that does not enclose a whole cell is text.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         lines = [line.rstrip("\r") for line in file.read().split("\n")]
     filled = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if len({line.count("\t") for _, line in filled}) > 1:
@@ -92,7 +103,7 @@ def _cells(line: str) -> list[str]:
 
 def _json(path: Path) -> Rows:
     """Read a list of objects, or one object a line."""
-    with _opened(path) as file:
+    with opened(path) as file:
         start = file.read(64).lstrip()
         file.seek(0)
         if not start.startswith("["):
@@ -104,7 +115,7 @@ def _json(path: Path) -> Rows:
 
 
 def _json_lines(path: Path) -> Rows:
-    with _opened(path) as file:
+    with opened(path) as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
