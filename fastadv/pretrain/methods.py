@@ -30,7 +30,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "freelb": {"epsilon": 1.0, "step_size": 0.5, "steps": 2, "random_start": 0.5},
     "yopo": {"epsilon": 1.0, "step_size": 0.25, "steps": 2, "inner_steps": 2, "random_start": 0.5},
     "smart": {"epsilon": 0.1, "norm": "l2"},
-    "vat": {"epsilon": 1.0},
+    "vat": {"epsilon": 1.0, "xi": 1.0},  # far enough for bfloat16 to see
     "neftune": {"alpha": 1.0},
 }
 ALWAYS: dict[str, Any] = {"relative": True}

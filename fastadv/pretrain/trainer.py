@@ -70,8 +70,7 @@ def prepare(
     wrap(network, settings, processes)
     clock = Clock(processes.device)
     given = {name: value for name, value in options.items() if method != PLAIN_ONLY}
-    with inputs.precision():  # by which VAT chooses how far to probe
-        attack = methods.make(method, network, given, Timed(clock))
+    attack = methods.make(method, network, given, Timed(clock))
     late = processes.world > 1 and options.get(methods.COMMUNICATION, "each") != "each"
     torch.manual_seed(key(settings.seed, processes.rank) >> 1)  # dropout, on each process another
     return Training(settings, processes, network, attack, adamw(network, settings), inputs, clock, late)
