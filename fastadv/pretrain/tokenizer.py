@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadv.integrations import files
-from fastadv.jobs.errors import UserError, loading
+from fastadv.jobs.errors import UserError, loading, writing
 from fastadv.pretrain.settings import Settings
 
 EOS, PAD, MASK = "<|eos|>", "<|pad|>", "<|mask|>"
@@ -32,7 +32,8 @@ def load_or_train(settings: Settings, documents: Callable[[], Iterable[str]], fo
     if not folder.exists():
         made = _train(documents(), settings.vocab_size) if settings.tokenizer is None else _load(settings.tokenizer)
         _check(made, settings.tokenizer or "the trained one", settings.objective)
-        _save(made, folder)
+        with writing(folder.parent, "run the command again"):
+            _save(made, folder)
     return _load(str(folder))
 
 
