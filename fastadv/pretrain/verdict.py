@@ -15,7 +15,8 @@ from fastadv.pretrain.tables import number
 LEARNT = 0.25  # of the vocabulary: a perplexity above it is hardly any learning
 WEAK = 1.05  # an attack that raises plain training's perplexity by less shows nothing
 FAR = 1.0  # of the vocabulary: an attack that takes plain training there destroys it
-BETTER, WORSE, UNSURE = "better", "worse", "not surely different"
+TINY = 0.005  # a perplexity that is another by less is about the same
+BETTER, WORSE, UNSURE = "better", "worse", "hardly or not surely different"
 
 
 def sentences(result: Mapping[str, Any]) -> list[str]:
@@ -62,7 +63,9 @@ def _listed(names: list[str]) -> str:
 
 
 def judged(change: Interval) -> str:
-    """Judge a ratio of perplexities: only an interval that leaves 1 out says anything."""
+    """Judge a ratio of perplexities: only an interval that leaves 1 out says anything, and tiny changes say little."""
+    if abs(change.value - 1) < TINY:
+        return UNSURE
     return BETTER if change.high < 1 else WORSE if change.low > 1 else UNSURE
 
 
