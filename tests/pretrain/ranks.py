@@ -43,9 +43,7 @@ def run(rank: int, suite: str, folder: str) -> None:
     del suite
     torch.set_num_threads(1)
     store = f"file://{folder}/meeting"
-    dist.init_process_group(
-        "gloo", init_method=store, rank=rank, world_size=WORLD, timeout=dt.timedelta(seconds=60)
-    )
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=dt.timedelta(seconds=60))
     with started() as processes:
         for name in CASES:
             found: Any = case(name, Path(folder), processes)
