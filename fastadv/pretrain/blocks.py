@@ -25,7 +25,7 @@ def blocks(model: nn.Module) -> list[nn.Module]:
         return found
     if not lists:
         raise UserError(f"{type(model).__name__} has no list of layers, by which it could be compiled or sharded")
-    return list(max(lists, key=_size))
+    return max((list(one) for one in lists), key=_size)
 
 
 def wrap(model: nn.Module, settings: Settings, processes: Processes) -> nn.Module:
@@ -60,5 +60,5 @@ def _shard(model: nn.Module, settings: Settings, processes: Processes) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def _size(modules: nn.ModuleList) -> int:
-    return sum(parameter.numel() for parameter in modules.parameters())
+def _size(modules: list[nn.Module]) -> int:
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
-import torch
-import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as read
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 from fastadv.integrations import files
 from fastadv.jobs.json_file import write_json
@@ -46,7 +48,8 @@ class Saver:
     def __init__(self, folder: Path, training: Training, keep: int) -> None:
         self._folder, self._training, self._keep = folder, training, keep
         self._writing: Future[Any] | None = None
-        self._name, self._state = "", {}
+        self._name = ""
+        self._state: dict[str, Any] = {}
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
         """Begin to save what `step` steps have led to; `state`: what can be written as JSON, the same everywhere."""
@@ -57,12 +60,7 @@ class Saver:
         if self._training.processes.first:
             self._folder.mkdir(parents=True, exist_ok=True)
         self._training.processes.wait()
-        self._writing = dcp.async_save(
-            _content(self._training),
-            checkpoint_id=self._unfinished,
-            process_group=self._training.processes.saving,
-            no_dist=self._training.processes.world == 1,
-        )
+        self._writing = _write(self._unfinished, self._training)
 
     def poll(self) -> None:
         """Give the last save its name, if it has come to its end."""
@@ -106,7 +104,7 @@ def publish(unfinished: Path, named: Path, state: Mapping[str, Any]) -> None:
 
 def newest(folder: Path) -> Found:
     """Find the newest checkpoint that is whole."""
-    passed_over = []
+    passed_over: list[str] = []
     for one in sorted(whole_ones(folder), reverse=True):
         flaw, state = _examine(one)
         if flaw is None:
@@ -129,10 +127,11 @@ def clear(folder: Path) -> None:
 def load(folder: Path, state: Mapping[str, Any], training: Training) -> bool:
     """Put back a training. Returns whether its generators were, which are those of as many processes."""
     content = _content(training)
-    same = state["world"] == training.processes.world
+    same = bool(state["world"] == training.processes.world)
     if not same:
         content.pop("generators")
-    dcp.load(content, checkpoint_id=folder, no_dist=training.processes.world == 1)
+    with _quietly():
+        read(content, checkpoint_id=folder, no_dist=training.processes.world == 1)
     set_state_dict(
         training.model,
         training.optimizer,
@@ -144,6 +143,26 @@ def load(folder: Path, state: Mapping[str, Any], training: Training) -> bool:
     if same:
         generators.restore(content["generators"][_mine(training)], training.processes.device)
     return same
+
+
+def _write(folder: Path, training: Training) -> Future[Any]:
+    """Copy a training to the CPU, and begin to write that; what the processes say of it goes through a group apart."""
+    with _quietly():
+        writing: Any = async_save(
+            _content(training),
+            checkpoint_id=folder,
+            process_group=training.processes.saving,
+            no_dist=training.processes.world == 1,
+        )
+    return cast("Future[Any]", writing)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the warning that one process saves for itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def _content(training: Training) -> dict[str, Any]:

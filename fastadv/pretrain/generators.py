@@ -3,34 +3,25 @@
 from __future__ import annotations
 
 import random
-import sys
 
+import numpy.random  # noqa: F401 - so that its state is saved with the others
 import torch
 from torch import Tensor
 
 from fastadv.engine.safety import rng
 
-NUMPY = "numpy"
-
 
 def save(device: torch.device) -> dict[str, Tensor]:
-    """Take the states: torch's, of the CPU and the device, Python's and, where it is loaded, numpy's."""
+    """Take the states: torch's, of the CPU and the device, Python's and numpy's."""
     state = rng.save(device)
     _, words, _ = state.python
-    found = {"cpu": state.cpu, "python": torch.tensor(words)}
-    if state.device is not None:
-        found["device"] = state.device
-    if NUMPY in sys.modules:
-        _, keys, place, *_ = state.numpy or sys.modules["numpy.random"].get_state()
-        found[NUMPY] = torch.tensor([*keys.tolist(), place])
-    return found
+    _, keys, place, *_ = state.numpy
+    found = {"cpu": state.cpu, "python": torch.tensor(words), "numpy": torch.tensor([*keys.tolist(), place])}
+    return found if state.device is None else {**found, "device": state.device}
 
 
 def restore(state: dict[str, Tensor], device: torch.device) -> None:
     """Put back what `save` has taken."""
-    *keys, place = state[NUMPY].tolist() if NUMPY in state else [0]
-    numpy = ("MT19937", keys, place, 0, 0.0) if keys else None
+    *keys, place = state["numpy"].tolist()
     python = (random.getstate()[0], tuple(state["python"].tolist()), None)
-    if numpy is not None:
-        import numpy.random  # noqa: F401 - the training that was saved had it loaded
-    rng.restore(rng.RngState(state["cpu"], state.get("device"), python, numpy), device)
+    rng.restore(rng.RngState(state["cpu"], state.get("device"), python, ("MT19937", keys, place, 0, 0.0)), device)

@@ -133,7 +133,7 @@ def _board(folder: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder))  # type: ignore[no-untyped-call, unused-ignore]
 
 
 def _show(board: Any, row: dict[str, Any]) -> None:

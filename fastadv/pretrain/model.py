@@ -82,7 +82,7 @@ def build(settings: Settings, tokenizer: Any) -> nn.Module:
 def _small(settings: Settings) -> PreTrainedConfig:
     if settings.objective == "causal":
         return LlamaConfig(**SIZE, num_key_value_heads=4, max_position_embeddings=settings.length)
-    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    no_dropout: dict[str, Any] = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return BertConfig(**SIZE, **no_dropout, max_position_embeddings=settings.length)
 
 

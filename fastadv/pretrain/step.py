@@ -100,8 +100,10 @@ def _backward(training: Training, step: int, batch: Any, weights: Weights) -> Te
 
 def _count(micro_batches: Sequence[Any], *, causal: bool) -> tuple[int, int]:
     """Count the tokens that are predicted and those that are there, on the CPU, before the device has them."""
-    tokens = sum(predicted(batch.labels, causal=causal).tolist() for batch in micro_batches)
-    return tokens, sum((batch.groups >= 0).sum().tolist() for batch in micro_batches)
+    tokens = [predicted(batch.labels, causal=causal) for batch in micro_batches]
+    positions = [(batch.groups >= 0).sum() for batch in micro_batches]
+    found: list[list[int]] = torch.stack([torch.stack(tokens), torch.stack(positions)]).tolist()
+    return sum(found[0]), sum(found[1])
 
 
 def _hold_back(training: Training, more: bool) -> None:

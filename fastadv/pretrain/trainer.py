@@ -149,8 +149,8 @@ def _go_on(place: Path, training: Training, loader: Any, meter: Meter, phase: st
     say(f"{phase}: goes on from {found.folder}")
     if not same:
         say(
-            f"{phase}: {found.state['world']} processes saved it and {processes.world} go on: dropout is drawn anew, and "
-            "sums are rounded otherwise"
+            f"{phase}: {found.state['world']} processes saved it and {processes.world} go on: the rows are the same, "
+            "sums are rounded otherwise, and dropout is drawn anew"
         )
     return int(found.state["step"])
 
@@ -159,9 +159,7 @@ def _go_on(place: Path, training: Training, loader: Any, meter: Meter, phase: st
 def _progress(phase: str, steps: int, first: int, processes: Processes) -> Iterator[Any]:
     """Show a bar, with the latest losses."""
     interval = 0.1 if sys.stderr.isatty() else 10.0
-    bar = tqdm(
-        total=steps, initial=first, desc=phase, unit="step", mininterval=interval, disable=not processes.first
-    )
+    bar = tqdm(total=steps, initial=first, desc=phase, unit="step", mininterval=interval, disable=not processes.first)
 
     def shown(done: int, row: dict[str, Any] | None) -> None:
         bar.update(done - bar.n)

@@ -1,4 +1,4 @@
-"""A pretraining that takes seconds: rows of uneven documents by formula, a tokenizer of numbers, a model of 4,000 weights."""
+"""A pretraining that takes a second: rows of uneven documents by formula, a model of some thousand weights."""
 
 from __future__ import annotations
 
