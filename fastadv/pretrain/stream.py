@@ -115,7 +115,7 @@ class _Reader:
         while not queue.waiting:
             document = next(self.documents, None)
             if document is None:
-                passes += 1
+                passes += self.number >= queue.number  # before that, a resumed reading is on its way there
                 if passes > self.width + 1:
                     raise UserError("the text has a stream without a token: give more text, or fewer --batch-tokens")
                 self.part = self.open_part()
