@@ -29,7 +29,7 @@ def section(result: Mapping[str, Any]) -> str:
     return "\n".join([
         BEGIN,
         "",
-        what,
+        *textwrap.wrap(f"{what} {_beside(result)}", 120),
         "",
         "![Training loss by time, and perplexity by the radius of the attack](results/pretrain.svg)",
         "",
@@ -43,6 +43,12 @@ def section(result: Mapping[str, Any]) -> str:
         "",
         END,
     ])  # fmt: skip
+
+
+def _beside(result: Mapping[str, Any]) -> str:
+    """What else ran there, where that is more than a little."""
+    others = max(one["cost"]["conditions"]["others"] for one in result["trainings"].values())
+    return f"Other processes kept up to {others:.1f} cores busy, so that times are rough." if others > 0.25 else ""
 
 
 def _table(headings: list[str], rows: list[list[str]]) -> Iterator[str]:

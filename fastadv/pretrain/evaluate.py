@@ -80,8 +80,15 @@ class Evaluator:
         return found
 
     def _attack(self, radius: float, steps: int) -> PGD:
-        size = {"epsilon": radius, "step_size": radius / 4, "relative": True}
-        return PGD(self.model, steps=steps, norm="l2", scope="sample", **size)
+        return PGD(
+            self.model,
+            epsilon=radius,
+            step_size=radius / 4,
+            steps=steps,
+            norm="l2",
+            scope="sample",
+            relative=True,
+        )
 
     def _moved(self, attack: PGD, rows: Rows) -> AbstractContextManager[None]:
         """Let the model see rows at the perturbation that the attack finds. Their losses' sum is what it climbs."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from fastadv.jobs.errors import UserError
 from fastadv.pretrain import intervals
@@ -40,7 +41,7 @@ class Texts:
         mask = Masking(tokenizer, settings.seed) if settings.objective == "masked" else None
         end = end_token(tokenizer)
 
-        def document(tokens: Sequence[int], number: int) -> Document:
+        def document(tokens: ArrayLike, number: int) -> Document:
             ids = np.asarray(tokens, np.int64)[: settings.length]
             shown, labels = (ids, ids) if mask is None else mask(ids, number)
             return Document(shown.tolist(), labels.tolist())

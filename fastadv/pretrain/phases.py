@@ -54,17 +54,18 @@ def trained(settings: Settings, folder: Path, phase: str, data: Data, processes:
         )
     weights = whole_weights(done.model)
     if processes.first:
-        cost = {**_cost(done, read_log(folder / LOG, phase)), "device": str(processes.device)}
+        assert watch.conditions is not None
+        told = {"device": str(processes.device), "conditions": asdict(watch.conditions)}
         record = {
             "phase": phase,
             "method": settings.method,
             "model": _save(settings, weights, data, folder / phase),
-            "cost": {**cost, "conditions": asdict(watch.conditions)},  # type: ignore[call-overload]
+            "cost": {**_cost(done, read_log(folder / LOG, phase)), **told},
         }
         write_json(folder / phase / DONE, record)
         shutil.rmtree(checkpoints, ignore_errors=True)
-    told: dict[str, Any] = processes.told(record)
-    return told
+    kept: dict[str, Any] = processes.told(record)
+    return kept
 
 
 def _described(settings: Settings) -> str:

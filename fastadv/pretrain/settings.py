@@ -59,10 +59,10 @@ class Settings:
     objective: str = _of("causal", MODEL, "causal or masked.", one_of=OBJECTIVES)
     length: int = _of(128, MODEL, "Tokens of a row, which holds documents one after another.", least=8, most=2**20)
 
-    max_steps: int = _of(600, TRAINING, "Optimizer steps.", least=1, most=2**31)
-    batch_tokens: int = _of(4096, TRAINING, "Tokens of an optimizer step, over all processes.", least=8, most=2**31)
+    max_steps: int = _of(1000, TRAINING, "Optimizer steps.", least=1, most=2**31)
+    batch_tokens: int = _of(1024, TRAINING, "Tokens of an optimizer step, over all processes.", least=8, most=2**31)
     micro_batch: int = _of(8, TRAINING, "Rows of a forward, on each process.", least=1, most=2**20)
-    learning_rate: float = _of(2e-3, TRAINING, "The highest, after the warm-up.", least=ABOVE, most=10.0)
+    learning_rate: float = _of(5e-3, TRAINING, "The highest, after the warm-up.", least=ABOVE, most=10.0)
     min_learning_rate: float = _of(0.1, TRAINING, "Where the cosine ends, as a share of it.", least=0, most=1)
     warmup_steps: float = _of(
         0.05, TRAINING, "Steps of linear warm-up; below 1: a share of --max-steps.", least=0, most=2**31
@@ -75,9 +75,9 @@ class Settings:
     activation_checkpointing: bool = _of(False, TRAINING, "Compute each block's activations anew in the backward.")
     compile: bool = _of(False, TRAINING, "Compile each block.")
     seed: int = _of(0, TRAINING, "Of weights, order of documents, masking and starts.", least=0, most=2**32 - 1)
-    log_every: int = _of(10, TRAINING, "Steps between two rows of the log.", least=1, most=2**31)
+    log_every: int = _of(20, TRAINING, "Steps between two rows of the log.", least=1, most=2**31)
     save_every: int = _of(
-        100, TRAINING, "Steps between two checkpoints; 0: on Ctrl-C and at the end alone.", least=0, most=2**31
+        200, TRAINING, "Steps between two checkpoints; 0: on Ctrl-C and at the end alone.", least=0, most=2**31
     )
     keep: int = _of(2, TRAINING, "Checkpoints that are kept of each training.", least=1, most=2**31)
 

@@ -72,12 +72,6 @@ def test_a_masked_model() -> None:
     assert 0 < sum(clean["tokens_each"]) < 100, "of eight short documents, the masked tokens alone"
 
 
-def test_two_runs_are_the_same() -> None:
-    first, second = (pretrain(name, "--max-steps", "3", "--no-same-time") for name in ("one", "two"))
-    for name in ("plain", "adversarial"):
-        assert first["trainings"][name]["measured"] == second["trainings"][name]["measured"]
-
-
 def test_help_lists_options_and_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     main_ok("pretrain", "--help")
     text = capsys.readouterr().out

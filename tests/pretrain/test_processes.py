@@ -75,7 +75,3 @@ def test_torchrun() -> None:
         assert Path("two", name, "model.safetensors").is_file()
         for mine, theirs in zip(training["measured"], two["trainings"][name]["measured"], strict=True):
             assert theirs["perplexity"] == pytest.approx(mine["perplexity"], rel=1e-9)
-    refused = start(*both, *arguments("--output-dir", "two", *given))
-    printed, said = refused.communicate(timeout=PATIENCE)
-    assert said.count("error: two holds a finished run") == 1, "and one process refuses"
-    assert refused.returncode
