@@ -25,6 +25,12 @@ from tests.pretrain import toy
 
 STEPS, SAVES = 12, 3
 PATIENCE = 120  # seconds until a rank whose neighbour was killed must have ended
+PRELOADED = [
+    "torch.distributed.checkpoint",
+    "torch.distributed.fsdp",
+    "transformers.models.llama.modeling_llama",
+    "tests.pretrain.toy",
+]
 METHODS = ("freelb", "pgd", "smart", "yopo", "vat")  # with dropout in all of them
 
 
@@ -67,8 +73,6 @@ def cut_off(count: int) -> None:
 
 def places(rank: int, chance: random.Random) -> dict[str, Callable[[], None]]:
     """Where the rank that is to die does: by name, what arranges it. Only the first rank gives checkpoints names."""
-    import torch.distributed.checkpoint as dcp
-
     from fastadv.pretrain import checkpoint, loop, metrics, step
     from fastadv.pretrain.inputs import Inputs
 
@@ -81,7 +85,7 @@ def places(rank: int, chance: random.Random) -> dict[str, Callable[[], None]]:
         "after an update": lambda: before(step, "update", in_training, after=True),
         "after a save's row of the log": lambda: before(metrics.Meter, "log", save, after=True),
         "in a save, before staging": lambda: before(checkpoint, "get_state_dict", save + 1),
-        "in a save, staged": lambda: before(dcp, "async_save", save, after=True),
+        "in a save, staged": lambda: before(checkpoint, "_write", save, after=True),
         "in a save, half of a file": lambda: cut_off(20 * save),
         "in a save, all written": lambda: before(checkpoint, "publish", save),
         "in a save, before its name": lambda: before(checkpoint.files, "sync_tree", save, after=True),
@@ -95,7 +99,9 @@ def places(rank: int, chance: random.Random) -> dict[str, Callable[[], None]]:
 PLACES = list(places(0, random.Random(0)))
 
 
-def work(rank: int, world: int, folder: str, method: str, victim: int, place: str, seed: int, resume: bool) -> None:
+def work(
+    rank: int, world: int, folder: str, model: str, method: str, victim: int, place: str, seed: int, resume: bool
+) -> None:
     """One rank of a training, to its end or to its death."""
     import torch.distributed as dist
 
@@ -110,15 +116,8 @@ def work(rank: int, world: int, folder: str, method: str, victim: int, place: st
         timeout = dt.timedelta(seconds=60)
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world, timeout=timeout)
     with started() as processes:
-        wanted = toy.settings(
-            Path(folder),
-            "dropout",
-            batch_tokens=24 * 8,
-            max_steps=STEPS,
-            save_every=SAVES,
-            log_every=2,
-            dtype="float32",
-        )
+        dtype = "float32" if model == "dropout" else "float64"
+        wanted = toy.settings(Path(folder), model, max_steps=STEPS, save_every=SAVES, log_every=2, dtype=dtype)
         trained = toy.train(Path(folder), wanted, processes, method, resume=resume)
         weights = toy.weights(trained)
         if rank == 0:
@@ -130,7 +129,7 @@ def work(rank: int, world: int, folder: str, method: str, victim: int, place: st
 def started_ranks(world: int, *arguments: Any) -> list[Any]:
     """Run all ranks; returns their exit codes. Who does not end in time is ended, and counts as an error."""
     context: Any = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.pretrain.preload"])
+    context.set_forkserver_preload(PRELOADED)
     ranks = [context.Process(target=work, args=(rank, world, *arguments)) for rank in range(world)]
     for one in ranks:
         one.start()
@@ -146,34 +145,38 @@ def started_ranks(world: int, *arguments: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def made(folder: Path | None = None) -> Iterator[Path]:
-    place = Path(tempfile.mkdtemp(dir=folder))
-    toy.settings(place, "dropout")
+def made(model: str) -> Iterator[Path]:
+    place = Path(tempfile.mkdtemp())
+    toy.settings(place, model)
     yield place
     shutil.rmtree(place)
 
 
-def uninterrupted(world: int, method: str, folder: Path | None = None) -> dict[str, torch.Tensor]:
+def uninterrupted(world: int, method: str, model: str = "dropout") -> dict[str, torch.Tensor]:
     """The weights of a training that nobody killed."""
-    with made(folder) as place:
-        assert started_ranks(world, str(place), method, -1, "", 0, False) == [0] * world
+    with made(model) as place:
+        assert started_ranks(world, str(place), model, method, -1, "", 0, False) == [0] * world, errors(place)
         found: dict[str, torch.Tensor] = torch.load(place / "weights.pt")
     return found
 
 
 def killed(
-    world: int, method: str, place: str, seed: int, after: int | None = None, folder: Path | None = None
-) -> dict[str, torch.Tensor]:
-    """The weights of a training one rank of which was killed, gone on with `after` ranks (default: as many)."""
+    world: int, method: str, place: str, seed: int, model: str = "dropout", after: int | None = None
+) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights of a training one rank of which was killed, gone on with `after` ranks (default: as many).
+
+    And what the first rank said when it went on.
+    """
     victim = random.Random(seed + 1).randrange(world)
-    with made(folder) as at:
-        codes = started_ranks(world, str(at), method, victim, place, seed, False)
-        assert codes[victim] == -signal.SIGKILL, codes
+    with made(model) as at:
+        codes = started_ranks(world, str(at), model, method, victim, place, seed, False)
+        assert codes[victim] == -signal.SIGKILL, (codes, errors(at))
         assert all(codes), codes  # the others cannot go on
         again = world if after is None else after
-        assert started_ranks(again, str(at), method, -1, "", 0, True) == [0] * again, errors(at)
+        assert started_ranks(again, str(at), model, method, -1, "", 0, True) == [0] * again, errors(at)
         found: dict[str, torch.Tensor] = torch.load(at / "weights.pt")
-    return found
+        lines = (at / "stderr-0").read_text().replace("\r", "\n").splitlines()
+    return found, "; ".join(line for line in lines if line.startswith("phase: ") and "%" not in line)
 
 
 def errors(folder: Path) -> str:
@@ -188,7 +191,7 @@ def main() -> None:
             method = METHODS[number % len(METHODS)]
             if (world, method) not in whole:
                 whole[world, method] = uninterrupted(world, method)
-            found = killed(world, method, place, number)
+            found, said = killed(world, method, place, number)
             apart = toy.difference(found, whole[world, method])
             failed += apart != 0
             print(
