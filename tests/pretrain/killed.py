@@ -10,6 +10,7 @@ import datetime as dt
 import multiprocessing as mp
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -54,21 +55,29 @@ def before(owner: Any, name: str, count: int, *, after: bool = False) -> None:
     setattr(owner, name, counted)
 
 
-def cut_off(count: int) -> None:
-    """Die when half of a file of a checkpoint is written, in the thread that writes."""
+def cut_off(save: int) -> None:
+    """Die when a file of the checkpoint is half written, in the thread that writes it."""
     from torch.distributed.checkpoint import filesystem
 
-    original, calls = filesystem._write_item, []
+    from fastadv.pretrain import checkpoint
+
+    begin, write = checkpoint._write, filesystem._write_item
+    saves: list[int] = []
+    items: list[int] = []
+
+    def begun(*args: Any) -> Any:
+        saves.append(1)
+        return begin(*args)
 
     def half(transforms: Any, stream: Any, *rest: Any) -> Any:
-        calls.append(1)
-        if len(calls) == count:
+        items.extend([1] * (len(saves) == save))
+        if len(items) == 20:
             stream.write(b"half of it")
             stream.flush()
             die()
-        return original(transforms, stream, *rest)
+        return write(transforms, stream, *rest)
 
-    filesystem._write_item = half
+    checkpoint._write, filesystem._write_item = begun, half
 
 
 def places(rank: int, chance: random.Random) -> dict[str, Callable[[], None]]:
@@ -76,8 +85,8 @@ def places(rank: int, chance: random.Random) -> dict[str, Callable[[], None]]:
     from fastadv.pretrain import checkpoint, loop, metrics, step
     from fastadv.pretrain.inputs import Inputs
 
-    in_training = chance.randrange(1, STEPS + 1)
-    save = chance.randrange(1, STEPS // SAVES)  # not the last: something is left to train
+    in_training = chance.randrange(SAVES + 2, STEPS + 1)  # something is saved
+    save = chance.randrange(2, STEPS // SAVES)  # and something is left to train
     found: dict[str, Callable[[], None]] = {
         "before a step": lambda: before(loop, "train_step", in_training),
         "in a micro-batch": lambda: before(Inputs, "closure", 2 * in_training),
@@ -86,7 +95,7 @@ def places(rank: int, chance: random.Random) -> dict[str, Callable[[], None]]:
         "after a save's row of the log": lambda: before(metrics.Meter, "log", save, after=True),
         "in a save, before staging": lambda: before(checkpoint, "get_state_dict", save + 1),
         "in a save, staged": lambda: before(checkpoint, "_write", save, after=True),
-        "in a save, half of a file": lambda: cut_off(20 * save),
+        "in a save, half of a file": lambda: cut_off(save),
         "in a save, all written": lambda: before(checkpoint, "publish", save),
         "in a save, before its name": lambda: before(checkpoint.files, "sync_tree", save, after=True),
     }
@@ -175,8 +184,8 @@ def killed(
         again = world if after is None else after
         assert started_ranks(again, str(at), model, method, -1, "", 0, True) == [0] * again, errors(at)
         found: dict[str, torch.Tensor] = torch.load(at / "weights.pt")
-        lines = (at / "stderr-0").read_text().replace("\r", "\n").splitlines()
-    return found, "; ".join(line for line in lines if line.startswith("phase: ") and "%" not in line)
+        said = re.findall(r"phase: (no checkpoint|goes on|\d+ processes).*", (at / "stderr-0").read_text())
+    return found, ", ".join(said)
 
 
 def errors(folder: Path) -> str:
@@ -194,10 +203,7 @@ def main() -> None:
             found, said = killed(world, method, place, number)
             apart = toy.difference(found, whole[world, method])
             failed += apart != 0
-            print(
-                f"{world} ranks, {method}, killed {place}: {'bitwise' if apart == 0 else f'apart by {apart}'}",
-                flush=True,
-            )
+            print(f"{world} ranks, {method}, killed {place}: {apart or 'bitwise'} ({said})", flush=True)
     sys.exit(failed)
 
 
