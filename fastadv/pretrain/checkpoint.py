@@ -7,7 +7,6 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -49,6 +48,7 @@ class Saver:
         self._folder, self._training, self._keep = folder, training, keep
         self._writing: Future[Any] | None = None
         self._name = ""
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process saves for itself
         self._state: dict[str, Any] = {}
 
     def save(self, step: int, state: Mapping[str, Any]) -> None:
@@ -130,8 +130,7 @@ def load(folder: Path, state: Mapping[str, Any], training: Training) -> bool:
     same = bool(state["world"] == training.processes.world)
     if not same:
         content.pop("generators")
-    with _quietly():
-        read(content, checkpoint_id=folder, no_dist=training.processes.world == 1)
+    read(content, checkpoint_id=folder, no_dist=training.processes.world == 1)
     set_state_dict(
         training.model,
         training.optimizer,
@@ -147,22 +146,13 @@ def load(folder: Path, state: Mapping[str, Any], training: Training) -> bool:
 
 def _write(folder: Path, training: Training) -> Future[Any]:
     """Copy a training to the CPU, and begin to write that; what the processes say of it goes through a group apart."""
-    with _quietly():
-        writing: Any = async_save(
-            _content(training),
-            checkpoint_id=folder,
-            process_group=training.processes.saving,
-            no_dist=training.processes.world == 1,
-        )
+    writing: Any = async_save(
+        _content(training),
+        checkpoint_id=folder,
+        process_group=training.processes.saving,
+        no_dist=training.processes.world == 1,
+    )
     return cast("Future[Any]", writing)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the warning that one process saves for itself."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        yield
 
 
 def _content(training: Training) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Any], *, s
     sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
     for index, batch in enumerate(micro_batches):
         _hold_back(training, index + 1 < len(micro_batches))
-        with training.clock.around("batch"), drawing_from(ByRow(settings.seed, step, batch.rows.tolist())):
+        with training.clock.around("batch"), drawing_from(ByRow(settings.seed, step, _rows(batch))):
             sums += _backward(training, step, _placed(batch, processes.device), weights)
     norm = clip(training.optimizer, settings.max_grad_norm)
     learning_rate = rate(settings, step)
@@ -104,6 +104,12 @@ def _count(micro_batches: Sequence[Any], *, causal: bool) -> tuple[int, int]:
     positions = [(batch.groups >= 0).sum() for batch in micro_batches]
     found: list[list[int]] = torch.stack([torch.stack(tokens), torch.stack(positions)]).tolist()
     return sum(found[0]), sum(found[1])
+
+
+def _rows(batch: Any) -> list[int]:
+    """Read the rows' numbers, on the CPU too."""
+    found: list[int] = batch.rows.tolist()
+    return found
 
 
 def _hold_back(training: Training, more: bool) -> None:
