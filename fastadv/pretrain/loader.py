@@ -38,10 +38,6 @@ class Batch(NamedTuple):
     groups: Tensor
     rows: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        """Copy to a device; from pinned memory without waiting for it."""
-        return Batch(*(one.to(device, non_blocking=True) for one in self))
-
     def pinned(self) -> Batch:
         """Copy to memory that a GPU reads by itself."""
         return Batch(*(one.pin_memory() for one in self))
@@ -103,7 +99,7 @@ class Loader:
         settings: `batch_tokens`, `length`, `micro_batch`.
         masking: of a masked language model.
         rank: of this process among `world`.
-        device: to which the batches are copied.
+        device: of the model: batches for a GPU wait in pinned memory, where their tokens are counted without a sync.
 
     Raises:
         UserError: as `rows_per_step`.
@@ -129,7 +125,7 @@ class Loader:
         steps = self._steps(self._state["rows"])
         pays = isinstance(self.source, StreamRows) or self.device.type == "cuda"
         for batches, self._state in ahead(steps, AHEAD) if pays else steps:
-            yield [one.to(self.device) for one in batches]
+            yield batches
 
     def state_dict(self) -> dict[str, Any]:
         """Return the place after the last step that was given: JSON, and the same on each rank of any number of them.
