@@ -42,6 +42,11 @@ def end_token(tokenizer: Any) -> int:
     return int(tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """Return the rows that a table of embeddings needs: some tokenizers leave out numbers, and have fewer tokens."""
+    return int(max(tokenizer.get_vocab().values())) + 1
+
+
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Turn texts into tokens of text alone: none begins or ends them, and `<|eos|>` in a text is those characters."""
     backend = getattr(tokenizer, "backend_tokenizer", None)

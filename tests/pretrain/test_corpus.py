@@ -165,13 +165,13 @@ def test_a_text_without_a_token_is_refused(tokenizer: Any, tmp_path: Path) -> No
 
 def test_large_vocabularies_take_wider_tokens(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Large:
-        """The tokenizer, with every token moved up by 70,000."""
+        """The tokenizer, with every token of a text moved up by 70,000."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(tokenizer, name)
 
-        def __len__(self) -> int:
-            return 70_300
+        def get_vocab(self) -> dict[str, int]:
+            return {token: one + 70_000 for token, one in tokenizer.get_vocab().items()}
 
     monkeypatch.setattr(
         corpora, "encode", lambda _, batch: [[one + 70_000 for one in ids] for ids in encode(tokenizer, batch)]

@@ -78,7 +78,6 @@ def test_orders_differ_by_epoch_and_seed_and_are_spread() -> None:
 def test_documents_that_do_not_count_are_in_no_row() -> None:
     rows = Rows(counted(3, 4, 5, 6), np.array([0, 2]), 4, 0)
     assert sorted(line(rows, 8)) == [0, 1, 2, 7, 8, 9, 10, 11]
-    assert rows.epoch(2) == 1.0
 
 
 def test_a_document_longer_than_many_rows_and_a_corpus_shorter_than_one() -> None:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fastadv.jobs.errors import UserError
 from fastadv.pretrain import default_text
-from fastadv.pretrain.settings import Settings
-from fastadv.pretrain.text import documents, find
+from fastadv.pretrain.text import find
 
 Wrong = tuple[str, Callable[[Path], str], str]
 
 
 def read(data: object, column: str = "text") -> list[str]:
-    return list(documents(Settings(data=str(data), text_column=column)))
+    return list(find(str(data), column).documents())
 
 
 def test_the_default_text_is_the_paragraphs_of_squad_once_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,10 +171,3 @@ def test_a_hub_set_is_read_by_its_package(tmp_path: Path) -> None:
         read(tmp_path / "plain", "body")
     with pytest.raises(UserError, match="the data set no/such could not be loaded"):
         find("no/such", "text")
-
-
-def test_settings_choose_the_column(tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one", "body": "two"}')
-    chosen = Settings(data=str(tmp_path / "a.jsonl"))
-    assert list(documents(chosen)) == ["one"]
-    assert list(documents(replace(chosen, text_column="body"))) == ["two"]
