@@ -26,6 +26,7 @@ from fastadv.pretrain.settings import LONGER, PLAIN_ONLY, Settings
 from fastadv.pretrain.together import first_alone
 
 REPORT = "report.html"
+INTERRUPTED = 130  # the exit code of what Ctrl-C has ended
 AFRESH = "Train afresh, with another --output-dir"
 
 
@@ -58,6 +59,8 @@ def in_processes(settings: Settings | None, folder: Path | None, runs: Path, arg
             with writing(place, goes_on):
                 result = run(wanted, place, begun["command"], processes)
         except (Interrupted, KeyboardInterrupt) as stopped:
+            if not processes.first:  # one says it
+                raise SystemExit(INTERRUPTED) from None
             raise Interrupted(f"{stopped or 'stopped'}; to continue: {goes_on}") from None
         if processes.first:
             tables.show(result)
