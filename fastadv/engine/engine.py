@@ -75,6 +75,8 @@ class Engine:
         refusal: why no step can be run, where that is known already.
     """
 
+    new_step: Callable[..., Step] = Step  # of another kind where others than closures run the passes
+
     def __init__(
         self,
         model: nn.Module,
@@ -241,7 +243,7 @@ class Engine:
             raise ValueError(DIVIDED_DOCUMENTS)
 
         def new_step(frame: Frame) -> Step:
-            return Step(self, frame, closure, masks, groups, attack, None if start is None else start())
+            return self.new_step(self, frame, closure, masks, groups, attack, None if start is None else start())
 
         if not self.parallelism.among_others():
             return self._framed(schedule, new_step)
