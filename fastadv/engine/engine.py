@@ -75,8 +75,6 @@ class Engine:
         refusal: why no step can be run, where that is known already.
     """
 
-    new_step: Callable[..., Step] = Step  # of another kind where others than closures run the passes
-
     def __init__(
         self,
         model: nn.Module,
@@ -123,6 +121,7 @@ class Engine:
         self.entrance.ranks = ranks
         self.closed = False
         self.busy = False
+        self.new_step: Callable[..., Step] = Step  # of another kind where a pipeline runs the passes
         self._hooks: list[Hook | Split] = []
         weakref.finalize(self, _remove, self._hooks, self.entrance)  # where nobody calls close()
         self._install()

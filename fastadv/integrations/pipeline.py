@@ -107,7 +107,7 @@ class Pipeline:
         """
         if not self._stage.is_first:
             raise ValueError(FIRST)
-        engine = adv._engine
+        engine, made = adv._engine, adv._engine.new_step
         self._pass, self._inside = functools.partial(self._schedule.step, *args, **kwargs), False
         engine.new_step = functools.partial(PipelineStep, self)
         try:
@@ -119,7 +119,7 @@ class Pipeline:
                 self._tell(Verb.VOID)
             raise
         finally:
-            del engine.new_step
+            engine.new_step = made
         self._tell(Verb.END)
         return result
 
@@ -201,7 +201,7 @@ class Pipeline:
         return Verb(int(verb)), value
 
     def _broadcast(self, tensor: Tensor, stage: int) -> None:
-        group = self._stage.group or dist.group.WORLD
+        group: Any = self._stage.group or dist.group.WORLD
         dist.broadcast(tensor, dist.get_global_rank(group, stage), group)
 
 

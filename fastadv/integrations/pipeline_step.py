@@ -57,7 +57,7 @@ class PipelineStep(Step):
         if self._term is not None or engine.split is not None or self._target is not None:
             raise ValueError(PASSES)
 
-    def descend(self, weight: float = 1.0, *, last: bool = True, **others: Any) -> Pass:  # type: ignore[override]  # noqa: ARG002
+    def descend(self, weight: float = 1.0, *, last: bool = True, **others: Any) -> Pass:  # noqa: ARG002
         """A full pass of the step's loss."""
         if others:
             raise ValueError(PASSES)
