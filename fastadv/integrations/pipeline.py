@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastadv.engine.model.parallelism import Parallelism
 from fastadv.engine.results import StepResult
 from fastadv.engine.safety.dropout import MODES, Draws, quieted
 from fastadv.engine.safety.guard import Guard
@@ -27,6 +28,7 @@ SCALES = (
     "the schedule divides all gradients after each pass, those of earlier passes again: make it with "
     "scale_grads=False, and let loss_fn return the micro-batch's share of the loss (a sum over the batch's token count)"
 )
+STAGE = "a pipeline's stage must be a plain module: no DDP, FSDP or tensor parallelism around or in it, and no compile"
 FIRST = "backward is for the first stage's rank, which has the method: the others call follow"
 CLOSURE = "a schedule runs the passes of this step: a method that calls its closure cannot go through a pipeline"
 VOID = "the first stage's rank failed in this step, which is void on all ranks: its own error says why"
@@ -51,7 +53,7 @@ class Pipeline:
         schedule: one of `torch.distributed.pipelining` with one stage on each rank, a loss_fn and scale_grads=False.
 
     Raises:
-        TypeError, ValueError: another schedule.
+        TypeError, ValueError: another schedule, or a stage that is wrapped.
 
     Examples:
         >>> schedule = Schedule1F1B(stage, 4, loss_fn=loss_fn, scale_grads=False)  # doctest: +SKIP
@@ -74,6 +76,9 @@ class Pipeline:
         self._schedule, self._stage = schedule, schedule._stage
         self._loss_fn, schedule._loss_fn = schedule._loss_fn, self._weighted
         self._model = Inventory(self._stage.submod)
+        around = Parallelism(self._model)
+        if around.sharded or around.placed or around.compiled or around.parallel is not None:
+            raise ValueError(STAGE)
         self._weight, self._losses = 1.0, list[Tensor]()
         self._learnt = self._inside = False
         self._pass: Callable[[], Any] = lambda: None
@@ -102,7 +107,7 @@ class Pipeline:
             The losses, each a sum over micro-batches; no output.
 
         Raises:
-            ValueError: a method or a stage that cannot be trained so.
+            ValueError: a method that cannot train so.
             As `Method.backward` does.
         """
         if not self._stage.is_first:

@@ -21,10 +21,7 @@ PASSES = (
     "VAT, LLR and BregmanProximal compare the logits of two passes, YOPO's partial passes and attack= have another "
     "end than the loss, and AWP moves the weights of all stages: take one of the former, or shard the model by FSDP2"
 )
-STAGE = (
-    "a pipeline's first stage must be a plain module: no DDP, FSDP, tensor parallelism or compile, and a method "
-    "without backward=, scaler=, probe_dtype=, process_group= and tied='both'"
-)
+OPTIONS = "through a pipeline a method goes without backward=, scaler=, probe_dtype=, process_group= and tied='both'"
 ONCE = (
     "the first stage ran its embedding {calls} times for {batches} micro-batches: it must run it once for each, and "
     "outside of checkpointed segments"
@@ -47,13 +44,12 @@ class PipelineStep(Step):
     def __init__(self, pipeline: Pipeline, *arguments: Any) -> None:
         super().__init__(*arguments)
         self._pipeline = pipeline
-        engine, around = self.engine, self.engine.parallelism
-        wrapped = around.sharded or around.parallel is not None or around.compiled or around.placed
+        engine = self.engine
         owned = not isinstance(engine.owner, Unowned) or engine.owner.scaler is not None
-        if wrapped or owned or engine.probe_autocast.dtype is not None or engine.ranks is not None:
-            raise ValueError(STAGE)
+        if owned or engine.probe_autocast.dtype is not None or engine.ranks is not None:
+            raise ValueError(OPTIONS)
         if not engine.enters:
-            raise ValueError(STAGE if engine.modules else PASSES)
+            raise ValueError(OPTIONS if engine.modules else PASSES)
         if self._term is not None or engine.split is not None or self._target is not None:
             raise ValueError(PASSES)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -200,20 +199,26 @@ def refused(rank: int) -> Found:
 
 
 def schedules(rank: int) -> Found:
-    """Which are refused."""
+    """Which are refused, of schedules and stages."""
     from torch.distributed import pipelining
 
-    stage = pipelining.PipelineStage(stages()[rank], rank, workers.WORLD, torch.device("cpu"))
+    stage, wrapped = (
+        pipelining.PipelineStage(stages()[rank], rank, workers.WORLD, torch.device("cpu")) for _ in range(2)
+    )
+    wrapped.submod.compile()
     made = {
         "scaled": lambda: pipelining.ScheduleGPipe(stage, MICRO, loss_fn=loss_of),
         "no loss": lambda: pipelining.ScheduleGPipe(stage, MICRO, scale_grads=False),
+        "compiled": lambda: pipelining.ScheduleGPipe(wrapped, MICRO, loss_fn=loss_of, scale_grads=False),
         "several": lambda: pipelining.ScheduleInterleaved1F1B([stage], MICRO, loss_fn=loss_of, scale_grads=False),
     }
     found = {}
     for name, make in made.items():
-        with contextlib.suppress(TypeError, ValueError):
-            Pipeline(make())
-            found[name] = torch.tensor(False)
+        schedule = make()
+        try:
+            Pipeline(schedule)
+        except (TypeError, ValueError) as error:
+            found[name] = torch.tensor("schedule" in str(error) or "stage" in str(error))
     return found
 
 
