@@ -121,6 +121,7 @@ class Engine:
         self.entrance.ranks = ranks
         self.closed = False
         self.busy = False
+        self.new_step: Callable[..., Step] = Step  # of another kind where a pipeline runs the passes
         self._hooks: list[Hook | Split] = []
         weakref.finalize(self, _remove, self._hooks, self.entrance)  # where nobody calls close()
         self._install()
@@ -241,7 +242,7 @@ class Engine:
             raise ValueError(DIVIDED_DOCUMENTS)
 
         def new_step(frame: Frame) -> Step:
-            return Step(self, frame, closure, masks, groups, attack, None if start is None else start())
+            return self.new_step(self, frame, closure, masks, groups, attack, None if start is None else start())
 
         if not self.parallelism.among_others():
             return self._framed(schedule, new_step)

@@ -19,7 +19,8 @@ CALLED_BACKWARD = (
     "the closure called backward, or its loss did: the gradient of {name} changed while the closure ran. It must only "
     "run the forward and return the loss, or gradients count once per pass. A loss that goes back by itself, chunk by "
     "chunk: take the plain one; or compute its gradients with torch.autograd.grad in the forward of a "
-    "torch.autograd.Function, and return them, times the incoming gradient, from the backward"
+    "torch.autograd.Function, and return them, times the incoming gradient, from the backward. A pipeline's schedule: "
+    "fastadv.integrations.pipeline runs it"
 )
 
 
