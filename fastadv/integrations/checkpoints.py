@@ -68,6 +68,11 @@ def flaw(checkpoint: Path) -> str | None:
     for file in sorted([*checkpoint.iterdir(), *checkpoint.glob(f"{DEEPSPEED}/*")]):
         if file.is_file() and _is_damaged(file):
             return f"its {file.name} is cut off or damaged"
+    return _lacking(checkpoint)
+
+
+def _lacking(checkpoint: Path) -> str | None:
+    """Say what a checkpoint lacks of which it has a part."""
     if not any(any(checkpoint.rglob(name)) for name in WEIGHTS):
         return "it has no weights"
     if any(checkpoint.glob(DEEPSPEED)) and not _named_latest(checkpoint):

@@ -42,20 +42,30 @@ class DeepSpeedOwner(Owner):
 
     def backward(self, loss: Tensor, last: bool) -> None:  # noqa: ARG002
         """`engine.backward`."""
-        self._engine.backward(loss, scale_wrt_gas=self._divides)
+        with self._balanced():
+            self._engine.backward(loss, scale_wrt_gas=self._divides)
 
     @contextlib.contextmanager
     def probing(self) -> Iterator[None]:
         """A backward inside is the engine's own to its hooks, which then wait for nothing."""
-        engine, state = self._engine, getattr(self._engine.optimizer, "_backward_hook_state", None)
-        before, depth = engine._running_engine_backward, getattr(state, "backward_active_depth", 0)
+        engine = self._engine
+        before = engine._running_engine_backward
         engine._running_engine_backward = True
         try:
-            with self._unscaled():
+            with self._balanced(), self._unscaled():
                 yield
         finally:
             engine._running_engine_backward = before
-            if state is not None:  # hooks have entered a backward that none of them leaves
+
+    @contextlib.contextmanager
+    def _balanced(self) -> Iterator[None]:
+        """Hooks at outputs enter a backward for each forward in it, and the engine leaves one, or none in a probe."""
+        state = getattr(self._engine.optimizer, "_backward_hook_state", None)
+        depth = getattr(state, "backward_active_depth", 0)
+        try:
+            yield
+        finally:
+            if state is not None:
                 state.backward_active_depth = depth
 
     @contextlib.contextmanager

@@ -269,9 +269,10 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
 
     Raises:
         TypeError: `adversary` is neither.
-        ValueError: from `train()`, before the first step: the backward cannot run twice in a step (LOMO); the model runs in several threads (`nn.DataParallel`); a method with replays was given as a callable; an
-            epoch has fewer batches than `gradient_accumulation_steps`, so none can be replayed; or `unlabelled` was
-            given with a method that needs a loss.
+        ValueError: from `train()`, before the first step: the backward cannot run twice in a step (LOMO); the model
+            runs in several threads (`nn.DataParallel`); the method was made with `backward=` under DeepSpeed; a method
+            with replays was given as a callable; an epoch has fewer batches than `gradient_accumulation_steps`, so none
+            can be replayed; or `unlabelled` was given with a method that needs a loss.
 
     Examples:
         >>> import fastadv

@@ -31,7 +31,7 @@ NEVER_UPDATED = (
 )
 SHARDED = (
     "BregmanProximal cannot call a model with a teacher's weights where FSDP or DeepSpeed's ZeRO-3 shards it: train "
-    "with DDP, or without"
+    "with DDP, with the optimizer alone sharded (ZeRO-1 or 2), or without"
 )
 
 
