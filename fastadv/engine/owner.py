@@ -41,6 +41,8 @@ class Owner:
         divisor: by what `backward` divides every loss, n where it does so under gradient accumulation over n batches.
             The terms of SMART, VAT and BregmanProximal are then divided too: see `Method.share`.
         scaler: the `torch.amp.GradScaler` that `backward` scales losses by; probes are scaled by it as well.
+        steps: whether `backward` steps the optimizer too, where a step ends. What follows an optimizer
+            (`BregmanProximal.attach`) then follows the owner, which needs `register_step_post_hook`, as torch has it.
 
     Examples:
         >>> import fastadv, torch
@@ -58,6 +60,7 @@ class Owner:
     reads_gradients: bool = True
     divisor: float = 1.0
     scaler: GradScaler | None = None
+    steps: bool = False
 
     def backward(self, loss: Tensor, last: bool) -> None:  # noqa: ARG002
         """Accumulate the gradients of a full pass into `.grad`.
@@ -121,6 +124,7 @@ class Resembling(Owner):
         self.other = other
         self.reads_gradients = bool(getattr(other, "reads_gradients", True))
         self.scaler = getattr(other, "scaler", None) or scaler
+        self.steps = bool(getattr(other, "steps", False))
 
     @property
     def divisor(self) -> float:  # type: ignore[override]

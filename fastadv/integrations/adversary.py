@@ -1,4 +1,4 @@
-"""Read the `adversary=` of a Trainer, and refuse Trainers whose steps cannot have two backward passes."""
+"""Read the `adversary=` of a Trainer, and see to it that a step can have several backward passes, or refuse it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from accelerate.utils import DistributedType  # type: ignore[import-untyped, unu
 from torch import nn
 from transformers import Trainer
 
+from fastadv.engine.owner import Unowned
+from fastadv.integrations.accelerate import AccelerateOwner
+from fastadv.integrations.stepping_engine import SteppingEngine
 from fastadv.methods import AWP, FGM, FGSM, LLR, PGD, YOPO, FreeAT, FreeLB, Method, NEFTune
 
 LOSS_ALONE = (AWP, FGM, FGSM, FreeAT, FreeLB, NEFTune, PGD, YOPO)
@@ -43,17 +46,34 @@ def reads_logits(method: Method) -> bool:
     return reads_outputs(method) and type(method) is not LLR
 
 
+def own(method: Method, trainer: Trainer) -> None:
+    """Let the Trainer's framework run the backward, unless the method was made with somebody who does.
+
+    Raises:
+        ValueError: it was, and under DeepSpeed the optimizer would never step.
+    """
+    given, accelerator = not isinstance(method._engine.owner, Unowned), trainer.accelerator
+    engine = accelerator.distributed_type == DistributedType.DEEPSPEED
+    if engine and given:
+        raise ValueError("with DeepSpeed the Trainer leaves the optimizer's step to the backward: leave backward= out")
+    if not given:
+        # The Trainer divides by the micro-batches itself.
+        method._engine.owner = SteppingEngine(accelerator, divides=False) if engine else AccelerateOwner(accelerator)
+
+
+def followed_by_another(method: Method, following: bool) -> None:
+    """Tell an owner that steps the optimizer whether another step of the method is in this micro-batch."""
+    owner = method._engine.owner
+    if isinstance(owner, SteppingEngine):
+        owner.more = following
+
+
 def refuse(trainer: Trainer) -> None:
     """Refuse to train where a step cannot have two backward passes.
 
     Raises:
-        ValueError: under DeepSpeed, with a LOMO optimizer, or in `nn.DataParallel`.
+        ValueError: with a LOMO optimizer, or in `nn.DataParallel`.
     """
-    if trainer.accelerator.distributed_type == DistributedType.DEEPSPEED:
-        raise ValueError(
-            "the Trainer steps DeepSpeed's optimizer in every backward, and an adversarial step has several: train in "
-            "a loop of your own with fastadv.integrations.deepspeed.DeepSpeedOwner, or shard with FSDP2"
-        )
     if str(getattr(trainer.args.optim, "value", trainer.args.optim)) in ("lomo", "adalomo"):
         raise ValueError(
             "LOMO optimizers update weights during backward, so a step cannot have two: choose another --optim"

@@ -12,8 +12,13 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 STATE = "trainer_state.json"
-PARTS = {"optimizer": "optimizer*", "scheduler": "scheduler.pt", "random state": "rng_state*.pth"}
-WEIGHTS = ("*model*.safetensors", "*model*.bin", "*fsdp*")
+DEEPSPEED = "global_step*"  # the folder of DeepSpeed's own files, which `latest` names
+PARTS = {
+    "optimizer": ("optimizer*", f"{DEEPSPEED}/*optim_states.pt"),
+    "scheduler": ("scheduler.pt", f"{DEEPSPEED}/*model_states.pt"),  # DeepSpeed's own scheduler is in there
+    "random state": ("rng_state*.pth",),
+}
+WEIGHTS = ("*model*.safetensors", "*model*.bin", "*fsdp*", "*model_states.pt")
 PICKLES = (".pt", ".pth", ".bin")
 
 
@@ -60,15 +65,29 @@ def flaw(checkpoint: Path) -> str | None:
         state = None
     if not isinstance(state, dict):
         return f"its {STATE} is cut off or damaged"
-    for file in sorted(checkpoint.iterdir()):
+    for file in sorted([*checkpoint.iterdir(), *checkpoint.glob(f"{DEEPSPEED}/*")]):
         if file.is_file() and _is_damaged(file):
             return f"its {file.name} is cut off or damaged"
+    return _lacking(checkpoint)
+
+
+def _lacking(checkpoint: Path) -> str | None:
+    """Say what a checkpoint lacks of which it has a part."""
     if not any(any(checkpoint.rglob(name)) for name in WEIGHTS):
         return "it has no weights"
-    missing = [part for part, name in PARTS.items() if not any(checkpoint.glob(name))]
+    if any(checkpoint.glob(DEEPSPEED)) and not _named_latest(checkpoint):
+        return "its latest names no folder of DeepSpeed's"
+    missing = [part for part, names in PARTS.items() if not any(any(checkpoint.glob(name)) for name in names)]
     if 0 < len(missing) < len(PARTS):  # none of them: save_only_model
         return f"its {missing[0]} is missing"
     return None
+
+
+def _named_latest(checkpoint: Path) -> bool:
+    try:
+        return (checkpoint / (checkpoint / "latest").read_text(encoding="utf-8").strip()).is_dir()
+    except OSError:
+        return False
 
 
 def _is_damaged(file: Path) -> bool:

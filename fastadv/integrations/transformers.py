@@ -15,10 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from fastadv import packed
-from fastadv.engine.owner import Unowned
 from fastadv.integrations import method_state
-from fastadv.integrations.accelerate import AccelerateOwner
-from fastadv.integrations.adversary import Adversary, factory, reads_logits, refuse
+from fastadv.integrations.adversary import Adversary, factory, followed_by_another, own, reads_logits, refuse
 from fastadv.integrations.collapse import Collapse
 from fastadv.integrations.counters import Counters
 from fastadv.integrations.events import Events
@@ -85,8 +83,7 @@ class AdversarialMixin(WholeCheckpoints):
         if self.adversary is not None:  # an earlier train(), or a smaller batch size after running out of memory
             self.adversary.close()
         method = self._make_adversary(self.model_wrapped)
-        if isinstance(method._engine.owner, Unowned):
-            method._engine.owner = AccelerateOwner(self.accelerator)
+        own(method, self)
         if hasattr(method, "attach"):
             method.attach(self.optimizer)
         self.adversary = method
@@ -190,12 +187,14 @@ class AdversarialMixin(WholeCheckpoints):
         self.adversary.share = self._shares.of(inputs)
         step = self.state.global_step
         mask, groups = self.adversarial_mask(inputs), self.adversarial_groups(inputs)
+        followed_by_another(self.adversary, self._unlabelled is not None and self.adversary._enter(step))
         result = self.adversary.backward(closure, mask=mask, step=step, groups=groups)
         self._adversarial_steps += 1
         self._tally.add(result, self.adversary, step)
         self._collapse.add(result.output, inputs.get("labels"), result.loss)
         if self._unlabelled is not None and result.adv_loss is not None:
             self.adversary.share = 1 / self.current_gradient_accumulation_steps
+            followed_by_another(self.adversary, False)
             self._tally.add(self._unlabelled.train(self.adversary, model, step), self.adversary, step)
         every = self.args.torch_empty_cache_steps
         if every is not None and step % every == 0:
@@ -270,10 +269,10 @@ class AdversarialTrainer(AdversarialMixin, Trainer):
 
     Raises:
         TypeError: `adversary` is neither.
-        ValueError: from `train()`, before the first step: the backward cannot run twice in a step (DeepSpeed, LOMO);
-            the model runs in several threads (`nn.DataParallel`); a method with replays was given as a callable; an
-            epoch has fewer batches than `gradient_accumulation_steps`, so none can be replayed; or `unlabelled` was
-            given with a method that needs a loss.
+        ValueError: from `train()`, before the first step: the backward cannot run twice in a step (LOMO); the model
+            runs in several threads (`nn.DataParallel`); the method was made with `backward=` under DeepSpeed; a method
+            with replays was given as a callable; an epoch has fewer batches than `gradient_accumulation_steps`, so none
+            can be replayed; or `unlabelled` was given with a method that needs a loss.
 
     Examples:
         >>> import fastadv

@@ -210,8 +210,9 @@ class FreeAT(EmbeddingMethod):
     # Wrong use
 
     def _check_trained(self) -> None:
-        """A scaler skips optimizer steps, so with one there is no telling."""
-        if self._engine.owner.scaler is None and self._trained == self._changes.count():
+        """A scaler skips optimizer steps, and an owner may step in its backward: with one there is no telling."""
+        owner = self._engine.owner
+        if owner.scaler is None and not owner.steps and self._trained == self._changes.count():
             warnings.warn(NO_STEP, stacklevel=7)
 
     # For a checkpoint

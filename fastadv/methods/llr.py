@@ -35,7 +35,10 @@ SHARDED = (
 )
 
 COMPILED = "LLR differentiates the model twice, and torch.compile's backward cannot be: leave it out"
-FLAT = "LLR differentiates the model twice, and FSDP1 and ZeRO-3 lose gradients then: shard by FSDP2, or train with DDP"
+FLAT = (
+    "LLR differentiates the model twice, and FSDP1 and DeepSpeed's ZeRO-3 lose gradients then: train with DDP, or "
+    "shard the optimizer alone (ZeRO-1 or 2)"
+)
 
 
 class LLR(EmbeddingMethod):

@@ -23,6 +23,7 @@ from fastadv.methods.options import StepOptions, number
 from fastadv.methods.teacher import Teacher
 from fastadv.methods.teacher_term import TeacherTerm
 from fastadv.methods.weight_changes import WeightChanges
+from fastadv.methods.who_steps import updates, who_steps
 
 NEVER_UPDATED = (
     "the model's weights have changed, and its teacher has never been updated: it would hold the model to where it "
@@ -30,7 +31,7 @@ NEVER_UPDATED = (
 )
 SHARDED = (
     "BregmanProximal cannot call a model with a teacher's weights where FSDP or DeepSpeed's ZeRO-3 shards it: train "
-    "with DDP, or without"
+    "with DDP, with the optimizer alone sharded (ZeRO-1 or 2), or without"
 )
 
 
@@ -130,10 +131,16 @@ class BregmanProximal(Method):
         return self._teacher.weights
 
     def attach(self, optimizer: Optimizer) -> Self:
-        """Update the teacher after every step of `optimizer` (of accelerate's wrapper: of what is inside)."""
+        """Update the teacher after every step of `optimizer` (of accelerate's wrapper: of what is inside).
+
+        Where the owner of the backward steps the optimizer (accelerate under DeepSpeed), after every step of its.
+
+        Raises:
+            ValueError: the optimizer steps none of the model's weights.
+        """
         self._detach()
-        inner = getattr(optimizer, "optimizer", optimizer)
-        self._attached = inner.register_step_post_hook(_updates(weakref.ref(self)))
+        stepping = who_steps(self._teacher.students.values(), optimizer, self._engine.owner)
+        self._attached = stepping.register_step_post_hook(updates(weakref.ref(self)))
         weakref.finalize(self, self._attached.remove)
         return self
 
@@ -161,7 +168,8 @@ class BregmanProximal(Method):
         self._engine.look()
         self._look_at_the_weights()
         result = self.method.backward(closure, mask, attack, step, groups)
-        self._changed = self._changes.count()
+        if not self._engine.owner.steps:  # otherwise weights may have been trained in it
+            self._changed = self._changes.count()
         return result if not isinstance(self.method, Plain) else result._replace(adv_loss=self.distance)
 
     def _look_at_the_weights(self) -> None:
@@ -274,17 +282,6 @@ class _Asked:
         step.undo.append(functools.partial(setattr, method, "distance", method.distance))
         method.distance = term.detach() / (method.weight or 1)
         return term
-
-
-def _updates(method: weakref.ref[BregmanProximal]) -> Callable[..., None]:
-    """A hook of an optimizer, which keeps no method alive."""
-
-    def update(*_: Any) -> None:
-        mine = method()
-        if mine is not None:
-            mine.update()
-
-    return update
 
 
 def _held(model: nn.Module, method: Method | None, options: StepOptions) -> Method:

@@ -97,13 +97,13 @@ def half(rank: int, seed: int = 1) -> dict[str, Tensor]:
     return {name: value[2 * rank : 2 * rank + 2] for name, value in batch(seed=seed).items()}
 
 
-def step(adv: fastadv.Method, model: nn.Module, data: dict[str, Tensor]) -> None:
+def step(adv: fastadv.Method, model: nn.Module, data: dict[str, Tensor], number: int | None = None) -> None:
     def closure() -> dict[str, Tensor]:
         output = model(**data)
         losses = F.cross_entropy(output.logits, data["labels"], reduction="none")
         return {"loss": output.loss, "logits": output.logits, "losses": losses}
 
-    adv.backward(closure, mask=data["attention_mask"])
+    adv.backward(closure, mask=data["attention_mask"], step=number)
 
 
 def gradient(rank: int, form: str, name: str, on: str) -> dict[str, Tensor]:

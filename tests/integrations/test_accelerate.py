@@ -56,9 +56,11 @@ def test_accumulate_under_fsdp2(tmp_path: Path) -> None:
     assert_as_alone(together(sharded, names, tmp_path))
 
 
-@pytest.mark.parametrize("kind", ["DEEPSPEED", "MEGATRON_LM"])
-def test_what_has_several_backwards_elsewhere(kind: str) -> None:
+@pytest.mark.parametrize(("kind", "message"), [("DEEPSPEED", "make the owner after"), ("MEGATRON_LM", "not supported")])
+def test_what_accelerate_cannot_hand_over(kind: str, message: str) -> None:
+    """DeepSpeed's engine is there when a model has been prepared."""
     from accelerate.utils import DistributedType
 
-    with pytest.raises(ValueError, match="backward"):
-        AccelerateOwner(SimpleNamespace(distributed_type=DistributedType[kind], scaler=None))
+    accelerator = SimpleNamespace(distributed_type=DistributedType[kind], scaler=None, deepspeed_engine_wrapped=None)
+    with pytest.raises(ValueError, match=message):
+        AccelerateOwner(accelerator)

@@ -1,54 +1,32 @@
-"""DeepSpeed's ZeRO on the CPU, in two processes against one. DeepSpeed trains in float32."""
+"""DeepSpeed's ZeRO, with its own loop and with accelerate's: two processes equal one, for every method or none."""
 
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from fastadv.integrations.deepspeed import DeepSpeedOwner
-from tests.distributed.workers import build, half, step
-from tests.integrations.stacks import MICRO, RATE, assert_as_alone, make, micro_batches, together
+from tests.distributed.workers import build
+from tests.integrations.deepspeed_runs import LOOPS, alone, assert_near, trained
+from tests.integrations.stacks import together
 
 pytest.importorskip("deepspeed")
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
-NAMES = ["fgm-sample", "pgd-sample", "freelb-sample", "yopo-sample", "neftune", "smart", "vat"]
-
-
-def trained(rank: int, name: str, stage: int) -> dict[str, Tensor]:
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    if not deepspeed.comm.is_initialized():
-        deepspeed.init_distributed("gloo", verbose=False)
-    config = {
-        "train_micro_batch_size_per_gpu": 2,
-        "gradient_accumulation_steps": MICRO,
-        "zero_optimization": {"stage": stage},
-        "gradient_clipping": 0.0,  # its default is 1
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    model = build().float()
-    sgd = torch.optim.SGD(model.parameters(), lr=RATE)
-    engine: Any = deepspeed.initialize(model=model, optimizer=sgd, config=config)[0]
-    adv = make(name, engine, backward=DeepSpeedOwner(engine))
-    for seed, _, _ in micro_batches():
-        step(adv, engine, half(rank, seed))
-        engine.step()
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
-        found = {key: p.detach().double() for key, p in model.named_parameters()}
-    engine.destroy()
-    return found
+PERTURBING = ["fgsm", "fgm-sample", "pgd-sample", "pgd-last", "freelb-sample", "freeat", "yopo-sample", "neftune"]
+NAMES = [*PERTURBING, "smart", "vat", "llr", "held-smart", "awp"]
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero(stage: int, tmp_path: Path) -> None:
-    found = together(functools.partial(trained, stage=stage), NAMES, tmp_path)
-    assert_as_alone({"vat": found.pop("vat")}, 1e-3, floor=1e-2)  # its xi is float32's
-    assert_as_alone(found, 5e-5, floor=1e-2)
+@pytest.mark.parametrize("loop", LOOPS)
+def test_zero(loop: str, stage: int, tmp_path: Path) -> None:
+    cases = [f"{precision} {name}" for precision in ("float64", "float32") for name in NAMES]
+    found = together(functools.partial(trained, stage=stage, loop=loop), cases, tmp_path)
+    for case, got in found.items():
+        precision, name = case.split()
+        dtype = getattr(torch, precision)
+        start = {key: p.detach().to(dtype).double() for key, p in build().named_parameters()}
+        if got:
+            assert_near(got, alone(name, dtype), start, dtype)
+    assert sum(not got for got in found.values()) == 2 * (1 if stage < 3 else 3)

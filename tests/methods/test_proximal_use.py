@@ -29,10 +29,17 @@ class TestWrongUse:
     def test_attached_to_another_optimizer(self) -> None:
         model, _, closure = ready()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-        adv = BregmanProximal(model).attach(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1))
+        adv = BregmanProximal(model).attach(torch.optim.SGD(model.parameters(), lr=0.1))
         adv.backward(closure)
         optimizer.step()
         refused(model, lambda: adv.backward(closure), RuntimeError, "never been updated")
+
+    def test_attached_to_an_optimizer_of_copies(self) -> None:
+        """As DeepSpeed makes them: they are stepped before the weights are."""
+        model, _, _ = ready()
+        copies = torch.optim.SGD([nn.Parameter(p.detach().clone()) for p in model.parameters()], lr=0.1)
+        adv = BregmanProximal(model)
+        refused(model, lambda: adv.attach(copies), ValueError, "steps none of the model's weights")
 
     def test_weights_that_are_loaded_before_the_first_step(self) -> None:
         """The teacher begins where training does."""
