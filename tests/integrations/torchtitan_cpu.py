@@ -102,6 +102,7 @@ def config(kind: Any, folder: Path) -> Any:
     from torchtitan.components.optimizer import LRSchedulersContainer, default_adamw
     from torchtitan.components.tokenizer import BaseTokenizer
     from torchtitan.config import ParallelismConfig, TrainingConfig
+    from torchtitan.distributed.activation_checkpoint import SelectiveAC
 
     class Words(BaseTokenizer):
         def __init__(self, config: Any, **unused: Any) -> None:
@@ -150,7 +151,7 @@ def config(kind: Any, folder: Path) -> Any:
             mixed_precision_param="float32",
         ),
         parallelism=ParallelismConfig(spmd_backend="partial_dtensor"),
-        activation_checkpoint=None,
+        activation_checkpoint=SelectiveAC.Config(),
     )
 
 
@@ -167,10 +168,16 @@ def recipe(case: str) -> Any:
     return module
 
 
+def named(built: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters by the names that they have without checkpointing."""
+    for name, parameter in built.named_parameters():
+        yield name.replace("_checkpoint_wrapped_module.", ""), parameter
+
+
 def started(built: nn.Module) -> dict[str, Tensor]:
     """Weights that every process draws alike."""
     generator = torch.Generator().manual_seed(1)
-    shapes = {name: parameter.shape for name, parameter in built.named_parameters()}
+    shapes = {name: parameter.shape for name, parameter in named(built)}
     return {name: 0.1 * torch.randn(shape, generator=generator) + (len(shape) == 1) for name, shape in shapes.items()}
 
 
@@ -184,7 +191,7 @@ def by_trainer(kind: Any, folder: Path) -> dict[str, Tensor]:
     trainer.train()
     assert trainer.step == STEPS
     trainer.close()
-    return {name: parameter.detach().full_tensor() for name, parameter in built.named_parameters()}
+    return {name: parameter.detach().full_tensor() for name, parameter in named(built)}
 
 
 def by_loop(kind: Any, folder: Path) -> dict[str, Tensor]:
