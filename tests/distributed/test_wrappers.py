@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import fastadv
 from tests.distributed import sharding, workers, wrapping
 from tests.distributed.test_distributed import TOLERANCE, halves, outcome
-from tests.support import assert_gradients, batch, gradients
+from tests.support import assert_gradients, batch, gradients, seeded
 
 pytestmark = workers.MARKS
 SLOW = pytest.mark.slow
@@ -211,3 +212,25 @@ def test_probes_of_a_compiled_ddp_compute_no_weights_gradient(found: Any, form: 
     assert plain == int(bare["plain"]) > 0
     assert 2 * plain < step == int(bare["step"]) < 4 * plain
     assert_gradients(answer, halves("pgd-sample"), TOLERANCE)
+
+
+def test_relative_radii_of_a_scaled_table_that_is_a_unit() -> None:
+    """Its forward tells its rows; FSDP2 would take a unit that is called alone for the root."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    class Scaled(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return 3.0 * super().forward(input)
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Sequential(seeded(lambda: Scaled(10, 4)), seeded(lambda: nn.Linear(4, 1)))
+        want = 3 * float(model[0].weight.norm(dim=1).mean())
+        for unit in (model[0], model):
+            fully_shard(unit)
+        adv = fastadv.FGM(model, epsilon=1.0, relative=True, scope="sample")
+        assert adv.rule.epsilon == pytest.approx(want, rel=1e-12)
+        assert adv.backward(lambda: model(torch.arange(6).view(2, 3)).square().mean()).adv_loss is not None
+    finally:
+        dist.destroy_process_group()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import subprocess
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastadv
+from tests.distributed.workers import waves
 from tests.integrations import by_hand
 from tests.support import assert_close, seeded
 
 PAGE = (Path(__file__).parents[2] / "docs/recipes.md").read_text()
+SCRIPTS = ["train.py", "run_glue_no_trainer.py", "run_clm_no_trainer.py"]
+HUNK = re.compile(r"^@@ -(\d+),\d+ \+\d+,\d+ @@.*\n((?:[ +-].*\n|\n)+)", re.MULTILINE)
 RADII: dict[str, Any] = {"epsilon": 0.1, "step_size": 0.05, "scope": "sample", "relative": True}
 PARTS, STEPS = 2, 2  # micro-batches of an optimizer step, and optimizer steps
 SYNCING_LOOP = """
@@ -57,13 +61,49 @@ for batch in batches:
 """
 
 
-def run(script: str, loop: str, names: dict[str, Any]) -> None:
-    """The loop with the lines that the page adds to that script."""
-    blocks = re.findall(rf'^```diff title="{script},.*?"\n(.*?)^```', PAGE, re.DOTALL | re.MULTILINE)
-    made, step = ("".join(line[1:] for line in block.splitlines(keepends=True)) for block in blocks)
+def diff(script: str) -> str:
+    """The page's diff for that script, as it is shown there."""
+    found = re.search(rf'^```diff title="{script}"\n(.*?)^```', PAGE, re.DOTALL | re.MULTILINE)
+    assert found, script
+    return found[1]
+
+
+def added(script: str) -> tuple[str, str]:
+    """The lines that a diff adds: those that make the method, and those of a step, each from the margin."""
+    hunks = [[line[1:] for line in HUNK.findall(diff(script))[n][1].splitlines() if line[:1] == "+"] for n in range(3)]
+    imports, made, step = (textwrap.dedent("\n".join(lines)) + "\n" for lines in hunks)
+    return imports + made, step
+
+
+def run(script: str, loop: str, names: dict[str, Any], changes: dict[str, str] | None = None) -> None:
+    """The loop with the lines that the page adds to that script; `changes` are made in them."""
+    made, step = added(script)
     source = re.sub(r"^( *)\{step\}", lambda found: textwrap.indent(step, found[1]), loop, flags=re.MULTILINE)
     source = source.replace("{made}", made)
+    for old, new in (changes or {}).items():
+        assert old in source, old
+        source = source.replace(old, new)
     exec(compile(source, script, "exec"), {"torch": torch, **names})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_git_applies_it(script: str, tmp_path: Path) -> None:
+    """To a file that has the lines of its context in their places: nothing in the diff is out of form."""
+    patch = diff(script)
+    place = re.search(r"^--- a/(\S+)$", patch, re.MULTILINE)
+    assert place and place[1].endswith(script)
+    before: list[str] = []
+    for start, body in HUNK.findall(patch):
+        before += ["filler"] * (int(start) - 1 - len(before))
+        before += [line[1:] for line in body.splitlines() if line[:1] != "+"]
+    file = tmp_path / place[1]
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n".join([*before, "filler\n"]))
+    subprocess.run(["git", "apply", "-"], input=patch, text=True, cwd=tmp_path, check=True)
+    after = file.read_text()
+    lines = [line for part in added(script) for line in part.splitlines()]
+    assert lines and all(line in after for line in lines)
+    assert ".backward(loss)\n" not in after
 
 
 class GPT(nn.Module):
@@ -118,11 +158,21 @@ def test_nanogpt() -> None:
         assert_close(got, target, 1e-12, name)
 
 
+SMART = {  # in the lines of the diff
+    "fastadv.PGD(": "fastadv.SMART(",
+    'scope="sample"': 'scope="sample", random_start=waves',
+    ".loss, mask": ", mask",
+}
+
+
+@pytest.mark.parametrize(("method", "changes"), [(fastadv.PGD, {}), (fastadv.SMART, SMART)], ids=["pgd", "smart"])
 @pytest.mark.parametrize(
     ("script", "loop", "parts"),
     [("run_glue_no_trainer.py", DIVIDING_LOOP, 1), ("run_clm_no_trainer.py", ACCUMULATING_LOOP, PARTS)],
+    ids=["glue", "clm"],
 )
-def test_accelerate(script: str, loop: str, parts: int) -> None:
+def test_accelerate(script: str, loop: str, parts: int, method: Any, changes: dict[str, str]) -> None:
+    """Accumulation, terms and all: the weights of a plain loop over whole batches."""
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=parts)
     model, want = by_hand.llama().double(), by_hand.llama().double()
@@ -130,9 +180,9 @@ def test_accelerate(script: str, loop: str, parts: int) -> None:
     ids = torch.randint(1, 40, (STEPS, PARTS, 2, 9))
     prepared, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
     rows = [{"input_ids": part, "labels": part, "attention_mask": torch.ones_like(part)} for part in ids.flatten(0, 1)]
-    names = {"model": prepared, "optimizer": optimizer, "accelerator": accelerator, "batches": rows}
-    run(script, loop, {**names, "args": SimpleNamespace(gradient_accumulation_steps=PARTS)})
-    adv = fastadv.PGD(want, **RADII)
+    names = {"model": prepared, "optimizer": optimizer, "accelerator": accelerator, "batches": rows, "waves": waves}
+    run(script, loop, {**names, "args": SimpleNamespace(gradient_accumulation_steps=PARTS)}, changes)
+    adv = method(want, **RADII, random_start=waves if changes else False)
     plain = torch.optim.SGD(want.parameters(), lr=0.1)
     for step in ids:
         whole = step.flatten(0, 1)

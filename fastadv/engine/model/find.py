@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -220,9 +221,22 @@ def _row_norms(module: nn.Module) -> torch.Tensor:
         )
     wide = torch.float32 if weight.device.type == "mps" else torch.float64  # which Apple's GPUs do not have
     if type(module).forward is nn.Embedding.forward:
-        whole: torch.Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-        norms: torch.Tensor = torch.linalg.vector_norm(whole, dim=1, dtype=wide)
+        norms: torch.Tensor = torch.linalg.vector_norm(_whole(weight), dim=1, dtype=wide)
         return norms
     ids = torch.arange(module.num_embeddings, device=weight.device)  # a scaled table's rows are its output
-    parts = [torch.linalg.vector_norm(module(part), dim=1, dtype=wide) for part in torch.split(ids, 4096)]
+    look = _past_hooks(module) if hasattr(weight, "full_tensor") else module
+    parts = [torch.linalg.vector_norm(look(part), dim=1, dtype=wide) for part in torch.split(ids, 4096)]
     return torch.cat(parts)
+
+
+def _whole(tensor: Any) -> Any:
+    """All of a placed tensor; what else there is as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _past_hooks(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The forward of a sharded module over its whole parameters: FSDP2 takes one that is called alone for the root."""
+    alone = object.__new__(type(module))
+    whole = {name: _whole(parameter) for name, parameter in module._parameters.items()}
+    alone.__dict__ = {**module.__dict__, "_parameters": whole}
+    return functools.partial(type(module).forward, alone)
