@@ -25,6 +25,9 @@ EXAMPLES += [
     "fastadv.methods.repeat",
     "fastadv.ops.grads",
     "fastadv.ops.rows",
+    "fastadv.pretrain.keyed",
+    "fastadv.pretrain.rows",
+    "fastadv.pretrain.source",
 ]
 
 

@@ -19,7 +19,7 @@ from fastadv.jobs.errors import UserError, writing
 from fastadv.jobs.json_file import read_json, write_json
 from fastadv.pretrain.keyed import Purpose, numbers
 from fastadv.pretrain.source import Text
-from fastadv.pretrain.tokenizer import encode, end_token
+from fastadv.pretrain.tokenizer import encode, end_token, vocabulary_size
 
 TOKENS, DOCUMENTS, ABOUT = "tokens.bin", "documents.bin", "corpus.json"
 SPLIT_SEED = 0  # of every run: runs of other seeds are measured on the same documents
@@ -97,7 +97,7 @@ def _fingerprint(tokenizer: Any) -> str:
 def _write(text: Text, tokenizer: Any, folder: Path, progress: bool) -> dict[str, Any]:
     """Write both files. They count once ABOUT is there, which is written last."""
     folder.mkdir(parents=True, exist_ok=True)
-    kind = np.dtype("<u2" if len(tokenizer) <= 2**16 else "<u4")
+    kind = np.dtype("<u2" if vocabulary_size(tokenizer) <= 2**16 else "<u4")
     total = count = 0
     with (folder / TOKENS).open("wb") as tokens, (folder / DOCUMENTS).open("wb") as bounds:
         bounds.write(np.zeros(1, "<i8").tobytes())

@@ -31,4 +31,5 @@ def numbers(seed: int, purpose: Purpose, which: int, count: int) -> NDArray[np.u
 
 def fractions(drawn: NDArray[np.uint64]) -> NDArray[np.float64]:
     """Turn numbers of 64 bits into such from 0 to 1, 1 not included, in steps of 2**-53."""
-    return np.ldexp((drawn >> np.uint64(11)).astype(np.float64), -53)
+    found: NDArray[np.float64] = (drawn >> np.uint64(11)) * 2.0**-53
+    return found

@@ -38,10 +38,6 @@ class Batch(NamedTuple):
     groups: Tensor
     rows: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        """Copy to a device; from pinned memory without waiting for it."""
-        return Batch(*(one.to(device, non_blocking=True) for one in self))
-
     def pinned(self) -> Batch:
         """Copy to memory that a GPU reads by itself."""
         return Batch(*(one.pin_memory() for one in self))

@@ -8,6 +8,7 @@ import numpy as np
 
 from fastadv.pretrain.keyed import Purpose, fractions, numbers
 from fastadv.pretrain.rows import Ints
+from fastadv.pretrain.tokenizer import vocabulary_size
 
 IGNORED = -100  # the label of what is not to be told
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # Devlin et al. 2019
@@ -27,9 +28,10 @@ class Masking:
 
     def __init__(self, tokenizer: Any, seed: int) -> None:
         self.mask, self.seed = int(tokenizer.mask_token_id), seed
-        self._special = np.zeros(len(tokenizer), dtype=bool)
-        self._special[[one for one in tokenizer.all_special_ids if one < len(tokenizer)]] = True
-        self._ordinary = np.flatnonzero(~self._special)
+        self._special = np.zeros(vocabulary_size(tokenizer), dtype=bool)
+        self._special[tokenizer.all_special_ids] = True
+        tokens = np.array(sorted(tokenizer.get_vocab().values()))
+        self._ordinary = tokens[~self._special[tokens]]
 
     def __call__(self, ids: Ints, row: int) -> tuple[Ints, Ints]:
         """Return a row's tokens as the model sees them, and its labels, both [T] int64; -100 is not to be told."""

@@ -74,10 +74,6 @@ class Rows:
         self.tokens = int(self._sizes.sum())
         self._epochs: dict[int, _Epoch] = {}
 
-    def epoch(self, number: int) -> float:
-        """Return how many epochs lie before a row."""
-        return number * self.length / self.tokens
-
     def row(self, number: int) -> Row:
         """Make row `number`."""
         place, missing, pieces = number * self.length, self.length, []

@@ -94,15 +94,16 @@ class _Place(NamedTuple):
 class _Reader:
     """Read one part over and over, and put its documents into the queues of the streams that are wanted."""
 
-    def __init__(self, open_part: Callable[[], Part], encode: Encode, width: int, place: _Place) -> None:
-        self.open_part, self.encode, self.width = open_part, encode, width
+    def __init__(
+        self, open_part: Callable[[], Part], encode: Encode, width: int, queues: dict[int, _Queue], place: _Place
+    ) -> None:
+        self.open_part, self.encode, self.width, self.queues = open_part, encode, width, queues
         self.number = place.number
         self.places = deque([place])
         self.part = open_part()
         if place.state is not None:
             self.part.load_state_dict(place.state)
         self.documents = iter(self.part)
-        self.queues: dict[int, _Queue] = {}
 
     def fill(self, queue: _Queue) -> None:
         """Read on until a queue has a document.
@@ -114,7 +115,7 @@ class _Reader:
         while not queue.waiting:
             document = next(self.documents, None)
             if document is None:
-                passes += 1
+                passes += self.number >= queue.number  # before that, a resumed reading is on its way there
                 if passes > self.width + 1:
                     raise UserError("the text has a stream without a token: give more text, or fewer --batch-tokens")
                 self.part = self.open_part()
@@ -180,13 +181,14 @@ class StreamRows:
         self.text, self.streams, self.mine = text, streams, mine
         self.parts, self.encode, self.length = text.parts(streams), encode, length
         self._readers: dict[int, _Reader] = {}
+        self._places: dict[int, _Place] = {}
         self._queues: dict[int, _Queue] = {}
         self.load_state_dict({})
 
     def row(self, number: int) -> Row:
         """Make row `number`, the next one of its stream."""
         stream, missing = number % self.streams, self.length
-        reader, queue = self._readers[stream % self.parts], self._queues[stream]
+        reader, queue = self._reader(stream % self.parts), self._queues[stream]
         pieces: list[Ints] = []
         while missing:
             reader.fill(queue)
@@ -199,7 +201,10 @@ class StreamRows:
         return {
             "of": [self.streams, self.parts],
             "streams": [[stream, queue.number, queue.offset] for stream, queue in self._queues.items()],
-            "parts": [[part, *reader.place()] for part, reader in self._readers.items()],
+            "parts": [
+                [part, *(self._readers[part].place() if part in self._readers else place)]
+                for part, place in self._places.items()
+            ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -214,17 +219,18 @@ class StreamRows:
                 "go on with the --batch-tokens, --length and --data of before"
             )
         streams = {stream: places for stream, *places in state.get("streams", [])}
-        parts = {part: place for part, *place in state.get("parts", [])}
-        self._readers, self._queues = {}, {}
-        for stream in self.mine:
-            part = stream % self.parts
-            if part not in self._readers:
-                self._readers[part] = self._reader(part, _Place(*parts.get(part, (0, None))))
-            self._queues[stream] = _Queue(*streams.get(stream, (0, 0)))
-            self._readers[part].queues[stream // self.parts] = self._queues[stream]
+        parts = {part: _Place(*place) for part, *place in state.get("parts", [])}
+        self._queues = {stream: _Queue(*streams.get(stream, (0, 0))) for stream in self.mine}
+        self._places = {part: parts.get(part, _Place(0, None)) for part in {one % self.parts for one in self.mine}}
+        self._readers = {}
 
-    def _reader(self, part: int, place: _Place) -> _Reader:
-        return _Reader(lambda: self.text.part(part, self.parts), self.encode, self.streams // self.parts, place)
+    def _reader(self, part: int) -> _Reader:
+        """Open a part when its first row is asked for."""
+        if part not in self._readers:
+            queues = {one // self.parts: queue for one, queue in self._queues.items() if one % self.parts == part}
+            width, place = self.streams // self.parts, self._places[part]
+            self._readers[part] = _Reader(lambda: self.text.part(part, self.parts), self.encode, width, queues, place)
+        return self._readers[part]
 
 
 def merged(states: Sequence[dict[str, Any]]) -> dict[str, Any]:

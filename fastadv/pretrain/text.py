@@ -1,14 +1,12 @@
-"""Find the text that a pretraining reads, and go through its documents."""
+"""Find the text that a pretraining reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 from fastadv.jobs.errors import UserError
 from fastadv.pretrain.default_text import DEFAULT, default_text
 from fastadv.pretrain.hub import HubStream, hub_text, is_saved
-from fastadv.pretrain.settings import Settings
 from fastadv.pretrain.source import Text
 from fastadv.pretrain.stream import OnePart, Stream
 from fastadv.pretrain.text_files import file_text, is_files
@@ -44,12 +42,3 @@ def is_default(data: str) -> bool:
 def is_data_set(data: str) -> bool:
     """Tell whether the package `datasets` is to read it: of the hub, or of a folder that its `save_to_disk` wrote."""
     return not is_default(data) and (is_saved(data) or not is_files(data))
-
-
-def documents(settings: Settings) -> Iterator[str]:
-    """Go through the documents that hold text, in their order.
-
-    Raises:
-        UserError: as `find`; and while they are read, as `file_text`.
-    """
-    return find(settings.data, settings.text_column).documents()

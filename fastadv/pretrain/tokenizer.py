@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastadv.integrations import files
-from fastadv.jobs.errors import UserError, loading
+from fastadv.jobs.errors import UserError, loading, writing
 from fastadv.pretrain.settings import Settings
 
 EOS, PAD, MASK = "<|eos|>", "<|pad|>", "<|mask|>"
@@ -32,13 +32,19 @@ def load_or_train(settings: Settings, documents: Callable[[], Iterable[str]], fo
     if not folder.exists():
         made = _train(documents(), settings.vocab_size) if settings.tokenizer is None else _load(settings.tokenizer)
         _check(made, settings.tokenizer or "the trained one", settings.objective)
-        _save(made, folder)
+        with writing(folder.parent, "run the command again"):
+            _save(made, folder)
     return _load(str(folder))
 
 
 def end_token(tokenizer: Any) -> int:
     """Return the token that ends a document: `eos`, or `sep` where a tokenizer has no `eos`, as BERT's."""
     return int(tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id)
+
+
+def vocabulary_size(tokenizer: Any) -> int:
+    """Return the rows that a table of embeddings needs: some tokenizers leave out numbers, and have fewer tokens."""
+    return int(max(tokenizer.get_vocab().values())) + 1
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
