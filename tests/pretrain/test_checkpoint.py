@@ -66,9 +66,8 @@ def test_what_is_saved_is_what_was_there_when_it_was(tmp_path: Path, monkeypatch
     """The training goes on while a checkpoint is written."""
     from torch.distributed.checkpoint import filesystem
 
-    whole = toy.weights(
-        toy.train(tmp_path, wanted, toy.alone(), phase="whole")
-    )
+    wanted = toy.settings(tmp_path, max_steps=4, warmup_steps=0)
+    whole = toy.weights(toy.train(tmp_path, wanted, toy.alone(), phase="whole"))
     training: list[checkpoint.Training] = []
     begin, write = checkpoint._write, filesystem._write_item
 
