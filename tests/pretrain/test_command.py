@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeniz
 
 from fastadv.jobs.log import read_log
 from fastadv.pretrain import verdict
-from tests.pretrain.job import arguments, pretrain
+from fastadv.pretrain.command import RUNS
+from tests.pretrain.job import arguments, pretrain, text
 from tests.train.command import main_ok, refused
 from tests.train.test_cli import Page
 
@@ -74,9 +75,9 @@ def test_a_masked_model() -> None:
 
 def test_help_lists_options_and_parameters(capsys: pytest.CaptureFixture[str]) -> None:
     main_ok("pretrain", "--help")
-    text = capsys.readouterr().out
+    shown = capsys.readouterr().out
     for wanted in ("Training:", "--warmup-steps", "--random-start 0.5", "freelb: ", "--resume", "torchrun"):
-        assert wanted in text
+        assert wanted in shown
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,8 @@ def test_help_lists_options_and_parameters(capsys: pytest.CaptureFixture[str]) -
         (["--streaming", "--data", "some/set"], "--streaming holds no documents out"),
         (["--method", "plain", "--no-plain"], "leave nothing to train"),
         (["--warmup-steps", "2.5"], "--warmup-steps must be a whole number, or a share"),
+        (["--model", "./nowhere"], "./nowhere is no config"),
+        (["--epsilon", "-1"], "freelb: epsilon must be finite and at least 0, not -1"),
         (["--resume"], "no unfinished run in runs/pretrain/"),
         (["--resume", "--seed", "1"], "--resume continues with the settings of the run: leave out --seed"),
         (["--resume", "--output-dir", "full"], "full holds no run"),
@@ -105,7 +108,9 @@ def test_help_lists_options_and_parameters(capsys: pytest.CaptureFixture[str]) -
 def test_what_is_refused(capsys: pytest.CaptureFixture[str], given: list[str], message: str) -> None:
     Path("full").mkdir()
     Path("full/file").touch()
-    assert message in refused(capsys, "pretrain", *given)
+    text(Path("text.txt"), count=2)
+    data = [] if "--data" in given or "--resume" in given else ["--data", "text.txt"]
+    assert message in refused(capsys, "pretrain", *data, *given)
 
 
 def test_a_typo_is_answered_before_torch_is_loaded() -> None:
@@ -119,8 +124,9 @@ def test_a_typo_is_answered_before_torch_is_loaded() -> None:
 
 def test_no_run_is_taken_for_one_of_the_other_job(capsys: pytest.CaptureFixture[str]) -> None:
     """`fastadv train --resume` looks for its own runs."""
-    Path("runs/pretrain/20260101-000000").mkdir(parents=True)
-    Path("runs/pretrain/20260101-000000/settings.json").write_text(json.dumps({"command": "fastadv pretrain"}))
+    run = RUNS / "20260101-000000"
+    run.mkdir(parents=True)
+    (run / "settings.json").write_text(json.dumps({"command": "fastadv pretrain"}))
     assert "no unfinished run in runs/" in refused(capsys, "train", "--resume")
 
 
