@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypedDict
 
 from fastadv.jobs import run_folder, typed
+from fastadv.jobs.conditions import obstacles
 from fastadv.jobs.errors import Interrupted, UserError, writing
 from fastadv.jobs.folders import ADVERSARIAL, PLAIN, RESULT, SETTINGS
 from fastadv.jobs.json_file import read_json, write_json
@@ -139,9 +140,18 @@ def _planned(settings: Settings, records: dict[str, dict[str, Any]]) -> Iterator
     if adversarial:
         yield ADVERSARIAL, settings
     if plain and adversarial and settings.same_time:
-        ratio = records[ADVERSARIAL]["cost"]["seconds"] / records[PLAIN]["cost"]["seconds"]
-        steps = max(1, round(ratio * settings.max_steps))
+        steps = max(1, round(_times(*(records[name]["cost"] for name in (PLAIN, ADVERSARIAL))) * settings.max_steps))
         yield LONGER, replace(settings, method=PLAIN_ONLY, extra=_sent(settings), max_steps=steps)
+
+
+def _times(plain: Mapping[str, Any], adversarial: Mapping[str, Any]) -> float:
+    """Compute how many times as long the adversarial training took.
+
+    Where the times of the two cannot be compared, that follows from its own passes: those beyond one a batch.
+    """
+    if obstacles(plain, adversarial):
+        return float(1 / (1 - adversarial["attack_share"]))
+    return float(adversarial["seconds"] / plain["seconds"])
 
 
 def _sent(settings: Settings) -> tuple[str, ...]:
