@@ -153,6 +153,15 @@ class EmbeddingMethod(Method):
             self._unit = float(state["unit"])
             self._start = self._resolve(self._random_start)
 
+    def renew_unit(self) -> None:
+        """Take the unit of relative radii anew, from the embedding's rows as they are now: they grow in pretraining.
+
+        Waits for the device, and for the other processes where the table is sharded. Other radii stay as they are.
+        """
+        if self._relative:
+            self._unit = mean_row_norm(self.model, self._places["embedding"])
+            self._start = self._resolve(self._random_start)
+
     @property
     def rule(self) -> Rule:
         """How one step ascends, in the embedding's own units."""

@@ -38,14 +38,21 @@ def wrap(model: nn.Module, settings: Settings, processes: Processes) -> nn.Modul
     if settings.activation_checkpointing:
         if not getattr(model, "supports_gradient_checkpointing", False):
             raise UserError(f"{type(model).__name__} has no activation checkpointing: leave it out")
-        whole: Any = model
-        whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint(model)
     if settings.compile:
         for block in blocks(model):
             block.compile()
     if processes.world > 1:
         _shard(model, settings, processes)
     return model
+
+
+def _checkpoint(model: Any) -> None:
+    """By transformers' own, which knows what a block may keep: by its name, or the one that it had before."""
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _shard(model: nn.Module, settings: Settings, processes: Processes) -> None:

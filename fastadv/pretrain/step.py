@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastadv.engine.perturb.start import drawing_from
-from fastadv.methods import Method
+from fastadv.methods import EmbeddingMethod, Method
 from fastadv.pretrain.clock import Clock
 from fastadv.pretrain.draws import ByRow
 from fastadv.pretrain.inputs import Inputs, predicted
@@ -18,6 +18,8 @@ from fastadv.pretrain.optimizer import clip, update
 from fastadv.pretrain.processes import Processes
 from fastadv.pretrain.schedule import rate
 from fastadv.pretrain.settings import Settings
+
+RENEWED = 100  # steps between two looks at how long the embedding's rows are, by which radii are measured
 
 
 @dataclass
@@ -74,6 +76,8 @@ def train_step(training: Training, step: int, micro_batches: Sequence[Any], *, s
     counted = _count(micro_batches, causal=training.inputs.causal)
     tokens, positions, stops = processes.sums(*counted, int(stop))
     weights = Weights(processes.world / max(1, tokens), processes.world / max(1, positions))
+    if isinstance(training.method, EmbeddingMethod) and step % RENEWED == 0:
+        training.method.renew_unit()
     sums = torch.zeros(2, dtype=torch.float64, device=processes.device)
     for index, batch in enumerate(micro_batches):
         _hold_back(training, index + 1 < len(micro_batches))

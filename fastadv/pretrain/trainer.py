@@ -34,7 +34,7 @@ class Trained(NamedTuple):
     """A trained model, and what it cost.
 
     Attributes:
-        model: sharded where there are several processes: see `checkpoint.whole_weights`.
+        model: sharded where there are several processes.
         steps: that were trained, those of earlier processes included, as in all of these.
         seconds: of steps, their saves and logs; not of the model's making.
         tokens: that were predicted.

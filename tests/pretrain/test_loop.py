@@ -158,3 +158,18 @@ def test_weight_decay_is_on_matrices(tmp_path: Path) -> None:
     assert all("proj" in name for name in decays)
     assert all("norm" in name or "embed" in name for name in spared)
     assert len(decays) + len(spared) == len(names)
+
+
+def test_relative_radii_follow_the_embedding(tmp_path: Path) -> None:
+    training, batches = begun(tmp_path, "fgm", "--epsilon", "0.5")
+    table: Any = training.model.get_input_embeddings()  # type: ignore[operator]
+    assert training.method is not None
+    norms = []
+    for number in (0, 99, 100):
+        step.train_step(training, number, next(batches))
+        norms.append(float(training.method.perturbation_norm))
+        if not number:
+            unit = float(table.weight.detach().norm(dim=1).mean())
+        with torch.no_grad():
+            table.weight.mul_(3)
+    assert norms == pytest.approx([0.5 * unit, 0.5 * unit, 0.5 * 9 * unit], rel=0.03)  # and a step of 1e-3 each
