@@ -33,9 +33,11 @@ def trained(settings: Settings, folder: Path, phase: str, data: Data, processes:
         UserError: see `trainer.pretrain`.
     """
     record: dict[str, Any] | None = first_alone(processes, lambda: read_json(folder / phase / DONE))
-    if record is not None:
-        return record
     checkpoints = folder / trainer.CHECKPOINTS / phase
+    if record is not None:
+        if processes.first:
+            shutil.rmtree(checkpoints, ignore_errors=True)  # of a run that was killed when its model was saved
+        return record
     if processes.first:
         say(f"{phase}: {_described(settings)}")
     with Stop() as stop, Watch(resumed=any(checkpoint.whole_ones(checkpoints))) as watch:
