@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, TypedDict
 
 from fastadv.jobs import run_folder, typed
-from fastadv.jobs.conditions import obstacles
 from fastadv.jobs.errors import Interrupted, UserError, writing
 from fastadv.jobs.folders import ADVERSARIAL, PLAIN, RESULT, SETTINGS
 from fastadv.jobs.json_file import read_json, write_json
@@ -140,18 +139,9 @@ def _planned(settings: Settings, records: dict[str, dict[str, Any]]) -> Iterator
     if adversarial:
         yield ADVERSARIAL, settings
     if plain and adversarial and settings.same_time:
-        steps = max(1, round(_times(*(records[name]["cost"] for name in (PLAIN, ADVERSARIAL))) * settings.max_steps))
+        # By its own clock: of two trainings one may have run beside other work.
+        steps = round(settings.max_steps / (1 - records[ADVERSARIAL]["cost"]["attack_share"]))
         yield LONGER, replace(settings, method=PLAIN_ONLY, extra=_sent(settings), max_steps=steps)
-
-
-def _times(plain: Mapping[str, Any], adversarial: Mapping[str, Any]) -> float:
-    """Compute how many times as long the adversarial training took.
-
-    Where the times of the two cannot be compared, that follows from its own passes: those beyond one a batch.
-    """
-    if obstacles(plain, adversarial):
-        return float(1 / (1 - adversarial["attack_share"]))
-    return float(adversarial["seconds"] / plain["seconds"])
 
 
 def _sent(settings: Settings) -> tuple[str, ...]:

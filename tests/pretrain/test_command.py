@@ -11,7 +11,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
-from fastadv.jobs.conditions import obstacles
 from fastadv.jobs.log import read_log
 from fastadv.pretrain import verdict
 from fastadv.pretrain.command import RUNS
@@ -35,13 +34,8 @@ def test_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
         assert training["cost"]["steps"] == 6 or name == "longer"
         assert (training["cost"]["attack_share"] > 0.1) == (name == "adversarial")
         assert [row["step"] for row in read_log(Path("run/log.jsonl"), name)][:3] == [2, 3, 4]
-    plain, adversarial, longer = (training["cost"] for training in result["trainings"].values())
-    ratio = (
-        1 / (1 - adversarial["attack_share"])
-        if obstacles(plain, adversarial)
-        else (adversarial["seconds"] / plain["seconds"])
-    )
-    assert longer["steps"] == max(1, round(6 * ratio))
+    _, adversarial, longer = (training["cost"] for training in result["trainings"].values())
+    assert longer["steps"] == round(6 / (1 - adversarial["attack_share"])) > 6
     assert not Path("run/checkpoints/plain").exists()
     for sentence in verdict.sentences(result):
         assert sentence in printed
