@@ -40,7 +40,7 @@ def config_of(settings: Settings, tokenizer: Any) -> PreTrainedConfig:
     Raises:
         UserError: the config cannot be read, or has fewer tokens or positions than are asked of it.
     """
-    config = _small(settings) if settings.model == SMALL else _read(settings.model)
+    config = _small(settings) if settings.model == SMALL else read_config(settings.model)
     size = len(tokenizer)
     if settings.model == SMALL or settings.tokenizer is None:
         config.vocab_size = size
@@ -86,7 +86,12 @@ def _small(settings: Settings) -> PreTrainedConfig:
     return BertConfig(**SIZE, **no_dropout, max_position_embeddings=settings.length)
 
 
-def _read(name: str) -> PreTrainedConfig:
+def read_config(name: str) -> PreTrainedConfig:
+    """Read a config of transformers: a folder's, a JSON file, or that of a model on the hub.
+
+    Raises:
+        UserError: there is none.
+    """
     with loading(f"{name} is no config", "give a folder with config.json, a JSON file, or a model's name on the hub"):
         path = Path(name).expanduser()
         if path.is_file():

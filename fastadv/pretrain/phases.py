@@ -10,6 +10,7 @@ from typing import Any
 
 from fastadv.integrations import files
 from fastadv.jobs.conditions import Watch
+from fastadv.jobs.errors import Interrupted
 from fastadv.jobs.json_file import read_json, write_json
 from fastadv.jobs.log import read_log
 from fastadv.jobs.shown import say
@@ -33,9 +34,11 @@ def trained(settings: Settings, folder: Path, phase: str, data: Data, processes:
         UserError: see `trainer.pretrain`.
     """
     record: dict[str, Any] | None = first_alone(processes, lambda: read_json(folder / phase / DONE))
-    if record is not None:
-        return record
     checkpoints = folder / trainer.CHECKPOINTS / phase
+    if record is not None:
+        if processes.first:
+            shutil.rmtree(checkpoints, ignore_errors=True)  # of a run that was killed when its model was saved
+        return record
     if processes.first:
         say(f"{phase}: {_described(settings)}")
     with Stop() as stop, Watch(resumed=any(checkpoint.whole_ones(checkpoints))) as watch:
@@ -65,6 +68,8 @@ def trained(settings: Settings, folder: Path, phase: str, data: Data, processes:
         write_json(folder / phase / DONE, record)
         shutil.rmtree(checkpoints, ignore_errors=True)
     kept: dict[str, Any] = processes.told(record)
+    if stop.requested and processes.world == 1:  # in the last step, which was done
+        raise Interrupted(f"{phase}: trained, and stopped")
     return kept
 
 

@@ -17,7 +17,7 @@ from fastadv.jobs.log import read_log
 from fastadv.jobs.method_options import signature_of
 from fastadv.jobs.shown import say
 from fastadv.jobs.surroundings import command_line, device_name, quiet, versions
-from fastadv.pretrain import methods, phases, report, tables, text, verdict
+from fastadv.pretrain import before, methods, phases, report, tables, verdict
 from fastadv.pretrain.corpus import ABOUT
 from fastadv.pretrain.data import CORPUS, Data, prepare
 from fastadv.pretrain.measured import measured_texts
@@ -52,7 +52,10 @@ def in_processes(settings: Settings | None, folder: Path | None, runs: Path, arg
     """
     quiet()
     with started() as processes, contextlib.ExitStack() as stack:
-        chosen, begun = first_alone(processes, lambda: _begun(stack, settings, folder, runs, command_line(arguments)))
+        command = command_line(arguments)
+        if settings is not None:
+            first_alone(processes, lambda: before.check(settings, processes.world))
+        chosen, begun = first_alone(processes, lambda: _begun(stack, settings, folder, runs, command))
         place, goes_on = Path(chosen), f"fastadv pretrain --resume --output-dir {chosen}"
         wanted = typed.read(begun["settings"], Settings, place / SETTINGS, AFRESH)
         try:
@@ -74,7 +77,6 @@ def _begun(
     if settings is not None:
         if folder is not None:
             run_folder.check(folder)
-        _check_text(settings)
         begun = {"command": command, "settings": asdict(settings)}
         folder = stack.enter_context(run_folder.new(folder, runs, begun))
     else:
@@ -85,14 +87,6 @@ def _begun(
             raise UserError(f"{folder} holds no run ({SETTINGS} is missing): check --output-dir, or leave --resume out")
         stack.enter_context(run_folder.held(folder))
     return str(folder), dict(typed.read(read_json(folder / SETTINGS, AFRESH), Begun, folder / SETTINGS, AFRESH))
-
-
-def _check_text(settings: Settings) -> None:
-    """Find the text before a folder is made for it."""
-    if not settings.streaming:
-        text.find(settings.data, settings.text_column)
-    if settings.eval_data is not None:
-        text.find(settings.eval_data, settings.text_column)
 
 
 def run(settings: Settings, folder: Path, command: str, processes: Processes) -> dict[str, Any]:
@@ -145,8 +139,8 @@ def _planned(settings: Settings, records: dict[str, dict[str, Any]]) -> Iterator
     if adversarial:
         yield ADVERSARIAL, settings
     if plain and adversarial and settings.same_time:
-        ratio = records[ADVERSARIAL]["cost"]["seconds"] / records[PLAIN]["cost"]["seconds"]
-        steps = max(1, round(ratio * settings.max_steps))
+        # By its own clock: of two trainings one may have run beside other work.
+        steps = round(settings.max_steps / (1 - records[ADVERSARIAL]["cost"]["attack_share"]))
         yield LONGER, replace(settings, method=PLAIN_ONLY, extra=_sent(settings), max_steps=steps)
 
 

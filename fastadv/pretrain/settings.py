@@ -146,7 +146,7 @@ def _check_one(name: str, value: Any, declared: Mapping[str, Any]) -> None:
         raise UserError(f"{option(name)} must be {', '.join(choices[:-1])} or {choices[-1]}, not {value!r}")
     if least is None:
         return
-    if not (math.isfinite(value) and least <= value <= most):
+    if not least <= value <= most:  # nor is NaN
         bound = "above 0" if least == ABOVE else f"at least {least:g}"
         raise UserError(f"{option(name)} must be {bound} and at most {most:.10g}, not {value}")
 

@@ -92,6 +92,13 @@ def test_larger_radii_are_no_milder() -> None:
     assert sum(large) > 1.02 * sum(small)
 
 
+def test_what_a_smaller_radius_found_counts() -> None:
+    """Its perturbation lies in the larger ball too, and the search there may end at a lower loss."""
+    judge, chosen = evaluator("causal"), documents("causal")
+    found = [1e6] * len(chosen)
+    assert judge.attacked(chosen, found, [0.1, 0.2], steps=1) == [found, found]
+
+
 def test_nothing_is_left_of_an_attack() -> None:
     judge = evaluator("causal")
     before = judge.losses(documents("causal"))

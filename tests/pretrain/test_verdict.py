@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fastadv.pretrain import report, tables, verdict
+from fastadv.pretrain.intervals import Interval
 
 DOCUMENTS, TOKENS = 50, 40
 CONDITIONS = {
@@ -99,6 +100,20 @@ def test_what_the_time_would_have_bought(longer: tuple[float, float, float], sai
     found = verdict.sentences(result(plain=PLAIN, adversarial=FREELB, longer=training(*longer, 20.0, steps=200)))
     assert "plain training for the same time (200 steps)" in found[2]
     assert said in found[3]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ((0.9, 0.8, 0.97), verdict.BETTER),
+        ((0.9, 0.8, 1.01), verdict.UNSURE),
+        ((0.998, 0.997, 0.999), verdict.UNSURE),
+        ((1.1, 1.01, 1.2), verdict.WORSE),
+        ((1.1, 0.99, 1.2), verdict.UNSURE),
+    ],
+)
+def test_only_what_is_sure_and_not_tiny_is_said(change: tuple[float, float, float], said: str) -> None:
+    assert verdict.judged(Interval(*change)) == said
 
 
 def test_times_that_cannot_be_compared() -> None:
