@@ -117,11 +117,11 @@ def _by_row(step: Step, rows: int) -> None:
         rows_kernel,
         (over(rows, height),),
         step.delta.device,
-        *_moved(step),
+        *moved(step),
         rows,
         dim,
         row_stride(step.grad),
-        *_table(step),
+        *table(step),
         *_lengths(step),
         **step.constants(),
         EMBEDS=step.weight is not None,
@@ -180,12 +180,12 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
         (groups, by.movers),
         delta.device,
         sums,
-        *_moved(step),
+        *moved(step),
         starts,
         rows,
         dim,
         row_stride(step.grad),
-        *_table(step),
+        *table(step),
         *places,
         *_lengths(step),
         **constants,
@@ -198,13 +198,13 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
     )
 
 
-def _moved(step: Step) -> tuple[Tensor, ...]:
+def moved(step: Step) -> tuple[Tensor, ...]:
     delta = step.delta
     optional = (pointer(tensor, delta) for tensor in (step.weight, step.ids, step.embedded))
     return (delta, step.grad, pointer(step.mask, delta), step.skipped, *optional, flag_on(delta.device))
 
 
-def _table(step: Step) -> tuple[int, int]:
+def table(step: Step) -> tuple[int, int]:
     return (0, 0) if step.weight is None else (step.weight.stride(0), step.weight.shape[0])
 
 
