@@ -148,13 +148,13 @@ class Cut(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def cut(groups: int, rows: int, dim: int, least: int = 1) -> Cut:
+def cut(groups: int, rows: int, dim: int, least: int = 1, programs: int = PROGRAMS) -> Cut:
     """The cut of so many groups [rows, dim], which at least so many programs add up, if they have the tiles."""
     width = columns(dim, most=TILE)
     height = min(max(TILE // width, 1), TALLEST)
     across = over(dim, width)
     tiles = over(rows, height) * across
-    parts = min(tiles, max(PROGRAMS // groups, least))
+    parts = min(tiles, max(programs // groups, least))
     movers = min(over(tiles, over(parts, SUMS_PER_TILE)), max(MOVERS // groups, least))
     return Cut(height, width, across, tiles, parts, movers)
 

@@ -25,6 +25,9 @@ from fastadv.kernels.common import launch, over, pointer, power_of_two, wide
 from fastadv.kernels.moment_kernels import SUMS, moment_move_kernel, moment_rows_kernel, moment_sums_kernel
 from fastadv.native.launch import fitted
 
+PROGRAMS = 384  # that add up: half as many as ascend's, of twice the size, are one wave
+WARPS = 8  # of a tile, which four tensors come with: with 4, registers of float64 would lie in memory
+
 
 class MomentStep(NamedTuple):
     """A step, and its moments."""
@@ -109,14 +112,14 @@ def _by_row(what: MomentStep, rows: int) -> None:
         EMBEDS=step.weight is not None,
         ROWS=height,
         COLUMNS=width,
-        num_warps=min(max(height * width // 256, 4), 16),
+        num_warps=min(max(height * width // 128, 4), 16),
     )
 
 
 def _by_group(what: MomentStep, groups: int, rows: int) -> None:
     step = what.step
     delta, dim = step.delta, step.delta.shape[-1]
-    by = cut(groups, rows, dim, 1 if step.starts is None else LEAST)
+    by = cut(groups, rows, dim, 1 if step.starts is None else LEAST, PROGRAMS)
     everything = groups * by.parts
     sums = torch.empty(SUMS * everything, dtype=torch.float64, device=delta.device)
     starts, stride = pointer(step.starts, delta), row_stride(step.grad)
@@ -131,6 +134,7 @@ def _by_group(what: MomentStep, groups: int, rows: int) -> None:
         *what.by,
         **constants,
         STAGES=by.stages(by.parts),
+        num_warps=WARPS,
     )
     launch(
         moment_move_kernel,
@@ -151,4 +155,5 @@ def _by_group(what: MomentStep, groups: int, rows: int) -> None:
         EMBEDS=step.weight is not None,
         PARTS=power_of_two(by.parts),
         STAGES=by.stages(by.movers),
+        num_warps=WARPS,
     )
