@@ -199,12 +199,14 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
 
 
 def moved(step: Step) -> tuple[Tensor, ...]:
+    """The tensors of a kernel that moves."""
     delta = step.delta
     optional = (pointer(tensor, delta) for tensor in (step.weight, step.ids, step.embedded))
     return (delta, step.grad, pointer(step.mask, delta), step.skipped, *optional, flag_on(delta.device))
 
 
 def table(step: Step) -> tuple[int, int]:
+    """How far apart the rows of the words' table are, and how many it has."""
     return (0, 0) if step.weight is None else (step.weight.stride(0), step.weight.shape[0])
 
 

@@ -155,9 +155,7 @@ def cases(size: Sizes) -> Iterator[tuple[str, Launches]]:
 
     def by_moments(group: int) -> Launches:
         rule, moments = Rule(0.1, 1.0, "adamw", "l2", group), empty(2, *delta.shape, dtype=WIDE)
-        return lambda: moment_step.moment_step(
-            delta, grad, None, skipped, moments, rule, Moments.of(rule, 1), lookup
-        )
+        return lambda: moment_step.moment_step(delta, grad, None, skipped, moments, rule, Moments.of(rule, 1), lookup)
 
     yield "gather_perturb", lambda: gather_perturb.gather_perturb(weight, ids, delta, None)
     yield "gather_perturb by slot", lambda: gather_perturb.gather_perturb(weight, ids, rows, groups.slot.view_as(ids))
