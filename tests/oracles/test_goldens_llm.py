@@ -67,7 +67,10 @@ def test_cat_by_adam(fused: bool | None) -> None:
 
 @pytest.mark.parametrize("fused", ENGINES)
 def test_untargeted_lat(fused: bool | None) -> None:
-    """A layer's input, climbing the training loss; clamped to the clean batch's range. And the step that trains."""
+    """A layer's input, climbing the training loss. And the step that trains.
+
+    Clamped to the clean batch's range, which holds nothing back here: see tests/methods/test_clamp.py.
+    """
     model, run = recorded("lat_untargeted_tl_layer2_eps1")
     options: dict[str, Any] = {
         "epsilon": 1.0, "step_size": 1 / 6, "scope": "sample", "clamp": "batch", "clean_weight": 0.0,
@@ -79,9 +82,6 @@ def test_untargeted_lat(fused: bool | None) -> None:
         return loss
 
     at_every_step(model, closure, run["delta"], None, GUARDED, **options)
-    with fastadv.PGD(model, steps=6, **options | {"clamp": None}) as adv:
-        [free] = adv.find(closure).values
-    assert float((run["latents"] + free).max() - run["clamp"][1]) > 0.01  # the clamp has something to hold
     with fastadv.PGD(model, steps=6, **options) as adv:
         result = adv.backward(closure)
     assert_close(result.adv_loss, run["loss"], GUARDED, "loss")
