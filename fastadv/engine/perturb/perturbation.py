@@ -69,9 +69,11 @@ class Perturbation:
             lookup.zero_()
 
     def begin(self) -> None:
-        """A search begins: the last pass's gradient and the moments of an earlier search are not its own."""
+        """A search begins: gradient, moments and embeddings of an earlier one are not its own."""
         self.ascents = 0
         self.drop_gradient()
+        for lookup in self.lookups:
+            lookup.ready = None
 
     def start(self, draw: Draw, seed: int, lookup: Lookup) -> None:
         """Put one lookup at its start, drawn apart from the model's own random numbers."""
