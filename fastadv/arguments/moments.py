@@ -49,11 +49,11 @@ def planes(direction: str) -> int:
     return 1 if DEFAULTS[direction][0] is None else 2
 
 
-def check(rule: Rule, delta: Tensor, moments: Tensor) -> None:
-    """Raises ValueError for a direction or ball that the op has not, or moments that are not as many."""
+def check(rule: Rule, delta: Tensor, moments: Tensor | None) -> None:
+    """Raises ValueError for a direction or ball that the op has not, or for more or fewer moments than it keeps."""
     rule.check("moment_step", delta.dim(), MOMENT_DIRECTIONS, MOMENT_BALLS)
     many = planes(rule.direction)
-    if moments.dim() == 0 or len(moments) != many:
+    if moments is not None and moments.shape[1:] == delta.shape and len(moments) != many:
         raise ValueError(
             f"moment_step: moments must have shape {(many, *delta.shape)} for {rule.direction!r}, but has "
             f"{tuple(moments.shape)}"

@@ -57,7 +57,7 @@ def test_another_modules_output(fused: bool | None) -> None:
         assert float(reached.min()) >= float(x.min()) - 1e-12
         assert float(reached.max()) <= float(x.max()) + 1e-12
         edge = torch.minimum((reached - x.min()).abs(), (reached - x.max()).abs())
-        assert float((edge < 1e-12).double().mean()) > 0.5
+        assert float((edge < 1e-12).double().mean()) > 0.1  # of all positions, of which the first alone is read
 
 
 def test_steps_of_a_methods_own_are_clamped_too() -> None:
