@@ -30,6 +30,7 @@ class Places(NamedTuple):
     by_row: bool  # plain lookups are moved by the rows of a table, so they need no delta of their own
     fused: bool | None
     check: MaskCheck
+    clamps: bool = False  # perturbed activations stay in the range of the clean batch's
 
 
 class Lookups:
@@ -75,6 +76,7 @@ class Lookups:
                 break
             documents = self._documents_of(index)
             lookup = Lookup(old.delta, mask, documents, materialised=old.materialised, scratch=old.scratch)
+            lookup.moments = old.moments
             lookup.delta.grad = None
             lookup.zero_()
             self.items.append(lookup)
