@@ -20,6 +20,7 @@ from transformers import (
 
 from fastadv.jobs.errors import UserError, loading
 from fastadv.pretrain.settings import SMALL, Settings
+from fastadv.pretrain.tokenizer import vocabulary_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of weights
 SIZE: dict[str, Any] = {
@@ -41,7 +42,7 @@ def config_of(settings: Settings, tokenizer: Any) -> PreTrainedConfig:
         UserError: the config cannot be read, or has fewer tokens or positions than are asked of it.
     """
     config = _small(settings) if settings.model == SMALL else read_config(settings.model)
-    size = len(tokenizer)
+    size = vocabulary_size(tokenizer)
     if settings.model == SMALL or settings.tokenizer is None:
         config.vocab_size = size
     elif config.vocab_size < size:

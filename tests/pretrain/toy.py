@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -47,10 +47,10 @@ class Numbers:
     """A tokenizer as far as a training looks at it."""
 
     pad_token_id, eos_token_id, bos_token_id, mask_token_id = 0, 1, None, 2
-    all_special_ids = (0, 1, 2)
+    all_special_ids: ClassVar[list[int]] = [0, 1, 2]
 
-    def __len__(self) -> int:
-        return VOCABULARY
+    def get_vocab(self) -> dict[str, int]:
+        return {str(number): number for number in range(VOCABULARY)}
 
 
 class Rows:
