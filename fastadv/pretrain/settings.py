@@ -59,7 +59,7 @@ class Settings:
     objective: str = _of("causal", MODEL, "causal or masked.", one_of=OBJECTIVES)
     length: int = _of(128, MODEL, "Tokens of a row, which holds documents one after another.", least=8, most=2**20)
 
-    max_steps: int = _of(1000, TRAINING, "Optimizer steps.", least=1, most=2**31)
+    max_steps: int = _of(800, TRAINING, "Optimizer steps.", least=1, most=2**31)
     batch_tokens: int = _of(1024, TRAINING, "Tokens of an optimizer step, over all processes.", least=8, most=2**31)
     micro_batch: int = _of(8, TRAINING, "Rows of a forward, on each process.", least=1, most=2**20)
     learning_rate: float = _of(5e-3, TRAINING, "The highest, after the warm-up.", least=ABOVE, most=10.0)
