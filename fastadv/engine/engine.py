@@ -102,7 +102,9 @@ class Engine:
         self.agreement = Agreement(self.parallelism, model)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
         self._of_tables = scope in TABLE_SCOPES
-        self.places = Places(self.modules, padding, self._by_row(), fused, MaskCheck(parts=ranks is not None))
+        self.places = Places(
+            self.modules, self.names(), padding, self._by_row(), fused, MaskCheck(parts=ranks is not None)
+        )
         self.seed_check = SeedCheck()
         self.buffers = Buffers()
         self.ranks = ranks
@@ -213,10 +215,10 @@ class Engine:
         """What a term is multiplied with so that, after the owner's backward, it counts the batch's share."""
         return 1.0 if self.share is None else self.share * self.owner.divisor
 
-    def names(self) -> str:
+    def names(self) -> list[str]:
         """The perturbed modules, as the model calls them."""
-        names = [name for name, part in self.model.named_modules() if any(part is module for module in self.modules)]
-        return ", ".join(names) or type(self.modules[0]).__name__
+        known = {module: name for name, module in find.unwrap(self.model).named_modules()}
+        return [known.get(module, type(module).__name__) for module in self.modules]
 
     # A step
 

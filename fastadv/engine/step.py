@@ -17,6 +17,7 @@ import torch
 from torch import Size, Tensor
 
 from fastadv.engine import partial
+from fastadv.engine.at import CAPTURED
 from fastadv.engine.forward import NO_GRADIENT, Forward, Kind, differentiate
 from fastadv.engine.lookups import Lookups, Masks
 from fastadv.engine.model.split import Crossing
@@ -70,7 +71,7 @@ class Step:
         self.device = draws.device
         self.share = engine.term_factor()
         self._around = Around(frame.undo)
-        self.lookups = Lookups(engine.places, masks, groups, engine.buffers.lookups)
+        self.lookups = Lookups(engine.places, masks, groups, engine.buffers.lookups, engine.buffers.under_at)
         self.perturbation = engine.new_perturbation(self.lookups)
         self.tables = TableGradients(self.lookups, watched=engine.watched or engine.traced)
         self.first: Pass | None = None
@@ -117,6 +118,16 @@ class Step:
         lookup = self.lookups.add(index, shape, like, ids, module, materialised)
         if self._started and self._start is not None:
             self.perturbation.start(self._start, self._seed, lookup)
+
+    def begin_again(self, under_at: bool) -> None:
+        """The first pass has begun on a wrong assumption, whether the closure uses `at`: as if nothing had run."""
+        if rng.recorded():
+            raise RuntimeError(CAPTURED)
+        self.engine.guard.rewind()
+        if self.drawn_from() is not None:
+            rng.new_seed()  # which has been drawn, and is kept
+        self.engine.buffers.under_at = under_at
+        self.lookups.turn(under_at)
 
     def drawn_from(self) -> int | None:
         """The seed of a random start; None: nothing is drawn."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from fastadv.engine.at import OF_WORDS, PARTS, At
 from fastadv.engine.engine import SCOPES, TABLE_SCOPES
 from fastadv.engine.found import Found
 from fastadv.engine.lookups import Masks
@@ -106,6 +107,49 @@ class EmbeddingMethod(Method):
         return direction, chosen or "none"
 
     # The user's calls
+
+    def at(self, mask: Tensor) -> contextlib.AbstractContextManager[None]:
+        r"""Inside a closure: the forwards in this block carry the perturbation at the positions of `mask`.
+
+        .. math:: h_{b,t} \leftarrow h_{b,t} + \delta_{b,n} \quad \text{at the n-th true position t of sample b}
+
+        So several forwards share one perturbation, whatever their texts, lengths and padding sides: [B, N, D] for each
+        perturbed module, N the largest number of positions of a sample. Their gradients add up. Forwards outside of
+        the block are the plain model's. A closure that never uses `at` perturbs every forward, each by itself.
+
+        The closure of the loss and that of the attack may run other texts and other numbers of forwards. Leave `mask=`
+        and `groups=` out of the call. Where no step runs (a plain step, an evaluation) the block does nothing; inside
+        `found.applied()` it says where what was found lies.
+
+        Args:
+            mask: [B, T] of that forward, bool or zeros and ones: true where it carries the perturbation. In every mask
+                of a step a sample has as many true positions; it may have none.
+
+        Raises:
+            ValueError: `scope="table"` or `"row"`, or `process_group=`. Inside of a step: a mask of another shape than
+                the forwards, with other values or other numbers of positions, or `mask=` besides.
+            RuntimeError: a block in a block; a first pass that had none; YOPO, whose partial passes end early.
+
+        Examples:
+            >>> import fastadv, torch
+            >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 1))
+            >>> adv = fastadv.PGD(model, epsilon=0.1, step_size=0.05, scope="token", clean_weight=0)
+            >>> left, right = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 2, 5]])
+            >>> def closure():
+            ...     with adv.at(torch.tensor([[0, 1, 1, 0]])):
+            ...         loss = model(left).square().mean()
+            ...     with adv.at(torch.tensor([[1, 1, 0]])):
+            ...         loss = loss + model(right).square().mean()
+            ...     return loss + model(left).mean()  # plain
+            >>> result = adv.backward(closure)
+            >>> round(float(adv.perturbation_norm), 4)
+            0.1
+        """
+        if self.scope in TABLE_SCOPES:
+            raise ValueError(OF_WORDS.format(scope=self.scope))
+        if self._ranks is not None:
+            raise ValueError(PARTS)
+        return At(self._engine, mask)
 
     def find(self, closure: Closure, mask: Masks = None, groups: Groups = None) -> Found:
         """Search for the perturbation of one batch, by probes and ascents alone: no `.grad` is touched.
