@@ -33,9 +33,7 @@ PARTIAL = (
     "at(mask) may hold several forwards, and a partial pass ends in the first of them: use fastadv.PGD, whose probes "
     "run them all"
 )
-WITH_MASK = (
-    "at(mask) says where the perturbation lies: leave mask= and groups= out of the call whose closure uses it"
-)
+WITH_MASK = "at(mask) says where the perturbation lies: leave mask= and groups= out of the call whose closure uses it"
 WITHOUT_FIRST = (
     "an earlier pass of this step ran a closure that perturbs whole forwards, and this one says at(mask): use at(mask) "
     "in the closure of the loss and in that of the attack"

@@ -14,9 +14,10 @@ from fastadv.engine.forward import APPLIED, Entrance
 from fastadv.engine.frame import Frame, Undo
 from fastadv.engine.lookups import Lookups, Masks, Places
 from fastadv.engine.model import find
-from fastadv.engine.model.hook import Hook, OutputHook, install
+from fastadv.engine.model.hook import Hook, InputHook, OutputHook, install
 from fastadv.engine.model.parallelism import Parallelism
 from fastadv.engine.model.placed import SeedCheck
+from fastadv.engine.model.post_norms import warn_of_norms
 from fastadv.engine.model.split import Split, SplitChoice
 from fastadv.engine.owner import Owner
 from fastadv.engine.perturb.documents import Groups
@@ -71,6 +72,7 @@ class Engine:
         perturbs: False: nothing at any module.
         ignore_padding: no mask follows from an embedding's `padding_idx`.
         communication: what FSDP2 sends between the passes of a step.
+        attack_mode: "eval": probes run as after `model.eval()`, and ascents follow no other pass.
         ranks: that each hold a part of what a norm is over; None: this one holds all of it.
         refusal: why no step can be run, where that is known already.
     """
@@ -90,12 +92,15 @@ class Engine:
         perturbs: bool = True,
         ignore_padding: bool = False,
         communication: str = "each",
+        attack_mode: str | None = None,
         ranks: Ranks | None = None,
         refusal: str = "",
     ) -> None:
         self.model = model
         self.refusal = refusal
-        self.modules = find.find(model, embedding) if perturbs else []
+        self.sites = find.sites(model, embedding) if perturbs else []
+        self.modules, self.names = [site.module for site in self.sites], find.names(model, self.sites)
+        warn_of_norms(model, self.sites, self.names)
         self._refusals: dict[str, str] = {}
         self.inventory = Inventory(model)
         self.parallelism = Parallelism(self.inventory, communication, atomic)
@@ -103,7 +108,7 @@ class Engine:
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
         self._of_tables = scope in TABLE_SCOPES
         self.places = Places(
-            self.modules, self.names(), padding, self._by_row(), fused, MaskCheck(parts=ranks is not None)
+            self.modules, self.names, padding, self._by_row(), fused, MaskCheck(parts=ranks is not None)
         )
         self.seed_check = SeedCheck()
         self.buffers = Buffers()
@@ -113,7 +118,7 @@ class Engine:
         self.traced = self.enters and find.is_traced(model, self.modules)  # whether a compiler sees them do so
         self.last: Perturbation | None = None  # of the last step, for its norm
         self.guard = Guard(self.inventory, atomic, fused)
-        self.dropout = dropout
+        self.dropout, self.attack_mode = dropout, attack_mode
         self.owner = owner
         self.probe_autocast = ProbeAutocast(model, probe_dtype)
         self.new_term: Callable[[Step], Term] | None = None
@@ -147,7 +152,8 @@ class Engine:
     def _install(self) -> None:
         """Hook the perturbed modules. What FSDP2 has gathered looks like any table, and is gone after the forward."""
         kind = OutputHook if self.parallelism.sharded else install
-        self._hooks += [kind(module, index, self.entrance) for index, module in enumerate(self.modules) if self.enters]
+        for index, (module, side) in enumerate(self.sites if self.enters else ()):
+            self._hooks.append((InputHook if side == "input" else kind)(module, index, self.entrance))
 
     def _by_row(self) -> bool:
         return self._of_tables and not self.parallelism.compiled
@@ -214,11 +220,6 @@ class Engine:
     def term_factor(self) -> float | Tensor:
         """What a term is multiplied with so that, after the owner's backward, it counts the batch's share."""
         return 1.0 if self.share is None else self.share * self.owner.divisor
-
-    def names(self) -> list[str]:
-        """The perturbed modules, as the model calls them."""
-        known = {module: name for name, module in find.unwrap(self.model).named_modules()}
-        return [known.get(module, type(module).__name__) for module in self.modules]
 
     # A step
 
@@ -299,3 +300,9 @@ class Engine:
     def norm(self, kind: str) -> Tensor:
         """The mean norm of the last perturbation's groups."""
         return torch.zeros((), device="cpu") if self.last is None else self.last.norm(kind)
+
+    def norms(self, kind: str) -> dict[str, Tensor]:
+        """The same of each site by itself."""
+        last = self.last
+        each = [self.norm(kind) if last is None else last.norm(kind, site) for site in range(len(self.names))]
+        return dict(zip(self.names, each, strict=True))

@@ -244,7 +244,7 @@ class Forward:
         if self.cursor == 0:
             if self.ran_without_grad:
                 raise RuntimeError(f"the embedding ran under no_grad only. If {REENTRANT}")
-            raise RuntimeError(NEVER_CALLED.format(names=', '.join(self.lookups.places.names)))
+            raise RuntimeError(NEVER_CALLED.format(names=", ".join(self.lookups.places.names)))
         self.lookups.settle(self.cursor)
 
 

@@ -32,6 +32,7 @@ from fastadv.engine.perturb.start import Draw
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Pass, StepResult
 from fastadv.engine.safety import rng
+from fastadv.engine.safety.dropout import Evaluated
 from fastadv.engine.safety.watched import Watched
 from fastadv.engine.scout import find_shape, needs_shape
 
@@ -77,7 +78,7 @@ class Step:
         self.first: Pass | None = None
         self.waiting = False
         self._term = None if engine.new_term is None else engine.new_term(self)
-        self._target = attack
+        self._target, self._evaluated = attack, engine.attack_mode == "eval"
         self._start, self._seed = start, rng.new_seed() if start is not None and start.random else 0
         self._started = self._followed = False  # where ascents begin; they may follow the last pass's gradient
         self._pending: Forward | None = None  # the forward that the next backward goes through
@@ -172,7 +173,8 @@ class Step:
             self._hand_over(loss, weight, forward.last)
         self._around.leave()
         self.tables.collect()
-        self._followed = self._target is None and (self._started or self._start is None)
+        follows = self._target is None and not self._evaluated
+        self._followed = follows and (self._started or self._start is None)
 
     def descend(
         self,
@@ -239,8 +241,9 @@ class Step:
         return cast(Tensor, loss.detach())
 
     def probing(self) -> contextlib.AbstractContextManager[None]:
-        """Around what a method differentiates by itself, so that the owner of the backward knows of it."""
-        return self._around.one(self.engine.owner.probing())
+        """Around what a method differentiates by itself: the owner of the backward knows of it, in `attack_mode`."""
+        inside = self.engine.owner.probing()
+        return self._around.one(Evaluated(inside, self.engine.inventory.modules) if self._evaluated else inside)
 
     def partial(self) -> None:
         """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""

@@ -18,16 +18,21 @@ from fastadv.engine.lookups import Masks
 from fastadv.engine.model.find import mean_row_norm
 from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.ranks import Ranks
-from fastadv.engine.perturb.rule import Rule
+from fastadv.engine.perturb.rule import BySite, Rule
 from fastadv.engine.perturb.start import Draw, RandomStart, Total, resolve, uniform
 from fastadv.engine.results import Closure
 from fastadv.engine.step import Step
 from fastadv.methods.base import Method
 from fastadv.methods.options import BALLS, DIRECTIONS, Norm, Scope, TiedOptions, number, one_of, whole
+from fastadv.methods.radii import Radius, Size, by_site, listed, together
 
 LENGTHS = (
     "a random start is scaled by each sample's length, and with scope='batch' a sample may lie on one rank of "
     "process_group= or on several: use scope='sample' for sequence shards, or random_start=False or a callable"
+)
+ONE_TABLE = (
+    "an epsilon or a step_size for each perturbed module needs a perturbation for each, and scope={scope!r} has one "
+    "for all tables: use scope='token', 'sample' or 'batch'"
 )
 
 
@@ -36,8 +41,9 @@ class EmbeddingMethod(Method):
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
-        epsilon: radius of the ball; None: no ball.
-        step_size: length of one ascent step.
+        epsilon: radius of the ball; None: no ball. One for all perturbed modules, or one for each: a sequence in the
+            order of `embedding`, or a dict by name.
+        step_size: length of one ascent step; one for all, or one for each.
         steps: number of ascent steps.
         norm: "l2" or "linf": the direction of a step and the ball together.
         scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
@@ -45,8 +51,10 @@ class EmbeddingMethod(Method):
         direction, ball: "l2", "sign" or "max" for the step; "l2", "linf" or None for the ball. Default: as `norm` says.
         relative: epsilon, step_size and the magnitude of the start are in units of the mean norm of the embedding's
             rows, taken once, when the method is made. A callable start is not scaled.
-        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
-        tied: "lookup" or "both"; see `fastadv.PGD`.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding. A name
+            may hold alternatives, "layers.{8,16}.mlp"; ("layers.8", "input") perturbs what a module is given. Each has
+            a perturbation, a ball and a norm of its own.
+        tied, attack_mode: see `fastadv.PGD`.
         process_group: a ProcessGroup or DeviceMesh dimension whose ranks each hold a part of what a norm is over: of
             every sample (sequence shards), or for scope "batch", "table" and "row" of the batch.
         start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype, communication: see `fastadv.PGD`.
@@ -58,13 +66,14 @@ class EmbeddingMethod(Method):
 
     _places: Mapping[str, Any] = MappingProxyType({})
     _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}  # direction, ball
+    _one_radius: ClassVar[bool] = False  # whether it reckons with epsilon, so that this is one for all modules
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        epsilon: float | None = 1.0,
-        step_size: float = 0.3,
+        epsilon: Radius = 1.0,
+        step_size: Size = 0.3,
         steps: int = 3,
         norm: Norm = "l2",
         scope: Scope = "sample",
@@ -81,8 +90,12 @@ class EmbeddingMethod(Method):
                 "tied='both' moves the table itself, from where it is: it needs scope='table' or 'row' and "
                 "random_start=False; tied='lookup' perturbs the lookups alone"
             )
-        self.epsilon = None if epsilon is None else number("epsilon", epsilon)
-        self.step_size = number("step_size", step_size)
+        if self._one_radius:
+            epsilon, step_size = None if epsilon is None else number("epsilon", epsilon), number("step_size", step_size)
+        self.epsilon: Any = by_site("epsilon", epsilon, model, embedding)
+        self.step_size: Any = by_site("step_size", step_size, model, embedding)
+        if scope in TABLE_SCOPES and (isinstance(self.epsilon, list) or isinstance(self.step_size, list)):
+            raise ValueError(ONE_TABLE.format(scope=scope))
         self.steps = whole("steps", steps, 1)
         self.scope = scope
         self._ranks = Ranks.of(options.pop("process_group", None))
@@ -93,7 +106,10 @@ class EmbeddingMethod(Method):
         self._unit = mean_row_norm(model, embedding) if self._relative else 1.0
         self._start = self._resolve(random_start)
         self._check_lengths()
-        self._places = {"embedding": embedding, "scope": scope, "tied": tied, "ranks": self._ranks, **self._places}
+        attack_mode = options.pop("attack_mode", None)
+        one_of("attack_mode", attack_mode, (None, "eval"))
+        where = {"embedding": embedding, "scope": scope, "tied": tied}
+        self._places = {**where, "ranks": self._ranks, "attack_mode": attack_mode, **self._places}
         super().__init__(model, **options)  # type: ignore[misc]  # the others have been taken out
 
     def _directed(self, norm: Norm, options: TiedOptions) -> tuple[str, str]:
@@ -200,13 +216,23 @@ class EmbeddingMethod(Method):
     @property
     def rule(self) -> Rule:
         """How one step ascends, in the embedding's own units."""
-        radius = None if self.epsilon is None else self.epsilon * self._unit
-        return Rule(self.step_size * self._unit, radius, self._direction, self._ball)
+        unit, course = self._unit, (self._direction, self._ball)
+        each = together(self.step_size, self.epsilon)
+        return BySite.made([Rule(a * unit, None if r is None else r * unit, *course) for a, r in each])
 
     @property
     def perturbation_norm(self) -> Tensor:
         """The last perturbation's norm, the mean over its groups: 0-d, on the device."""
         return self._engine.norm(self._kind)
+
+    @property
+    def perturbation_norms(self) -> dict[str, Tensor]:
+        """The last perturbation's norm at each perturbed module, by name: 0-d, on the device.
+
+        Table scopes have one perturbation for all tables, and its norm here at each. With `process_group=` these are
+        of this rank's part.
+        """
+        return self._engine.norms(self._kind)
 
     # A subclass's part
 
@@ -221,7 +247,12 @@ class EmbeddingMethod(Method):
         """The start that the argument stands for."""
         drawn = uniform(self._kind, self._lengths)
         by_sample = self._kind == "l2"
-        return resolve(random_start, self.epsilon, lambda size: drawn(size * self._unit), by_sample=by_sample)
+        return Draw.by_site(
+            [
+                resolve(random_start, epsilon, lambda size: drawn(size * self._unit), by_sample=by_sample)
+                for epsilon in listed(self.epsilon)
+            ]
+        )
 
     def _check_lengths(self) -> None:
         if self._lengths is not None and self.scope == "batch" and self._start is not None and self._start.by_sample:

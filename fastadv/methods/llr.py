@@ -100,6 +100,7 @@ class LLR(EmbeddingMethod):
     """
 
     _dropout = "same"
+    _one_radius = True
 
     def __init__(
         self,

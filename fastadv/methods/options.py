@@ -25,6 +25,7 @@ Ball = Literal["l2", "linf"]
 Scope = Literal["table", "row", "batch", "sample", "token"]
 Dropout = Literal["fresh", "same", "off"]
 Tied = Literal["lookup", "both"]
+AttackMode = Literal["eval"]
 Communication = Literal["each", "last", "keep"]
 
 DIRECTIONS, BALLS = typing.get_args(Direction), typing.get_args(Ball)
@@ -45,6 +46,7 @@ SHARED: dict[str, Any] = {
     "direction": "by norm",
     "ball": "by norm",
     "tied": "lookup",
+    "attack_mode": None,
 }
 """The defaults of the options below."""
 
@@ -99,9 +101,10 @@ class EmbeddingOptions(NoiseOptions, total=False):
 
 
 class TiedOptions(EmbeddingOptions, total=False):
-    """The options of methods that can also move a tied table itself."""
+    """The options of methods whose search stands apart: it can move a tied table itself, or run in another mode."""
 
     tied: Tied
+    attack_mode: AttackMode | None
 
 
 def check_options(method: type, given: Mapping[str, Any]) -> None:

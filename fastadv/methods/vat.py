@@ -85,6 +85,7 @@ class VAT(EmbeddingMethod):
     _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "none"), "linf": ("sign", "none")}
 
     _dropout = "same"
+    _one_radius = True
     _takes_unlabelled = True
 
     def __init__(

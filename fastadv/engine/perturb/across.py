@@ -32,13 +32,14 @@ def joins(scope: str, rule: Rule) -> bool:
 def ascend(lookups: Sequence[Lookup], scope: str, rule: Rule, meeting: Meeting, skipped: Tensor) -> None:
     """One step of all lookups, in place. A group that is not finite anywhere stays everywhere, and is counted once."""
     leading = 0 if scope == "batch" else 1
-    parts = [_Part.of(lookup, leading, rule) for lookup in lookups]
+    parts = [_Part.of(lookup, leading, rule.of(lookup.module)) for lookup in lookups]
     every = meeting.gather(torch.cat([part.figures() for part in parts]))
     figures_of = torch.split(every, [len(part.h) for part in parts], dim=1)
     for lookup, part, figures in zip(lookups, parts, figures_of, strict=True):
-        whole = _Whole.of(figures, rule)
+        own = rule.of(lookup.module)
+        whole = _Whole.of(figures, own)
         skipped += (~whole.finite).sum()
-        lookup.delta.copy_(_moved(part, whole, rule).view(lookup.delta.shape))
+        lookup.delta.copy_(_moved(part, whole, own).view(lookup.delta.shape))
 
 
 class _Part(NamedTuple):

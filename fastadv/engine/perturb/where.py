@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Size, Tensor
 
-from fastadv.engine.lookup import Lookup, is_same
+from fastadv.engine.lookup import Lookup
 from fastadv.engine.perturb.masks import MaskCheck
 
 CONVENTION = "at(mask) takes [B, T], true or 1 where the forwards inside carry the perturbation"
@@ -86,9 +86,8 @@ class Texts:
         """
         version = -1 if not isinstance(given, Tensor) or given.is_inference() else given._version
         for mask, known, where in self._seen:
-            if mask is given or (isinstance(given, Tensor) and is_same(mask, given) and mask.dtype == given.dtype):
-                if known == version >= 0:
-                    return where
+            if mask is given and known == version >= 0:
+                return where
         mask = self._read(given)
         self._compare(mask)
         where = self._placed(mask.to(self._device, non_blocking=True))
