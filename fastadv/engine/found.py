@@ -100,9 +100,9 @@ class _Application(Block):
         self._engine = engine = found._engine
         self._tables = [MovedTable(table, value, rows) for table, value, rows in found._tables]
         self._forward = Applied(found._lookups, engine.places, found._texts) if engine.enters else None
+        super().__init__(self._begin, self._end)
         if mask is not None and self._forward is not None:
             self._forward.open(mask)
-        super().__init__(self._begin, self._end)
 
     def __enter__(self) -> None:
         if self._engine.entrance.forward is not None:

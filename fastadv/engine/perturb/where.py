@@ -32,6 +32,9 @@ OTHER_SHAPE = (
 )
 
 
+KEPT = 8  # masks of a step whose indices are not computed again
+
+
 class Where(NamedTuple):
     """The positions of one text that carry the perturbation, as indices both ways."""
 
@@ -91,7 +94,7 @@ class Texts:
         mask = self._read(given)
         self._compare(mask)
         where = self._placed(mask.to(self._device, non_blocking=True))
-        self._seen.append((given, version, where))
+        self._seen = [*self._seen[1 - KEPT :], (given, version, where)]
         return where
 
     def _read(self, given: object) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -60,7 +61,9 @@ class Evaluated:
         self._inside.__enter__()
 
     @whole
-    def __exit__(self, *error: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for module in self._trained:
             module.training = True
-        self._inside.__exit__(*error)
+        self._inside.__exit__(kind, error, trace)
