@@ -180,9 +180,7 @@ def test_the_input_may_come_by_name() -> None:
     moved = model.table(ids).detach() + 0.5 * weight / weight.norm()
     assert_close(model.inner.linear.weight.grad, moved.sum((0, 1))[None], 1e-12, "gradient")
     with pytest.raises(RuntimeError, match="given no floating tensor"):
-        fastadv.FGM(model, scope="token", embedding=(model, "input")).backward(
-            lambda: model(ids).sum()
-        )
+        fastadv.FGM(model, scope="token", embedding=(model, "input")).backward(lambda: model(ids).sum())
 
 
 class Sandwich(nn.Module):

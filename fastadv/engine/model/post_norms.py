@@ -27,7 +27,9 @@ def warn_of_norms(model: nn.Module, sites: Sequence[Site], names: Sequence[str])
         layer, _, part = name.rpartition(".")
         norm = None if site.side == "input" or layer not in inside else _norm_after(inside[layer], part)
         if norm is not None:
-            warnings.warn(RENORMALISED.format(name=name, norm=norm, layer=layer), stacklevel=6)  # whoever makes the method
+            warnings.warn(
+                RENORMALISED.format(name=name, norm=norm, layer=layer), stacklevel=6
+            )  # whoever makes the method
 
 
 def _norm_after(layer: nn.Module, part: str) -> str | None:
