@@ -11,6 +11,7 @@ from fastadv.engine import at
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.perturb.where import Where
 from fastadv.engine.results import Reached
+from fastadv.engine.safety import rng
 
 if TYPE_CHECKING:
     from fastadv.engine.step import Step
@@ -106,3 +107,18 @@ class Blocks:
 
 def _shape(where: Where, shape: Size) -> Size:
     return Size((*where.there.shape, shape[-1]))
+
+
+def begin_again(step: Step, under_at: bool) -> None:
+    """A first pass has begun on a wrong assumption, whether the closure uses `at`: as if nothing had run.
+
+    Raises:
+        RuntimeError: the step is captured, so that its random numbers are counted.
+    """
+    if rng.recorded():
+        raise RuntimeError(at.CAPTURED)
+    step.engine.guard.rewind()
+    if step.drawn_from() is not None:
+        rng.new_seed()  # which has been drawn, and is kept
+    step.engine.buffers.under_at = under_at
+    step.lookups.turn(under_at)

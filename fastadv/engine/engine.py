@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.forward import APPLIED, Entrance
 from fastadv.engine.frame import Frame, Undo
-from fastadv.engine.lookups import Lookups, Masks, Places
+from fastadv.engine.lookups import Masks, Places
 from fastadv.engine.model import find
 from fastadv.engine.model.hook import Hook, InputHook, OutputHook, install
 from fastadv.engine.model.parallelism import Parallelism
@@ -23,23 +24,19 @@ from fastadv.engine.owner import Owner
 from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.perturbation import Perturbation
-from fastadv.engine.perturb.positions import PositionPerturbation
 from fastadv.engine.perturb.ranks import Ranks
-from fastadv.engine.perturb.rows import RowPerturbation
+from fastadv.engine.perturb.scopes import TABLE_SCOPES, kind_of, maker
 from fastadv.engine.perturb.start import Draw
-from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Term, check_closure
 from fastadv.engine.safety.agreement import Agreement
+from fastadv.engine.safety.dropout import Evaluated
 from fastadv.engine.safety.guard import Guard
 from fastadv.engine.safety.inventory import Inventory
 from fastadv.engine.safety.probe_autocast import ProbeAutocast
 from fastadv.engine.step import Step
 
 T = TypeVar("T")
-
-SCOPES = ("table", "row", "batch", "sample", "token")
-TABLE_SCOPES = ("table", "row")
 
 BUSY = "a step is already running: the closure must not call the method that calls it"
 
@@ -113,7 +110,8 @@ class Engine:
         self.seed_check = SeedCheck()
         self.buffers = Buffers()
         self.ranks = ranks
-        self.new_perturbation = self._scoped(scope, tied)
+        kind = kind_of(scope, tied, self.modules)
+        self.new_perturbation = maker(kind, scope, self.buffers, ranks, self.agreement.meet)
         self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
         self.traced = self.enters and find.is_traced(model, self.modules)  # whether a compiler sees them do so
         self.last: Perturbation | None = None  # of the last step, for its norm
@@ -131,23 +129,6 @@ class Engine:
         self._hooks: list[Hook | Split] = []
         weakref.finalize(self, _remove, self._hooks, self.entrance)  # where nobody calls close()
         self._install()
-
-    def _scoped(self, scope: str, tied: str) -> Callable[[Lookups], Perturbation]:
-        kind: type[Perturbation] = RowPerturbation if scope in TABLE_SCOPES else PositionPerturbation
-        if scope in TABLE_SCOPES and any(find.vocabulary(module) is None for module in self.modules):
-            raise ValueError(f"scope={scope!r} needs an nn.Embedding; for another module's output use scope='sample'")
-        if scope in TABLE_SCOPES and tied == "both":
-            tied_weights(self.modules)  # refuses tables that cannot move
-            kind = TiedTables
-        # And not the engine, which would then wait for the garbage collector.
-        buffers, ranks, agree = self.buffers, self.ranks, self.agreement.meet
-
-        def made(lookups: Lookups) -> Perturbation:
-            perturbation = kind(lookups, scope, buffers)
-            perturbation.meeting = None if ranks is None else ranks.meet(agree)
-            return perturbation
-
-        return made
 
     def _install(self) -> None:
         """Hook the perturbed modules. What FSDP2 has gathered looks like any table, and is gone after the forward."""
@@ -300,6 +281,11 @@ class Engine:
     def norm(self, kind: str) -> Tensor:
         """The mean norm of the last perturbation's groups."""
         return torch.zeros((), device="cpu") if self.last is None else self.last.norm(kind)
+
+    def probing(self) -> contextlib.AbstractContextManager[None]:
+        """Around a probe: the owner of the backward knows of it, and modules are as `attack_mode` says."""
+        inside = self.owner.probing()
+        return Evaluated(inside, self.inventory.modules) if self.attack_mode == "eval" else inside
 
     def norms(self, kind: str) -> dict[str, Tensor]:
         """The same of each site by itself."""

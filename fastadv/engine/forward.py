@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor
 
 from fastadv.engine import at
-from fastadv.engine.blocks import REENTRANT, Blocks
+from fastadv.engine.blocks import REENTRANT, Blocks, begin_again
 from fastadv.engine.lookup import Lookup, is_same
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Reached
@@ -153,7 +153,7 @@ class Forward:
             output = step.call(as_far_as_reached(closure) if first else closure)
         if not first or not engine.enters or self.lookups.under_at == self.blocks.opened:
             return output
-        step.begin_again(under_at=self.blocks.opened)
+        begin_again(step, under_at=self.blocks.opened)
         self.blocks, self.cursor, self.ran_without_grad = Blocks(step), 0, False
         return self._called(closure, eager or engine.traced)
 

@@ -17,7 +17,6 @@ import torch
 from torch import Size, Tensor
 
 from fastadv.engine import partial
-from fastadv.engine.at import CAPTURED
 from fastadv.engine.forward import NO_GRADIENT, Forward, Kind, differentiate
 from fastadv.engine.lookups import Lookups, Masks
 from fastadv.engine.model.split import Crossing
@@ -32,7 +31,6 @@ from fastadv.engine.perturb.start import Draw
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Pass, StepResult
 from fastadv.engine.safety import rng
-from fastadv.engine.safety.dropout import Evaluated
 from fastadv.engine.safety.watched import Watched
 from fastadv.engine.scout import find_shape, needs_shape
 
@@ -120,16 +118,6 @@ class Step:
         if self._started and self._start is not None:
             self.perturbation.start(self._start, self._seed, lookup)
 
-    def begin_again(self, under_at: bool) -> None:
-        """The first pass has begun on a wrong assumption, whether the closure uses `at`: as if nothing had run."""
-        if rng.recorded():
-            raise RuntimeError(CAPTURED)
-        self.engine.guard.rewind()
-        if self.drawn_from() is not None:
-            rng.new_seed()  # which has been drawn, and is kept
-        self.engine.buffers.under_at = under_at
-        self.lookups.turn(under_at)
-
     def drawn_from(self) -> int | None:
         """The seed of a random start; None: nothing is drawn."""
         return self._seed if self._start is not None and self._start.random else None
@@ -173,8 +161,7 @@ class Step:
             self._hand_over(loss, weight, forward.last)
         self._around.leave()
         self.tables.collect()
-        follows = self._target is None and not self._evaluated
-        self._followed = follows and (self._started or self._start is None)
+        self._followed = self._target is None and not self._evaluated and (self._started or self._start is None)
 
     def descend(
         self,
@@ -241,9 +228,8 @@ class Step:
         return cast(Tensor, loss.detach())
 
     def probing(self) -> contextlib.AbstractContextManager[None]:
-        """Around what a method differentiates by itself: the owner of the backward knows of it, in `attack_mode`."""
-        inside = self.engine.owner.probing()
-        return self._around.one(Evaluated(inside, self.engine.inventory.modules) if self._evaluated else inside)
+        """Around what a method differentiates by itself."""
+        return self._around.one(self.engine.probing())
 
     def partial(self) -> None:
         """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""

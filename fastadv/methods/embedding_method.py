@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.engine.at import OF_WORDS, PARTS, At
-from fastadv.engine.engine import SCOPES, TABLE_SCOPES
 from fastadv.engine.found import Found
 from fastadv.engine.lookups import Masks
 from fastadv.engine.model.find import mean_row_norm
 from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.ranks import Ranks
 from fastadv.engine.perturb.rule import BySite, Rule
+from fastadv.engine.perturb.scopes import SCOPES, TABLE_SCOPES
 from fastadv.engine.perturb.start import Draw, RandomStart, Total, resolve, uniform
 from fastadv.engine.results import Closure
 from fastadv.engine.step import Step

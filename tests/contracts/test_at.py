@@ -121,7 +121,7 @@ def test_a_step_is_the_plain_loop(scope: str, sites: list[str], fused: bool | No
 
 def test_a_sign_step_in_an_l2_ball() -> None:
     model = tiny()
-    hand, want, _ = expected(model, "token", SITES, sign=True)
+    _, want, _ = expected(model, "token", SITES, sign=True)
     adv = method(model, direction="sign", ball="l2")
     adv.backward(lambda: training_loss(model, adv.at), attack=lambda: attack_loss(model, adv.at))
     assert_gradients(gradients(model), want, 1e-10)

@@ -1,4 +1,4 @@
-"""`adv.at(mask)` among all else: every method, dropout, checkpoints, compilers, adapters, faults, and what is refused."""
+"""`adv.at(mask)` among all else: methods, dropout, checkpoints, compilers, adapters, faults, and what is refused."""
 
 from __future__ import annotations
 
@@ -75,8 +75,7 @@ def test_a_first_pass_that_begins_again_draws_as_if_it_had_not(dropout: str, fir
         def closure() -> Tensor:
             loss = 0.0 if first else model(data["input_ids"], data["labels"]).loss  # noqa: B023
             with adv.at(data["attention_mask"]):  # noqa: B023
-                loss = loss + model(data["input_ids"], data["labels"]).loss  # noqa: B023
-            return loss
+                return loss + model(data["input_ids"], data["labels"]).loss  # noqa: B023
 
         if warm:
             state = copy.deepcopy(model.state_dict())
