@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastadv
-from tests.llama import tiny
 from tests.oracles.at_by_hand import ByHand
 from tests.support import assert_close, assert_gradients, clear, gradients
+from tests.tiny_llama import tiny
 
 FUSED = [pytest.param(None, id="fused"), pytest.param(False, id="eager")]
 SITES = ["model.embed_tokens", "model.layers.1.mlp", "model.layers.2"]

@@ -15,7 +15,6 @@ from torch.utils.checkpoint import checkpoint
 import fastadv
 from tests.contracts.test_at import HARMFUL, OTHER, PROMPTS, SAFE, SITES, attack_loss, loss_of, method, training_loss
 from tests.every import EVERY, every_but, waves
-from tests.llama import Layer, tiny
 from tests.models import Stateful, TinyModel
 from tests.support import (
     assert_close,
@@ -28,6 +27,7 @@ from tests.support import (
     seeded,
     snapshot,
 )
+from tests.tiny_llama import Layer, tiny
 
 
 def step(model: nn.Module, adv: fastadv.PGD) -> dict[str, Tensor]:

@@ -13,9 +13,9 @@ import fastadv
 from fastadv.engine.model.find import names, sites
 from tests.contracts.test_at import FUSED, HARMFUL, OTHER, PROMPTS, SAFE, attack_loss, loss_of, training_loss
 from tests.every import EVERY
-from tests.llama import tiny
 from tests.oracles.at_by_hand import ByHand
 from tests.support import assert_close, assert_gradients, clear, gradients
+from tests.tiny_llama import tiny
 
 CHOICE = ["model.embed_tokens", "model.layers.{0,2}.mlp", ("model.layers.3", "input")]
 NAMES = ["model.embed_tokens", "model.layers.0.mlp", "model.layers.2.mlp", "model.layers.3:input"]

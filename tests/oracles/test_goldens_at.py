@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastadv
-from tests.llama import load
 from tests.oracles.recorded import ENGINES
 from tests.support import assert_close, golden
+from tests.tiny_llama import load
 
 LORA = 2.0  # alpha / r of the recorded adapters
 EVERYWHERE = pytest.mark.parametrize("fused", ENGINES)
