@@ -18,7 +18,7 @@
 namespace fastadv {
 
 // The codes by which Python names them (calls.h reads fastadv/arguments/rule.py's in this order).
-enum Direction { kAlongL2 = 0, kAlongSign = 1, kAlongMax = 2 };
+enum Direction { kAlongL2 = 0, kAlongSign = 1, kAlongMax = 2, kAlongAdam = 3, kAlongAdamW = 4, kAlongRmsprop = 5 };
 enum Ball { kL2Ball = 0, kLinfBall = 1, kUnitBall = 2, kNoBall = 3 };
 
 template <class Real>

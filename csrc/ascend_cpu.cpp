@@ -1,10 +1,6 @@
 // ascend on the CPU: passes over blocks of rows, whose sums are added in order whatever the number of threads.
 #include "ascend_cpu.h"
 
-#include <atomic>
-
-#include "gather_perturb_cpu.h"
-
 namespace fastadv {
 namespace {
 
@@ -101,49 +97,19 @@ bool step_group(const Ascend<G>& op, const AfterRows& after, const Blocks& block
   return move.finite;
 }
 
-template <class G>
-std::int64_t step_groups(const Ascend<G>& op, const AfterRows& after, int threads) {
-  if (op.groups == 0 || op.first(op.groups) == 0) return 0;
-  const std::int64_t rows = std::max<std::int64_t>(kBlock / std::max<std::int64_t>(op.dim, 1), 1);
-  const auto blocks = [&](std::int64_t g) { return Blocks{op.first(g), op.first(g + 1), rows}; };
-  std::atomic<std::int64_t> skipped{0};
-  if (op.groups >= threads) {
-    parallel_uneven(op.groups, 1, op.first(op.groups) * op.dim, threads, [&](std::int64_t begin, std::int64_t end) {
-      std::int64_t mine = 0;
-      for (std::int64_t g = begin; g < end; ++g) mine += !step_group(op, after, blocks(g), 1, nullptr);
-      skipped += mine;
-    });
-    return skipped;
-  }
-  std::int64_t most = 0;
-  for (std::int64_t g = 0; g < op.groups; ++g) most = std::max(most, blocks(g).count());
-  const std::unique_ptr<Sums[]> parts(new Sums[std::size_t(most)]);
-  for (std::int64_t g = 0; g < op.groups; ++g) skipped += !step_group(op, after, blocks(g), threads, parts.get());
-  return skipped;
-}
-
 }  // namespace
 
 void move_rows(const AscendCall& call, int threads, const AfterRows& after) {
   call.visit([&](const auto& op) {
-    const std::int64_t skipped = step_groups(op, after, threads);
+    const std::int64_t skipped = each_group(op, threads, [&](const Blocks& blocks, int on, Sums* parts) {
+      return step_group(op, after, blocks, on, parts);
+    });
     if (skipped) *reinterpret_cast<std::int64_t*>(call.skipped) += skipped;
   });
 }
 
 OutOfRange ascend_cpu(const AscendCall& call, const GatherPerturbCall* embedding, int threads) {
-  if (!embedding || embedding->count == 0) {
-    move_rows(call, threads, nullptr);
-    return {-1, -1};
-  }
-  const OutOfRange bad = first_out_of_range(*embedding);
-  if (bad.any()) return bad;
-  embedding->visit([&](const auto& op) {
-    const auto write = [&](std::int64_t begin, std::int64_t end) { write_rows(op, begin, end); };
-    move_rows(call, threads, op.slot ? AfterRows() : write);
-    if (op.slot) parallel(op.count, op.dim, threads, write);
-  });
-  return bad;
+  return and_embed(embedding, threads, [&](const AfterRows& after) { move_rows(call, threads, after); });
 }
 
 }  // namespace fastadv

@@ -2,10 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <functional>
 #include <memory>
 
 #include "ascend.h"
+#include "gather_perturb_cpu.h"
 #include "lanes.h"
 #include "parallel.h"
 
@@ -78,8 +80,50 @@ Sums add_in_order(const Blocks& blocks, std::int64_t dim, int threads, Sums* par
   return total;
 }
 
-// Moves delta, and calls after(begin, end) on rows that have just moved, while they are in cache.
+// Calls step(blocks, threads, parts) for each group, one after the other or all at once, and counts those of which it
+// returns false.
+template <class G, class F>
+std::int64_t each_group(const Ascend<G>& op, int threads, const F& step) {
+  if (op.groups == 0 || op.first(op.groups) == 0) return 0;
+  const std::int64_t rows = std::max<std::int64_t>(kBlock / std::max<std::int64_t>(op.dim, 1), 1);
+  const auto blocks = [&](std::int64_t g) { return Blocks{op.first(g), op.first(g + 1), rows}; };
+  std::atomic<std::int64_t> refused{0};
+  if (op.groups >= threads) {
+    parallel_uneven(op.groups, 1, op.first(op.groups) * op.dim, threads, [&](std::int64_t begin, std::int64_t end) {
+      std::int64_t mine = 0;
+      for (std::int64_t g = begin; g < end; ++g) mine += !step(blocks(g), 1, nullptr);
+      refused += mine;
+    });
+    return refused;
+  }
+  std::int64_t most = 0;
+  for (std::int64_t g = 0; g < op.groups; ++g) most = std::max(most, blocks(g).count());
+  const std::unique_ptr<Sums[]> parts(new Sums[std::size_t(most)]);
+  for (std::int64_t g = 0; g < op.groups; ++g) refused += !step(blocks(g), threads, parts.get());
+  return refused;
+}
+
+// after(begin, end) is called on rows that have just moved, while they are in cache.
 using AfterRows = std::function<void(std::int64_t begin, std::int64_t end)>;
+
+// Calls move(after), and writes the lookup of what it moves. Touches nothing if an index is out of range.
+template <class F>
+OutOfRange and_embed(const GatherPerturbCall* embedding, int threads, const F& move) {
+  if (!embedding || embedding->count == 0) {
+    move(AfterRows());
+    return {-1, -1};
+  }
+  const OutOfRange bad = first_out_of_range(*embedding);
+  if (bad.any()) return bad;
+  embedding->visit([&](const auto& op) {
+    const auto write = [&](std::int64_t begin, std::int64_t end) { write_rows(op, begin, end); };
+    move(op.slot ? AfterRows() : AfterRows(write));
+    if (op.slot) parallel(op.count, op.dim, threads, write);
+  });
+  return bad;
+}
+
+// Moves delta.
 void move_rows(const AscendCall& call, int threads, const AfterRows& after);
 
 }  // namespace fastadv

@@ -9,6 +9,7 @@
 #include "divergence.h"
 #include "gather_perturb.h"
 #include "gather_perturb_backward.h"
+#include "moment_step.h"
 #include "rows.h"
 #include "segment_sum.h"
 #include "signature.h"
@@ -24,15 +25,25 @@ struct GivenRule {
   explicit GivenRule(const py::tuple& rule)
       : step(number(rule[0], "step_size")),
         epsilon(rule[1].is_none() ? 0 : number(rule[1], "epsilon")),
-        direction(code(rule[2], {"l2", "sign", "max"})),
+        direction(code(rule[2], {"l2", "sign", "max", "adam", "adamw", "rmsprop"})),
         ball(code(rule[3], {"l2", "linf", "unit", "none"})),
         group(py::int_(rule[4]).cast<std::int64_t>()) {
     if (rule[1].is_none() && ball >= 0) ball = kNoBall;
   }
 
-  bool fits(int dims) const { return direction >= 0 && ball >= 0 && group >= 0 && group < dims; }
+  bool fits(int dims) const { return direction >= 0 && direction <= kAlongMax && is_whole(dims); }
+
+  // The same for a step by so many moments.
+  bool fits(int dims, std::int64_t moments) const {
+    const std::int64_t many = direction == kAlongRmsprop ? 1 : 2;
+    return direction > kAlongMax && ball != kUnitBall && moments == many && is_whole(dims);
+  }
 
  private:
+  bool is_whole(int dims) const { return ball >= 0 && group >= 0 && group < dims; }
+
+  friend Moments given_moments(const py::tuple& by);
+
   static double number(py::handle given, const char* name) {
     const double value = PyFloat_AsDouble(given.ptr());
     if (value == -1 && PyErr_Occurred()) {
@@ -51,6 +62,12 @@ struct GivenRule {
     return -1;
   }
 };
+
+// fastadv/arguments/moments.py's.
+inline Moments given_moments(const py::tuple& by) {
+  const auto at = [&](std::size_t place) { return GivenRule::number(by[place], "a number of moments"); };
+  return {at(0), at(1), at(2), at(3), at(4), at(5)};
+}
 
 inline std::int64_t stride_of_rows(const View& matrix) { return matrix.there ? matrix.strides[0] : 0; }
 
@@ -71,6 +88,13 @@ inline AscendCall ascend_call(const View& delta, const View& grad, const View& m
           rule.direction,
           rule.ball,
           skipped.address};
+}
+
+// `moments` are m and v, or v.
+inline MomentStepCall moment_step_call(const AscendCall& step, const View& moments, const Moments& by) {
+  const bool both = moments.sizes[0] > 1;
+  const std::uintptr_t plane = std::uintptr_t(moments.count(1, moments.dims) * element_size(moments.dtype));
+  return {step, both ? moments.address : 0, moments.address + (both ? plane : 0), by};
 }
 
 inline GatherPerturbCall gather_call(const View& weight, const View& ids, const View& delta, const View& slot,

@@ -12,8 +12,8 @@
 #include "define.h"
 #include "grads.h"
 #include "members.h"
+#include "module_steps.h"
 #include "refusals.h"
-#include "table_step.h"
 
 #ifdef FASTADV_WITH_CUDA
 #include <cuda_runtime_api.h>
@@ -34,42 +34,6 @@ using fastadv::unlocked;
 using fastadv::View;
 
 const View kNone;
-
-// delta, grad, mask, skipped, starts; and weight, ids, embedded; and slot.
-py::object ascend_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
-  const GivenRule rule(given);
-  const Taken taken(signature, tensors);
-  if (!signature.is("ascend", {5, 8, 9}) || !taken || !rule.fits(taken[0].dims)) return py::none();
-  const auto call = fastadv::ascend_call(taken[0], taken[1], taken[2], taken[3], rule, taken[4]);
-  fastadv::check_starts("ascend", call, taken[0].count(0, taken[0].dims - 1));
-  if (taken.size() == 5) {
-    unlocked([&] { return fastadv::ascend_cpu(call, nullptr, threads); });
-    return py::bool_(true);
-  }
-  const auto lookup =
-      fastadv::gather_call(taken[5], taken[6], taken[0], taken.size() == 9 ? taken[8] : kNone, taken[7]);
-  const auto bad = unlocked([&] { return fastadv::ascend_cpu(call, &lookup, threads); });
-  fastadv::refuse_lookup("ascend", bad, lookup);
-  return py::bool_(true);
-}
-
-// delta, room, skipped, weight, ids, embedded, grad, slot, order, starts, stops.
-py::object table_step_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
-  const GivenRule rule(given);
-  const Taken taken(signature, tensors);
-  if (!signature.is("table_step", {11}) || !taken || !rule.fits(2)) return py::none();
-  const View &delta = taken[0], &room = taken[1];
-  const auto call = fastadv::ascend_call(delta, room, kNone, taken[2], rule, kNone);
-  const auto lookup = fastadv::gather_call(taken[3], taken[4], delta, taken[7], taken[5]);
-  const auto sums = fastadv::segment_sum_call(taken[6], taken[8], taken[9], taken[10], room);
-  const auto [plan, index, mixed_at] = unlocked([&] { return fastadv::table_step_cpu(call, sums, lookup, threads); });
-  fastadv::refuse_plan("table_step", plan, sums);
-  fastadv::refuse_lookup("table_step", index, lookup);
-  if (mixed_at >= 0) {
-    throw py::index_error("table_step: segment " + fastadv::at(mixed_at) + " was not made from these ids");
-  }
-  return py::bool_(true);
-}
 
 // weight, ids; and delta; and slot.
 py::object gather_perturb_cpu(const Signature& signature, const py::tuple& tensors, int threads) {
@@ -278,8 +242,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<fastadv::OnDevice>(m, "OnDevice").def(py::init([](int device, std::uintptr_t stream, std::uintptr_t flag) {
     return fastadv::OnDevice{device, stream, flag};
   }));
-  define(m, "ascend_cpu", &ascend_cpu);
-  define(m, "table_step_cpu", &table_step_cpu);
+  define(m, "ascend_cpu", &fastadv::steps::ascend_cpu);
+  define(m, "moment_step_cpu", &fastadv::steps::moment_step_cpu);
+  define(m, "table_step_cpu", &fastadv::steps::table_step_cpu);
   define(m, "gather_perturb_cpu", &gather_perturb_cpu);
   define(m, "gather_perturb_backward_cpu", &gather_perturb_backward_cpu);
   define(m, "segments_cpu", &segments_cpu);

@@ -117,11 +117,11 @@ def _by_row(step: Step, rows: int) -> None:
         rows_kernel,
         (over(rows, height),),
         step.delta.device,
-        *_moved(step),
+        *moved(step),
         rows,
         dim,
         row_stride(step.grad),
-        *_table(step),
+        *table(step),
         *_lengths(step),
         **step.constants(),
         EMBEDS=step.weight is not None,
@@ -148,13 +148,13 @@ class Cut(NamedTuple):
 
 
 @functools.lru_cache(1024)
-def cut(groups: int, rows: int, dim: int, least: int = 1) -> Cut:
+def cut(groups: int, rows: int, dim: int, least: int = 1, programs: int = PROGRAMS) -> Cut:
     """The cut of so many groups [rows, dim], which at least so many programs add up, if they have the tiles."""
     width = columns(dim, most=TILE)
     height = min(max(TILE // width, 1), TALLEST)
     across = over(dim, width)
     tiles = over(rows, height) * across
-    parts = min(tiles, max(PROGRAMS // groups, least))
+    parts = min(tiles, max(programs // groups, least))
     movers = min(over(tiles, over(parts, SUMS_PER_TILE)), max(MOVERS // groups, least))
     return Cut(height, width, across, tiles, parts, movers)
 
@@ -180,12 +180,12 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
         (groups, by.movers),
         delta.device,
         sums,
-        *_moved(step),
+        *moved(step),
         starts,
         rows,
         dim,
         row_stride(step.grad),
-        *_table(step),
+        *table(step),
         *places,
         *_lengths(step),
         **constants,
@@ -198,13 +198,15 @@ def _by_group(step: Step, groups: int, rows: int) -> None:
     )
 
 
-def _moved(step: Step) -> tuple[Tensor, ...]:
+def moved(step: Step) -> tuple[Tensor, ...]:
+    """The tensors of a kernel that moves."""
     delta = step.delta
     optional = (pointer(tensor, delta) for tensor in (step.weight, step.ids, step.embedded))
     return (delta, step.grad, pointer(step.mask, delta), step.skipped, *optional, flag_on(delta.device))
 
 
-def _table(step: Step) -> tuple[int, int]:
+def table(step: Step) -> tuple[int, int]:
+    """How far apart the rows of the words' table are, and how many it has."""
     return (0, 0) if step.weight is None else (step.weight.stride(0), step.weight.shape[0])
 
 

@@ -13,11 +13,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from fastadv.kernels import ascend, divergence, gather_perturb, segment_sum
+from fastadv.kernels import ascend, divergence, gather_perturb, moment_step, segment_sum
 from fastadv.kernels.common import REGISTERS
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-LAUNCHERS = (ascend, divergence, gather_perturb, segment_sum)
+LAUNCHERS = (ascend, divergence, gather_perturb, moment_step, segment_sum)
 
 
 class Abroad:

@@ -21,9 +21,10 @@ import torch
 
 from bench.gpu.abroad import TOOLS, compiling
 from fastadv.arguments.lookup import Lookup
+from fastadv.arguments.moments import Moments
 from fastadv.arguments.rule import Rule
 from fastadv.arguments.segments import Segments
-from fastadv.kernels import ascend, divergence, gather_perturb, segment_sum, table_step
+from fastadv.kernels import ascend, divergence, gather_perturb, moment_step, segment_sum, table_step
 from fastadv.native import toolchain
 
 ROOT = Path(__file__).parents[2]
@@ -152,6 +153,10 @@ def cases(size: Sizes) -> Iterator[tuple[str, Launches]]:
         rule, given = Rule(0.1, 1.0, "l2", "l2", group), lookup if words else None
         return lambda: ascend.ascend(delta, grad, None, skipped, rule, given)
 
+    def by_moments(group: int) -> Launches:
+        rule, moments = Rule(0.1, 1.0, "adamw", "l2", group), empty(2, *delta.shape, dtype=WIDE)
+        return lambda: moment_step.moment_step(delta, grad, None, skipped, moments, rule, Moments.of(rule, 1), lookup)
+
     yield "gather_perturb", lambda: gather_perturb.gather_perturb(weight, ids, delta, None)
     yield "gather_perturb by slot", lambda: gather_perturb.gather_perturb(weight, ids, rows, groups.slot.view_as(ids))
     yield "backward", backward([flat])
@@ -160,6 +165,7 @@ def cases(size: Sizes) -> Iterator[tuple[str, Launches]]:
     for name, group in {"token": 2, "sample": 1, "batch": 0}.items():
         yield f"ascend, {name}", step(group, words=False)
         yield f"ascend, {name}, and the words", step(group, words=True)
+        yield f"moment_step, {name}, and the words", by_moments(group)
     rule, into = Rule(0.1, 1.0, "l2", "l2", 0), lookup._replace(ids=ids.flatten(), embedded=empty(count, dim))
     yield "table_step", lambda: table_step.table_step(rows, flat, skipped, rule, groups, into, torch.empty_like(rows))
 

@@ -1,12 +1,15 @@
-"""The rule of an ascent: see `fastadv.ops.ascend`."""
+"""The rule of an ascent: see `fastadv.ops.ascend` and `fastadv.ops.moment_step`."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-# csrc/ascend.h has the same order.
+# csrc/ascend.h has the same order, those with moments last.
 DIRECTIONS = ("l2", "sign", "max")
+MOMENT_DIRECTIONS = ("adam", "adamw", "rmsprop")
 BALLS = ("l2", "linf", "unit", "none")
+MOMENT_BALLS = ("l2", "linf", "none")
 
 
 class Rule(NamedTuple):
@@ -26,11 +29,13 @@ class Rule(NamedTuple):
         """Whether there is a ball."""
         return self.epsilon is not None and self.ball != "none"
 
-    def check(self, op: str, dimensions: int) -> None:
-        """Raises ValueError for a direction or ball that does not exist, or a group that `dimensions` do not have."""
-        if self.direction not in DIRECTIONS:
-            raise ValueError(f"{op}: direction must be one of {', '.join(DIRECTIONS)}, not {self.direction!r}")
-        if self.ball not in BALLS:
-            raise ValueError(f"{op}: ball must be one of {', '.join(BALLS)}, not {self.ball!r}")
+    def check(
+        self, op: str, dimensions: int, directions: Sequence[str] = DIRECTIONS, balls: Sequence[str] = BALLS
+    ) -> None:
+        """Raises ValueError for a direction or ball that the op has not, or a group that `dimensions` do not have."""
+        if self.direction not in directions:
+            raise ValueError(f"{op}: direction must be one of {', '.join(directions)}, not {self.direction!r}")
+        if self.ball not in balls:
+            raise ValueError(f"{op}: ball must be one of {', '.join(balls)}, not {self.ball!r}")
         if not 0 <= self.group < dimensions:
             raise ValueError(f"{op}: group must be from 0 to {dimensions - 1}, not {self.group}")

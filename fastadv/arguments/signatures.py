@@ -14,19 +14,12 @@ _STEP = """
     skipped!  int64        []       contiguous  -- it is 0-d
     starts?   int64        [S+1]    copied      -- one more than there are groups
 """
-ASCEND = Signature("ascend", _STEP)
-ASCEND_BY_POSITION = Signature(
-    "ascend",
-    _STEP
-    + """
+_BY_POSITION = """
     weight    goes:delta   [V, D]   rows
     ids       index        [*P]     copied      -- without slot, ids are those of delta's positions
     embedded! same:weight  [*P, D]  contiguous
-    """,
-)
-ASCEND_BY_SLOT = Signature(
-    "ascend",
-    """
+"""
+_BY_SLOT = """
     delta!    wide         [R, D]   contiguous  -- with slot, delta must be [R, D]
     grad      goes:delta   [R, D]   even        -- grad and delta must be equal in shape
     mask?     mask         [R]      copied
@@ -36,7 +29,9 @@ ASCEND_BY_SLOT = Signature(
     ids       index        [*I]     copied
     embedded! same:weight  [*I, D]  contiguous
     slot      int64        [*I]     copied
-    """,
+"""
+ASCEND, ASCEND_BY_POSITION, ASCEND_BY_SLOT = (
+    Signature("ascend", table) for table in (_STEP, _STEP + _BY_POSITION, _BY_SLOT)
 )
 
 
@@ -53,6 +48,29 @@ def ascend(
     if lookup is None:
         return ASCEND, step
     return ASCEND_BY_POSITION if lookup.slot is None else ASCEND_BY_SLOT, step + lookup.tensors()
+
+
+_MOMENTS = "moments! wide:delta [M, *P, D] contiguous -- the moments of each element of delta"
+_MOMENTS_OF_ROWS = _MOMENTS.replace("*P", "R")
+MOMENT_STEP, MOMENT_STEP_BY_POSITION, MOMENT_STEP_BY_SLOT = (
+    Signature("moment_step", f"{table}\n{moments}")
+    for table, moments in ((_STEP, _MOMENTS), (_STEP + _BY_POSITION, _MOMENTS), (_BY_SLOT, _MOMENTS_OF_ROWS))
+)
+
+
+def moment_step(
+    delta: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    skipped: Tensor,
+    moments: Tensor,
+    lookup: Lookup | None,
+    starts: Tensor | None = None,
+) -> tuple[Signature, tuple[Tensor | None, ...]]:
+    """The form of a step by moments, and its tensors: an ascent's, and the moments."""
+    form, step = ascend(delta, grad, mask, skipped, lookup, starts)
+    forms = {ASCEND: MOMENT_STEP, ASCEND_BY_POSITION: MOMENT_STEP_BY_POSITION, ASCEND_BY_SLOT: MOMENT_STEP_BY_SLOT}
+    return forms[form], (*step, moments)
 
 
 TABLE_STEP = Signature(

@@ -22,12 +22,16 @@ NESTED = (
     "next one, or let `applied()` without a mask hold the perturbation"
 )
 OF_WORDS = (
-    "at(mask) gives the n-th position of a sample its n-th vector, and scope={scope!r} has one for each word: use "
+    "at(mask) gives the n-th position of a sample its n-th vector, and scopes 'table' and 'row' have one for each word: use "
     "scope='token', 'sample' or 'batch'"
 )
 PARTS = (
     "at(mask) counts the positions of whole samples, and with process_group= a rank has a part of each: give one of "
     "the two"
+)
+CLAMPED = (
+    "clamp='batch' takes the range of the one text that is perturbed, and under at(mask) there may be several: leave "
+    "one of the two out"
 )
 PARTIAL = (
     "at(mask) may hold several forwards, and a partial pass ends in the first of them: use fastadv.PGD, whose probes "
@@ -51,9 +55,17 @@ WHICH = (
 
 
 class At:
-    """The block. Where no pass runs and nothing is applied, it changes nothing: the model is the plain one."""
+    """The block. Where no pass runs and nothing is applied, it changes nothing: the model is the plain one.
+
+    Raises:
+        ValueError: options of the method that go without.
+    """
 
     def __init__(self, engine: Engine, mask: Tensor) -> None:
+        refusals = {OF_WORDS: engine.of_tables, PARTS: engine.ranks is not None, CLAMPED: engine.places.clamps}
+        for why, refused in refusals.items():
+            if refused:
+                raise ValueError(why)
         self._engine, self._mask = engine, mask
         self._inside: Any = None
 

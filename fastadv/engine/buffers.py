@@ -11,7 +11,7 @@ from fastadv.engine.lookup import Lookup
 
 
 class Buffers:
-    """The engine's, lent to each step: the lookups' deltas, the rows of table scopes, the count of skipped groups.
+    """The engine's, lent to each step: the lookups' deltas and moments, those of table scopes, the skipped groups.
 
     Attributes:
         under_at: whether the last step's lookups are sites, each for all forwards under `at(mask)`.
@@ -20,7 +20,7 @@ class Buffers:
     def __init__(self) -> None:
         self.lookups: list[Lookup] = []
         self.under_at = False
-        self.rows, self.scratch = Rows(), Rows()
+        self.rows, self.scratch, self.moments = Rows(), Rows(), Rows()
         self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def skipped_on(self, device: torch.device) -> Tensor:
@@ -40,9 +40,9 @@ class Buffers:
 
     def memory(self) -> list[Tensor]:
         """Every tensor that a captured graph must keep."""
-        scratch = [lookup.scratch for lookup in self.lookups if lookup.scratch is not None]
+        lent = [one for lookup in self.lookups for one in (lookup.scratch, lookup.moments) if one is not None]
         deltas = [lookup.delta for lookup in self.lookups]
-        return [*deltas, *scratch, self.skipped, self.rows.memory, self.scratch.memory]
+        return [*deltas, *lent, self.skipped, self.rows.memory, self.scratch.memory, self.moments.memory]
 
 
 class Rows:

@@ -103,7 +103,7 @@ class Engine:
         self.parallelism = Parallelism(self.inventory, communication, atomic)
         self.agreement = Agreement(self.parallelism, model)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
-        self._of_tables = scope in TABLE_SCOPES
+        self.of_tables = scope in TABLE_SCOPES
         self.places = Places(
             self.modules, self.names, padding, self._by_row(), fused, MaskCheck(parts=ranks is not None)
         )
@@ -137,7 +137,7 @@ class Engine:
             self._hooks.append((InputHook if side == "input" else kind)(module, index, self.entrance))
 
     def _by_row(self) -> bool:
-        return self._of_tables and not self.parallelism.compiled
+        return self.of_tables and not self.parallelism.compiled
 
     def look(self) -> None:
         """Read what the model is wrapped in, where that has changed.

@@ -201,6 +201,7 @@ class Forward:
             raise Reached
         lookup = items[index]
         lookup.ids, lookup.module = ids, module
+        lookup.clean = like.detach() if self.lookups.places.clamps and not plain else None
         lookup.table = like if plain and ids is not None and lookup.looks_up(ids) else None
         return lookup
 

@@ -26,10 +26,12 @@ class Lookup:
     materialised: bool = True  # False: delta is an expanded zero, used only as an autograd leaf
     rows: Tensor | None = None  # r [R, D], added at slot [B, T] where delta is not materialised; None: nothing
     slot: Tensor | None = None
+    clean: Tensor | None = None  # what the last pass added delta to, where that is clamped and no plain lookup
     grad: Tensor | None = None  # dL/dE of the last pass, until an ascent consumes it
     full_grads: list[Tensor] = field(default_factory=list)  # dL/dE of full passes, for the table's gradient
     ready: Ready | None = None  # the next forward's embedding, written by an ascent
     scratch: Tensor | None = None  # the memory it is written to
+    moments: Tensor | None = None  # [2 or 1, *delta.shape] of the search's gradients, where it steps by them
 
     def added(self) -> Tensor | None:
         """The tensor that moves the call's result."""

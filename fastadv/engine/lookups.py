@@ -32,6 +32,7 @@ class Places(NamedTuple):
     by_row: bool  # plain lookups are moved by the rows of a table, so they need no delta of their own
     fused: bool | None
     check: MaskCheck
+    clamps: bool = False  # perturbed activations stay in the range of the clean batch's
 
 
 class Lookups:
@@ -83,6 +84,7 @@ class Lookups:
                 break
             documents = self._documents_of(index)
             lookup = Lookup(old.delta, mask, documents, materialised=old.materialised, scratch=old.scratch)
+            lookup.moments = old.moments
             lookup.delta.grad = None
             lookup.zero_()
             self.items.append(lookup)
@@ -139,6 +141,7 @@ class Lookups:
         else:
             delta = new_delta(shape, like.dtype, like.device, materialised=True)
         lookup = Lookup(delta, self.texts.there.to(like.device), module=module)
+        lookup.moments = None if old is None or delta is not old.delta else old.moments
         lookup.zero_()
         self.items[:] = [*(one for one in self.items if one.module != module), lookup]
         return lookup

@@ -97,7 +97,7 @@ class Step:
     def start(self) -> None:
         """Put the perturbation at its start; where its shape is not known yet, as soon as it is."""
         self._started, self._followed = True, False
-        self.perturbation.drop_gradient()
+        self.perturbation.begin()
         if self.waiting and self.engine.traced:
             self.lookups.renew()  # a compiled graph may hold what its compiler chose to compute again in its backward
         if self._start is None:

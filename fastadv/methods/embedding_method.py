@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastadv.engine.at import OF_WORDS, PARTS, At
+from fastadv.arguments.rule import MOMENT_DIRECTIONS
+from fastadv.engine.at import At
 from fastadv.engine.found import Found
 from fastadv.engine.lookups import Masks
 from fastadv.engine.model.find import mean_row_norm
@@ -23,16 +24,17 @@ from fastadv.engine.perturb.start import Draw, RandomStart, Total, resolve, unif
 from fastadv.engine.results import Closure
 from fastadv.engine.step import Step
 from fastadv.methods.base import Method
-from fastadv.methods.options import BALLS, DIRECTIONS, Norm, Scope, TiedOptions, number, one_of, whole
-from fastadv.methods.radii import Radius, Size, by_site, listed, together
+from fastadv.methods.options import BALLS, CLAMPS, DIRECTIONS, Norm, Scope, TiedOptions, number, one_of, whole
+from fastadv.methods.radii import ONE_TABLE, Radius, Size, by_site, listed, together
 
 LENGTHS = (
     "a random start is scaled by each sample's length, and with scope='batch' a sample may lie on one rank of "
     "process_group= or on several: use scope='sample' for sequence shards, or random_start=False or a callable"
 )
-ONE_TABLE = (
-    "an epsilon or a step_size for each perturbed module needs a perturbation for each, and scope={scope!r} has one "
-    "for all tables: use scope='token', 'sample' or 'batch'"
+
+ONE_RANGE = (
+    "clamp='batch' takes the range of one module's activations of a whole batch: use scope='sample', 'token' or "
+    "'batch', one module as embedding=, and no process_group="
 )
 
 
@@ -48,7 +50,9 @@ class EmbeddingMethod(Method):
         norm: "l2" or "linf": the direction of a step and the ball together.
         scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
         random_start: False; True (magnitude epsilon); a magnitude; or a callable `(shape, mask) -> tensor`.
-        direction, ball: "l2", "sign" or "max" for the step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        direction, ball: "l2", "sign", "max", or "adam", "adamw", "rmsprop" for the step (see docs/concepts.md); "l2",
+            "linf" or None for the ball. Default: as `norm` says.
+        clamp: "batch": perturbed activations stay in the range of the clean batch's (one module, position scopes).
         relative: epsilon, step_size and the magnitude of the start are in units of the mean norm of the embedding's
             rows, taken once, when the method is made. A callable start is not scaled.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding. A name
@@ -67,6 +71,7 @@ class EmbeddingMethod(Method):
     _places: Mapping[str, Any] = MappingProxyType({})
     _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}  # direction, ball
     _one_radius: ClassVar[bool] = False  # whether it reckons with epsilon, so that this is one for all modules
+    _no_moments: ClassVar[str] = ""  # why its search cannot step by moments
 
     def __init__(
         self,
@@ -102,6 +107,11 @@ class EmbeddingMethod(Method):
         if tied == "both" and self._ranks is not None:
             raise ValueError("tied='both' moves each rank's own table: process_group= needs tied='lookup'")
         self._direction, self._ball = self._directed(norm, options)
+        if tied == "both" and self._direction in MOMENT_DIRECTIONS:
+            raise ValueError(
+                f"tied='both' moves the table itself, which direction={self._direction!r} keeps no moments of: use "
+                "tied='lookup'"
+            )
         self._relative, self._random_start = options.pop("relative", False), random_start
         self._unit = mean_row_norm(model, embedding) if self._relative else 1.0
         self._start = self._resolve(random_start)
@@ -110,7 +120,10 @@ class EmbeddingMethod(Method):
         one_of("attack_mode", attack_mode, (None, "eval"))
         where = {"embedding": embedding, "scope": scope, "tied": tied}
         self._places = {**where, "ranks": self._ranks, "attack_mode": attack_mode, **self._places}
+        clamp = options.pop("clamp", None)
         super().__init__(model, **options)  # type: ignore[misc]  # the others have been taken out
+        if clamp is not None:
+            self._clamp(clamp)
 
     def _directed(self, norm: Norm, options: TiedOptions) -> tuple[str, str]:
         """Direction and ball: each as given, or as `norm` says."""
@@ -120,7 +133,20 @@ class EmbeddingMethod(Method):
             one_of("ball", chosen, BALLS)
         direction = options.pop("direction", cast(Any, direction))
         one_of("direction", direction, DIRECTIONS)
+        if direction in MOMENT_DIRECTIONS and self._no_moments:
+            raise ValueError(f"{type(self).__name__}: direction={direction!r} {self._no_moments}")
         return direction, chosen or "none"
+
+    def _clamp(self, clamp: str) -> None:
+        """From now on perturbed activations stay within the clean batch's."""
+        try:
+            one_of("clamp", clamp, CLAMPS)
+            if self.scope in TABLE_SCOPES or self._ranks is not None or len(self._engine.modules) > 1:
+                raise ValueError(ONE_RANGE)
+        except ValueError:
+            self.close()
+            raise
+        self._engine.places = self._engine.places._replace(clamps=True)
 
     # The user's calls
 
@@ -142,8 +168,8 @@ class EmbeddingMethod(Method):
                 of a step a sample has as many true positions; it may have none.
 
         Raises:
-            ValueError: `scope="table"` or `"row"`, or `process_group=`. Inside of a step: a mask of another shape than
-                the forwards, with other values or other numbers of positions, or `mask=` besides.
+            ValueError: `scope="table"` or `"row"`, `process_group=` or `clamp=`. Inside of a step: a mask of another
+                shape than the forwards, with other values or other numbers of positions, or `mask=` besides.
             RuntimeError: a block in a block; a first pass that had none; YOPO, whose partial passes end early.
 
         Examples:
@@ -161,10 +187,6 @@ class EmbeddingMethod(Method):
             >>> round(float(adv.perturbation_norm), 4)
             0.1
         """
-        if self.scope in TABLE_SCOPES:
-            raise ValueError(OF_WORDS.format(scope=self.scope))
-        if self._ranks is not None:
-            raise ValueError(PARTS)
         return At(self._engine, mask)
 
     def find(self, closure: Closure, mask: Masks = None, groups: Groups = None) -> Found:

@@ -37,7 +37,9 @@ class FGSM(EmbeddingMethod):
             per distinct token id). A step along the sign has no norm, so nothing else depends on it.
         random_start: begin elsewhere than at zero. See `fastadv.PGD`.
         clean_weight, adv_weight: weights of the clean and the adversarial gradient.
-        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        direction, ball: "l2", "sign", "max", "adam", "adamw" or "rmsprop" for a step; "l2", "linf" or None for the
+            ball. Default: as `norm` says. See docs/concepts.md.
+        clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.

@@ -54,6 +54,7 @@ class FreeAT(EmbeddingMethod):
         dropout: the "same" masks in all passes of a step (it has one, or two with `attack=`), "fresh" ones, or "off".
             Every replay draws its own.
         direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.
@@ -85,6 +86,7 @@ class FreeAT(EmbeddingMethod):
 
     replays: int = 4
 
+    _no_moments = "begins anew with each replay, where one step says no more than the sign: use 'l2', 'sign' or 'max'"
     _dropout = "same"
 
     def __init__(

@@ -39,7 +39,9 @@ class FreeLB(EmbeddingMethod):
         random_start: the start (`adv_init_mag`): a magnitude, of which l2 draws U(-1, 1) * magnitude / sqrt(length * D)
             with each sample's true length, and linf U(-magnitude, magnitude); masked, not projected. False or 0: zero.
         adv_weight: weight of the mean gradient.
-        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        direction, ball: "l2", "sign", "max", "adam", "adamw" or "rmsprop" for a step; "l2", "linf" or None for the
+            ball. Default: as `norm` says. See docs/concepts.md.
+        clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding. A name
             may hold alternatives, "layers.{8,16}.mlp"; ("layers.8", "input") perturbs what a module is given.

@@ -19,7 +19,6 @@ from fastadv.engine.perturb.start import RandomStart
 from fastadv.engine.results import Closure, Pass, StepResult
 from fastadv.engine.safety.surroundings import attention, use_attention
 from fastadv.engine.step import Step
-from fastadv.methods.adam import Adam
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.linear import along, check_samples
 from fastadv.methods.options import EmbeddingOptions, Norm, Scope, number, one_of
@@ -68,9 +67,11 @@ class LLR(EmbeddingMethod):
         gap_weight: of the departure from linearity, lambda.
         slope_weight: of the linear part, mu.
         stop_gradient: the search follows the gradient of the loss alone, up or down as the gap's sign says.
-        optimizer: "sign" (steps by the norm's rule) or "adam".
+        optimizer: "sign" (steps by the norm's rule) or "adam", which is `direction="adam"` with the rate above.
         random_start: True: U(-epsilon, epsilon) for linf; a magnitude; or a callable `(shape, mask) -> tensor`.
-        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        direction, ball: "l2", "sign", "max", "adam", "adamw" or "rmsprop" for a step; "l2", "linf" or None for the
+            ball. Default: as `norm` says. See docs/concepts.md.
+        clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         process_group: not taken, since a rank has to know the loss of whole samples.
@@ -129,6 +130,8 @@ class LLR(EmbeddingMethod):
         self.gap_weight = number("gap_weight", gap_weight)
         self.slope_weight = number("slope_weight", slope_weight)
         self.stop_gradient = bool(stop_gradient)
+        if optimizer == "adam":
+            options["direction"] = options.get("direction", "adam")
         if step_size is None:
             step_size = 0.1 if optimizer == "adam" else number("epsilon", epsilon) / 4
         super().__init__(
@@ -148,7 +151,6 @@ class LLR(EmbeddingMethod):
                 "LLR compares the loss of a whole sample with its slope, and process_group= gives a rank a part of it: "
                 "use another method there"
             )
-        self._adam = Adam(self.rule.step_size) if optimizer == "adam" else None
         self._tried: tuple[object, object] = None, None  # the parameters and the closure that were looked into
 
     def backward(
@@ -187,13 +189,8 @@ class LLR(EmbeddingMethod):
 
     def search(self, step: Step) -> None:
         """K steps, with a probe between each two."""
-        if self._adam is not None:
-            self._adam.begin()
         for left in reversed(range(self.steps)):
-            if self._adam is None:
-                step.ascend(self.rule)
-            else:
-                step.move(self._by_adam)
+            step.ascend(self.rule)
             if left:
                 step.probe()
 
@@ -234,11 +231,6 @@ class LLR(EmbeddingMethod):
         step.undo.append(partial(setattr, self, "_tried", self._tried))
         self._tried = now
         return CustomFunctions(losses)
-
-    def _by_adam(self, index: int, delta: Tensor, grad: Tensor) -> Tensor:
-        assert self._adam is not None
-        moved, radius = delta + self._adam.step(index, grad), self.rule.epsilon
-        return moved if radius is None else moved.clamp(-radius, radius)
 
 
 def _slope(step: Step, loss: Tensor) -> list[Tensor]:

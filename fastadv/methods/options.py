@@ -20,15 +20,16 @@ from fastadv.engine.owner import Backward, Owner
 from fastadv.engine.perturb.ranks import Group
 
 Norm = Literal["l2", "linf"]
-Direction = Literal["l2", "sign", "max"]
+Direction = Literal["l2", "sign", "max", "adam", "adamw", "rmsprop"]
 Ball = Literal["l2", "linf"]
+Clamp = Literal["batch"]
 Scope = Literal["table", "row", "batch", "sample", "token"]
 Dropout = Literal["fresh", "same", "off"]
 Tied = Literal["lookup", "both"]
 AttackMode = Literal["eval"]
 Communication = Literal["each", "last", "keep"]
 
-DIRECTIONS, BALLS = typing.get_args(Direction), typing.get_args(Ball)
+DIRECTIONS, BALLS, CLAMPS = (typing.get_args(choice) for choice in (Direction, Ball, Clamp))
 
 SHARED: dict[str, Any] = {
     "start_step": 0,
@@ -45,6 +46,7 @@ SHARED: dict[str, Any] = {
     "process_group": None,
     "direction": "by norm",
     "ball": "by norm",
+    "clamp": None,
     "tied": "lookup",
     "attack_mode": None,
 }
@@ -98,6 +100,7 @@ class EmbeddingOptions(NoiseOptions, total=False):
 
     direction: Direction
     ball: Ball | None
+    clamp: Clamp | None
 
 
 class TiedOptions(EmbeddingOptions, total=False):

@@ -45,7 +45,9 @@ class PGD(ClassicPGD, EmbeddingMethod):
         emb_name: the scripts' option: part of the names of the parameters that `attack` moves, and of the embedding
             that `backward` perturbs where there is no `embedding`.
         alpha: the scripts' name for step_size.
-        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        direction, ball: "l2", "sign", "max", "adam", "adamw" or "rmsprop" for a step; "l2", "linf" or None for the
+            ball. Default: as `norm` says. See docs/concepts.md.
+        clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding. A name
             may hold alternatives, "layers.{8,16}.mlp"; ("layers.8", "input") perturbs what a module is given.

@@ -20,6 +20,10 @@ HOW_MANY = (
     "{name} has {given} values for {count} perturbed modules ({sites}): give one for all, or one each in that order"
 )
 WHO = "{name} says nothing of {missing}: give one for all, or one for each of embedding= by name ({sites})"
+ONE_TABLE = (
+    "an epsilon or a step_size for each perturbed module needs a perturbation for each, and scope={scope!r} has one "
+    "for all tables: use scope='token', 'sample' or 'batch'"
+)
 NOT_PERTURBED = "{name} names {key!r}, which embedding= does not perturb; it perturbs {sites}"
 
 

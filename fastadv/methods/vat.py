@@ -56,6 +56,7 @@ class VAT(EmbeddingMethod):
         random_start: True: a uniformly random direction of length xi; such a length; or a callable
             `(shape, mask) -> tensor`.
         direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, xi and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.
@@ -83,6 +84,8 @@ class VAT(EmbeddingMethod):
     """
 
     _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "none"), "linf": ("sign", "none")}
+
+    _no_moments = "is no direction of a power iteration, which starts anew with each step: use 'l2', 'sign' or 'max'"
 
     _dropout = "same"
     _one_radius = True

@@ -40,7 +40,9 @@ class YOPO(FreeLB):
         scope: what the norm is over: "sample", "token", "batch", "table", "row".
         random_start: the start, as FreeLB has it. False or 0: zero.
         adv_weight: weight of the mean gradient.
-        direction, ball: "l2", "sign" or "max" for a step; "l2", "linf" or None for the ball. Default: as `norm` says.
+        direction, ball: "l2", "sign", "max", "adam", "adamw" or "rmsprop" for a step; "l2", "linf" or None for the
+            ball. Default: as `norm` says. See docs/concepts.md.
+        clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.

@@ -30,8 +30,9 @@ class Cxx(NamedTuple):
     openmp_reason: str | None  # None: it has OpenMP
 
     def compile_flags(self) -> list[str]:
-        # Nobody looks at floating-point exceptions, and with them no choice between two numbers could be vectorised.
-        exact = ["-ffp-contract=off", "-fno-trapping-math"]
+        # Nobody looks at floating-point exceptions or errno, and with them no choice between two numbers and no square
+        # root could be vectorised.
+        exact = ["-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
         # NDEBUG: pybind11 would ask at every reference whether the lock is held.
         flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", *exact, *WARNINGS]
         if march := os.environ.get("FASTADV_MARCH"):

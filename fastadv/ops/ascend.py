@@ -71,24 +71,24 @@ def _move(delta: Tensor, grad: Tensor, mask: Tensor | None, skipped: Tensor, rul
         g = g.masked_fill(~mask.unsqueeze(-1), 0)
     rows = (math.prod(delta.shape[: group if runs is None else -1]), -1)
     g = g.reshape(rows)
-    g = torch.where(_finite(g, skipped, runs), g, 0)
+    g = torch.where(finite(g, skipped, runs), g, 0)
     step = step_size * g.sign() if direction == "sign" else with_norm(g, step_size, direction, runs)
     moved = delta.reshape(rows).to(wide) + step
-    delta.copy_(_project(moved, epsilon, ball, direction, runs).reshape(delta.shape))
+    delta.copy_(project(moved, epsilon, ball, direction, runs).reshape(delta.shape))
 
 
-def _finite(g: Tensor, skipped: Tensor, runs: Runs | None) -> Tensor:
+def finite(g: Tensor, skipped: Tensor, runs: Runs | None) -> Tensor:
     """Whether each row's group is finite: [rows, 1]; counts the groups that are not."""
-    finite = g.isfinite().all(dim=1, keepdim=True)
+    good = g.isfinite().all(dim=1, keepdim=True)
     if runs is None:
-        skipped += (~finite).sum()
-        return finite
-    bad = runs.each((~finite).to(g.dtype).flatten(), "max")
+        skipped += (~good).sum()
+        return good
+    bad = runs.each((~good).to(g.dtype).flatten(), "max")
     skipped += bad.sum().long()
     return (bad == 0)[runs.of].unsqueeze(1)
 
 
-def _project(moved: Tensor, epsilon: float | None, ball: str, direction: str, runs: Runs | None = None) -> Tensor:
+def project(moved: Tensor, epsilon: float | None, ball: str, direction: str, runs: Runs | None = None) -> Tensor:
     """Each row of `moved`, brought onto the ball."""
     if epsilon is None or ball == "none":
         return moved

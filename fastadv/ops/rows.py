@@ -22,7 +22,7 @@ from fastadv import native
 from fastadv.arguments import signatures
 from fastadv.arguments.rule import Rule
 from fastadv.native import rows as native_rows
-from fastadv.ops.ascend import _project, with_norm
+from fastadv.ops.ascend import project, with_norm
 from fastadv.ops.dispatch import Backend, Op, in_place
 
 
@@ -84,7 +84,7 @@ def eager_step(
     moved = at + (step_size * g.sign() if direction == "sign" else with_norm(g, step_size, direction))
     if rule.bounded and saved is not None:
         centre = saved.to(wide).reshape(groups)
-        moved = centre + _project(moved - centre, epsilon, ball, direction)
+        moved = centre + project(moved - centre, epsilon, ball, direction)
     after = moved.reshape(before.shape).to(table.dtype)
     stays = (g == 0).all(dim=1, keepdim=True)
     _put(table, torch.where(stays if group else stays.reshape(()), before, after), rows)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from fastadv import ops
+from fastadv.arguments.moments import planes
+from fastadv.arguments.rule import MOMENT_BALLS, MOMENT_DIRECTIONS
 from fastadv.ops.grads import Plan
 from tests.campaigns import fuzz_oracles as oracle
 
@@ -104,6 +106,27 @@ def ascend(rng: Random) -> bool:
     starts = None if rng.random() < 0.5 else runs(rng, shape[0] * shape[1])
     ops.ascend(given, laid_out(rng, grad), mask=mask, skipped=skipped, starts=starts, **rule)
     return oracle.ascended(before, grad, mask, rule, given, int(skipped), starts)
+
+
+def moment_step(rng: Random) -> bool:
+    """Some steps of a search, of which each begins where the last has ended."""
+    dtype = DTYPES[rng.integers(4)]
+    shape = (size(rng, 3), size(rng, 4), int(rng.choice([0, 1, 5, 17])))
+    rule = rule_of(rng, 3) | {"direction": str(rng.choice(MOMENT_DIRECTIONS)), "ball": str(rng.choice(MOMENT_BALLS))}
+    delta = (rng.choice([0.0, 0.1, 1.0]) * torch.from_numpy(rng.standard_normal(shape))).to(wide(dtype))
+    moments = torch.zeros(planes(rule["direction"]), *shape, dtype=delta.dtype)
+    mask = None if rng.random() < 0.5 else torch.from_numpy(rng.random(shape[:2]) < 0.7)
+    starts = None if rng.random() < 0.5 else runs(rng, shape[0] * shape[1])
+    given = delta if rng.random() < 0.8 or not delta.numel() else misaligned(delta)
+    for count in range(1, 4):
+        grad, skipped = numbers(rng, shape, dtype, odd=0.15), torch.zeros((), dtype=torch.int64)
+        before, kept = given.clone(), moments.clone()
+        ops.moment_step(
+            given, laid_out(rng, grad), mask=mask, skipped=skipped, moments=moments, starts=starts, count=count, **rule
+        )
+        if not oracle.moved_by_moments(before, grad, mask, rule, given, int(skipped), starts, (kept, moments), count):
+            return False
+    return True
 
 
 def runs(rng: Random, rows: int) -> Tensor:
@@ -246,6 +269,7 @@ OPS: dict[str, Callable[[Random], bool]] = {
     f.__name__: f
     for f in (
         ascend, table_step, gather_perturb, gather_perturb_backward, segments, segment_sum, divergence, grads, rows,
+        moment_step,
     )
 }  # fmt: skip
 

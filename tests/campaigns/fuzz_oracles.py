@@ -48,9 +48,14 @@ def unit(x: Array, length: float, kind: str) -> Array:
 
 def moved(delta: Array, g: Array, rule: dict[str, Any], tolerance: float, floor: float) -> tuple[Array, Array]:
     """One group after its step, and how far off each element may be."""
-    step, epsilon, direction, ball = (rule[name] for name in ("step_size", "epsilon", "direction", "ball"))
+    step, direction = rule["step_size"], rule["direction"]
     m = delta + (step * np.sign(g) if direction == "sign" else unit(g, step, direction))
-    size = float(np.abs(delta).max(initial=0)) + (step if bool(g.any()) else 0)
+    return brought(m, float(np.abs(delta).max(initial=0)) + (step if bool(g.any()) else 0), rule, tolerance, floor)
+
+
+def brought(m: Array, size: float, rule: dict[str, Any], tolerance: float, floor: float) -> tuple[Array, Array]:
+    """One group on its ball, of what is off by a share of `size`."""
+    epsilon, direction, ball = (rule[name] for name in ("epsilon", "direction", "ball"))
     bound = np.full(m.shape, tolerance * size + floor)
     if epsilon is None or ball == "none":
         return m, bound
@@ -85,6 +90,56 @@ def ascended(
         want, bound = moved(old, along if finite else np.zeros_like(along), rule, TOLERANCE[dtype], FLOOR[dtype])
         if not (np.abs(new - want) <= bound).all():
             return False
+    return lost == skipped
+
+
+OPTIMIZERS = {"adam": (0.9, 0.999, 0.0), "adamw": (0.9, 0.999, 0.01), "rmsprop": (None, 0.99, 0.0)}
+
+
+def moved_by_moments(
+    before: Tensor,
+    grad: Tensor,
+    mask: Tensor | None,
+    rule: dict[str, Any],
+    got: Tensor,
+    skipped: int,
+    starts: Tensor | None,
+    moments: tuple[Tensor, Tensor],
+    count: int,
+) -> bool:
+    """The moments of before and after, rounded as they are kept; the step from them in float64."""
+    if before.numel() == 0:
+        return skipped == 0
+    g = grad.to(before.dtype) if mask is None else grad.to(before.dtype).masked_fill(~mask.unsqueeze(-1), 0)
+    first, second, decay = OPTIMIZERS[rule["direction"]]
+    tolerance, floor, lost = TOLERANCE[before.dtype], FLOOR[before.dtype], 0
+    planes = [grouped(one, rule, starts) for both in moments for one in (both[0], both[-1])]
+    with np.errstate(all="ignore"):
+        for old, along, new, m, v, m_after, v_after in zip(
+            *(grouped(t, rule, starts) for t in (before, g, got)), *planes, strict=True
+        ):
+            if not np.isfinite(along).all():
+                lost += 1
+                want, bound = brought(old.astype(np.float64), float(np.abs(old).max()), rule, tolerance, floor)
+                if not (np.array_equal(m, m_after) and np.array_equal(v, v_after)):
+                    return False
+            else:
+                kind = along.dtype.type
+                squares = kind(second) * v + kind(1 - second) * along * along
+                mean = along.astype(np.float64) if first is None else first * m.astype(np.float64) + (1 - first) * along
+                size_of_mean = np.abs(along) if first is None else np.abs(m) + np.abs(along)
+                root = 1.0 if first is None else math.sqrt(1 - second**count)
+                rate = rule["step_size"] / (1.0 if first is None else 1 - first**count)
+                divisor = np.sqrt(squares.astype(np.float64)) / root + 1e-8
+                want = (1 - rule["step_size"] * decay) * old.astype(np.float64) + rate * mean / divisor
+                size = float((np.abs(old) + rate * size_of_mean / divisor).max())
+                want, bound = brought(want, size, rule, tolerance, floor * (1 + rate / 1e-8))  # of m, over the guard
+                if not np.allclose(v_after, squares, rtol=tolerance, atol=floor):
+                    return False
+                if first is not None and not (np.abs(m_after - mean) <= tolerance * size_of_mean + floor).all():
+                    return False
+            if not (np.abs(new - want) <= bound).all():
+                return False
     return lost == skipped
 
 

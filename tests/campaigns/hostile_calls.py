@@ -137,6 +137,9 @@ def targets() -> list[Target]:
     functions: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         "ops.ascend": (ops.ascend, {"delta": embedded + 1, "grad": embedded + 2, "mask": embedded[..., 0] == 0,
                                     "weight": table, "ids": IDS, "embedded": embedded, **step}),
+        "ops.moment_step": (ops.moment_step, {
+            "delta": embedded + 1, "grad": embedded + 2, "mask": embedded[..., 0] == 0, "weight": table, "ids": IDS,
+            "embedded": embedded, "moments": torch.zeros(2, 2, 4, 6), "count": 1, **step, "direction": "adam"}),
         "ops.table_step": (_groups(ops.table_step), {
             "delta": torch.ones(4, 6), "grad": position, "weight": table, "ids": IDS, "embedded": embedded,
             "room": torch.ones(4, 6), **plan, **step}),

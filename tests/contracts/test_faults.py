@@ -25,6 +25,8 @@ METHODS: dict[str, tuple[int, Callable[..., Any]]] = {
     "freeat-sample": (1, lambda model, **o: fastadv.FreeAT(model, **o)),
     "freelb-sample": (3, lambda model, **o: fastadv.FreeLB(model, **o)),
     "freelb-table": (3, lambda model, **o: fastadv.FreeLB(model, scope="table", norm="linf", **o)),
+    "pgd-adamw": (4, lambda model, **o: fastadv.PGD(model, scope="token", direction="adamw", clamp="batch", **o)),
+    "freelb-rmsprop": (3, lambda model, **o: fastadv.FreeLB(model, scope="row", direction="rmsprop", **o)),
 }
 PASSES = [(name, index) for name, (count, _) in METHODS.items() for index in range(count)]
 EARLIER = ["none", "all", "some"]

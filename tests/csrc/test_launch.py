@@ -17,10 +17,11 @@ from torch import Tensor
 
 from fastadv import native, ops
 from fastadv.arguments import signatures
+from fastadv.arguments.moments import Moments
 from fastadv.arguments.rule import Rule
 from fastadv.arguments.signature import Signature
 from fastadv.arguments.tensors import DTYPES
-from fastadv.native import ascend, divergence, gather_perturb, rows, segment_sum, table_step
+from fastadv.native import ascend, divergence, gather_perturb, moment_step, rows, segment_sum, table_step
 from fastadv.native.launch import Launch, compiled, fitted
 
 pytestmark = [
@@ -29,6 +30,8 @@ pytestmark = [
 ]
 
 RULE = Rule(0.3, 0.5, "l2", "l2", 0)
+BY_MOMENTS = RULE._replace(direction="adamw")
+MOMENTS = Moments.of(BY_MOMENTS, 2)
 IDS, COUNT = torch.tensor([[3, 1, 3, 0], [1, 1, 4, 3]]), torch.zeros((), dtype=torch.int64)
 GROUPS = ops.segments(IDS, 5, fused=False).trimmed()
 W, R, POSITIONS = torch.zeros(5, 6), torch.zeros(4, 6), torch.zeros(2, 4, 6)
@@ -45,6 +48,20 @@ GOOD: dict[str, tuple[Launch, tuple[Any, ...], tuple[Any, ...]]] = {
         (R, R + 1, torch.ones(4, dtype=torch.bool), COUNT, torch.tensor([0, 1, 4]), W, IDS, torch.zeros(2, 4, 6),
          GROUPS.slot.view(2, 4)),
         (RULE,),
+    ),
+    "moment_step": (
+        moment_step._RUN[signatures.MOMENT_STEP], (*STEP, torch.zeros(2, 2, 4, 6)), (BY_MOMENTS, MOMENTS),
+    ),
+    "moment_step by position": (
+        moment_step._RUN[signatures.MOMENT_STEP_BY_POSITION],
+        (*STEP, W, IDS, torch.zeros(2, 4, 6), torch.zeros(2, 2, 4, 6)),
+        (BY_MOMENTS, MOMENTS),
+    ),
+    "moment_step by slot": (
+        moment_step._RUN[signatures.MOMENT_STEP_BY_SLOT],
+        (R, R + 1, torch.ones(4, dtype=torch.bool), COUNT, torch.tensor([0, 1, 4]), W, IDS, torch.zeros(2, 4, 6),
+         GROUPS.slot.view(2, 4), torch.zeros(2, 4, 6)),
+        (BY_MOMENTS, MOMENTS),
     ),
     "table_step": (
         table_step._RUN, (R, R.clone(), COUNT, W, IDS, torch.zeros(2, 4, 6), torch.ones(8, 6), *GROUPS), (RULE,),

@@ -18,7 +18,8 @@ from torch import Tensor
 from fastadv import kernels
 from fastadv.arguments.kinds import KINDS
 from fastadv.arguments.lookup import Lookup, lookup_of
-from fastadv.arguments.rule import BALLS, DIRECTIONS, Rule
+from fastadv.arguments.moments import Moments, planes
+from fastadv.arguments.rule import BALLS, DIRECTIONS, MOMENT_BALLS, MOMENT_DIRECTIONS, Rule
 from fastadv.ops import segments
 
 pytest.importorskip("triton")
@@ -26,7 +27,7 @@ if kernels.interpreted():
     pytest.skip("compiles nothing: triton interprets", allow_module_level=True)
 
 from bench.gpu.abroad import TOOLS, Compiled, compiling
-from fastadv.kernels import ascend, divergence, gather_perturb, segment_sum, table_step
+from fastadv.kernels import ascend, divergence, gather_perturb, moment_step, segment_sum, table_step
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SLOW = [pytest.param(target, marks=pytest.mark.slow) for target in ("sm_80", "sm_100", "gfx942")]
@@ -76,6 +77,18 @@ def runs_step(dtype: torch.dtype, dim: int, direction: str, ball: str) -> None:
     ascend.ascend(delta, grad, mask, torch.tensor(0), Rule(0.1, 1.0, direction, ball, 1), lookup, starts)
 
 
+def by_moments(
+    dtype: torch.dtype, dim: int, group: int, direction: str, ball: str, runs: bool = False, embeds: bool = True
+) -> None:
+    """moment_step for groups of one or several rows, or for runs of rows."""
+    delta, grad = torch.zeros(2, 16, dim, dtype=in_place_of(dtype)), torch.zeros(2, 16, dim, dtype=dtype)
+    lookup = Lookup(torch.zeros(50, dim, dtype=dtype), torch.arange(32).view(2, 16), None, torch.zeros_like(grad))
+    mask, starts = torch.ones(2, 16, dtype=torch.bool), torch.tensor([0, 5, 32, 32]) if runs else None
+    rule, moments = Rule(0.1, 1.0, direction, ball, group), delta.new_zeros(planes(direction), *delta.shape)
+    given = (mask, torch.tensor(0), moments, rule, Moments.of(rule, 1), lookup if embeds else None, starts)
+    moment_step.moment_step(delta, grad, *given)
+
+
 def whole_table_step(dtype: torch.dtype, dim: int, group: int) -> None:
     ids = torch.arange(32)
     groups, delta = segments(ids, 50), torch.zeros(32, dim, dtype=in_place_of(dtype))
@@ -97,6 +110,10 @@ def everything(dtype: torch.dtype, dim: int) -> Iterator[Callable[[], None]]:
             yield lambda g=group, d=direction, b=ball, m=both: step(dtype, dim, g, d, b, masked=m, embeds=m)
     for direction, ball in itertools.product(DIRECTIONS, BALLS):
         yield lambda d=direction, b=ball: runs_step(dtype, dim, d, b)
+    for group, direction, ball in itertools.product((1, 2), MOMENT_DIRECTIONS, MOMENT_BALLS):
+        for embeds in (False, True):
+            yield lambda g=group, d=direction, b=ball, e=embeds: by_moments(dtype, dim, g, d, b, embeds=e)
+        yield lambda g=group, d=direction, b=ball: by_moments(dtype, dim, g, d, b, runs=True)
     for group in (0, 1):
         yield lambda g=group: whole_table_step(dtype, dim, g)
     for kind, both in itertools.product(KINDS, (False, True)):
@@ -112,11 +129,14 @@ def test_what_methods_use(dtype: torch.dtype, target: str, compiled: list[Compil
         step(dtype, 768, group, direction, ball, masked=True, embeds=True)
     step(dtype, 768, 1, "l2", "unit", masked=False, embeds=True)
     runs_step(dtype, 768, "l2", "l2")
+    for group, direction, ball in ((1, "adamw", "l2"), (2, "adamw", "l2"), (2, "rmsprop", "linf")):
+        by_moments(dtype, 768, group, direction, ball)
     whole_table_step(dtype, 768, 0)
     compare(dtype, 4096, "symmetric_kl")
     assert {kernel.name for kernel in compiled} == {
         "gather_perturb_kernel", "gather_perturb_backward_kernel", "segments_kernel", "pieces_kernel",
         "rows_kernel", "sums_kernel", "unit_kernel", "move_kernel", "divergence_kernel",
+        "moment_rows_kernel", "moment_sums_kernel", "moment_move_kernel",
     }  # fmt: skip
     for kernel in compiled:
         assert wide_accesses(inspect(kernel, target, tmp_path)), kernel.name

@@ -16,13 +16,16 @@ from torch import Tensor
 
 from fastadv import kernels
 from fastadv.arguments.kinds import KINDS
-from fastadv.arguments.rule import BALLS, DIRECTIONS
+from fastadv.arguments.lookup import Lookup
+from fastadv.arguments.moments import Moments, planes
+from fastadv.arguments.rule import BALLS, DIRECTIONS, MOMENT_BALLS, MOMENT_DIRECTIONS, Rule
 from fastadv.native.flags import check
 from fastadv.ops import segments
 from fastadv.ops.ascend import eager as eager_ascend
 from fastadv.ops.divergence import eager as plain_divergence
 from fastadv.ops.gather_perturb import eager as plain_gather
 from fastadv.ops.gather_perturb import eager_backward as plain_backward
+from fastadv.ops.moment_step import eager as eager_moment_step
 from fastadv.ops.segment_sum import eager as plain_sum
 from fastadv.ops.table_step import eager as eager_table_step
 from tests.flat import ascends, table_steps
@@ -33,6 +36,7 @@ if not (kernels.interpreted() or torch.cuda.is_available()):
 from fastadv.kernels.ascend import ascend as kernel_ascend
 from fastadv.kernels.divergence import divergence
 from fastadv.kernels.gather_perturb import gather_perturb, gather_perturb_backward
+from fastadv.kernels.moment_step import moment_step as kernel_moment_step
 from fastadv.kernels.segment_sum import segment_sum
 from fastadv.kernels.table_step import table_step as kernel_table_step
 
@@ -118,6 +122,53 @@ def test_ascend_of_runs(direction: str, ball: str, dtype: torch.dtype) -> None:
         plain_ascend(want, bad, None, plain, 0.3, 0.5, direction, ball, 1, starts=starts)
         assert int(skipped) == int(plain) > 0
         close(delta, want, wide(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("direction", "ball"), list(itertools.product(MOMENT_DIRECTIONS, MOMENT_BALLS)))
+def test_moment_step(direction: str, ball: str, dtype: torch.dtype) -> None:
+    """Groups of many tiles, of a row, and runs; between guards, with words to look up; one group that is not finite."""
+    ids, weight = torch.randint(9, (2, 12), device=DEVICE), randn(9, 130, dtype=dtype)
+    mask = torch.rand(2, 12, device=DEVICE) < 0.8
+    mask[1, 3] = True
+    grad = torch.where(mask.unsqueeze(-1), randn(2, 12, 130, dtype=dtype), math.nan)
+    grad[1, 3, 7] = math.inf
+    start = randn(2, 12, 130, dtype=wide(dtype), scale=0.1)
+    kept = randn(planes(direction), 2, 12, 130, dtype=wide(dtype), scale=0.1).abs()
+    for group, starts in ((0, None), (1, None), (2, None), (1, torch.tensor([0, 1, 10, 10, 24], device=DEVICE))):
+        rule = Rule(0.05, 0.3, direction, ball, group)
+        found = []
+        for run in (kernel_moment_step, eager_moment_step):
+            delta, room = guarded(start)
+            moments, planes_room = guarded(kept)
+            embedded, words = guarded(torch.full_like(grad, math.nan))
+            skipped, lookup = counter(), Lookup(weight, ids, None, embedded)
+            run(delta, grad, mask, skipped, moments, rule, Moments.of(rule, 3), lookup, starts)
+            assert torch.equal(embedded, (weight[ids].to(delta.dtype) + delta).to(dtype))
+            assert untouched(room)
+            assert untouched(planes_room)
+            assert untouched(words)
+            found.append((delta, moments, int(skipped)))
+        close(found[0][0], found[1][0], wide(dtype))
+        close(found[0][1], found[1][1], wide(dtype))
+        assert found[0][2] == found[1][2] == 1
+    slot = torch.randint(-1, 5, (2, 12), device=DEVICE)
+    delta, moments, embedded = randn(5, 130, dtype=wide(dtype)), kept[:, 0, :5].contiguous(), torch.empty_like(grad)
+    run_on = (randn(5, 130, dtype=dtype), None, counter(), moments, rule, Moments.of(rule, 1))
+    kernel_moment_step(delta, *run_on, Lookup(weight, ids, slot, embedded))
+    assert torch.equal(embedded, plain_gather(weight, ids, delta, slot))
+
+
+def test_moment_step_repeats_bit_for_bit_and_takes_rows_that_lie_apart() -> None:
+    every, start = randn(6, 50, 130), randn(6, 25, 130, scale=0.1)
+    for group, grad in itertools.product((0, 1, 2), (every[:, ::2], every[:, :1].expand(6, 25, 130))):
+        rule, found = Rule(0.1, 0.2, "adam", "l2", group), []
+        for given in (grad, grad, grad.contiguous()):
+            delta, moments = start.clone(), torch.full((2, 6, 25, 130), 0.01, device=DEVICE)
+            kernel_moment_step(delta, given, None, counter(), moments, rule, Moments.of(rule, 2))
+            found.append(torch.stack([delta, *moments]))
+        assert torch.equal(found[0], found[1])
+        assert torch.equal(found[0], found[2])
 
 
 def test_starts_that_point_outside_touch_nothing_else() -> None:
@@ -288,5 +339,7 @@ def test_empty() -> None:
         delta = torch.zeros(shape, device=DEVICE)
         for group in (0, 1, 2):
             ascend(delta, delta, None, counter(), 1.0, 1.0, "l2", "l2", group)
+            rule, moments = Rule(1.0, 1.0, "adam", "l2", group), delta.new_zeros(2, *shape)
+            kernel_moment_step(delta, delta.clone(), None, counter(), moments, rule, Moments.of(rule, 1))
     groups = segments(none.flatten(), 5, fused=False)
     assert segment_sum(torch.ones(0, 3, device=DEVICE), *groups[1:]).shape == (0, 3)

@@ -191,3 +191,48 @@ def _check_suffix(
     [value] = adv.find(watched).values
     assert_close(torch.stack(watched.seen), run["loss"], 1e-10, "losses")
     assert_close(value, run["delta"][-1], 1e-10, "perturbation")
+
+
+def completion(model: nn.Module, ids: Tensor, targets: Tensor) -> Tensor:
+    """The log-probability of every target token."""
+    found = model(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])
+    return found[..., 0][targets[:, 1:]]
+
+
+LAT = [
+    ("lat_tl_pgd_layer2", 0.4, 0.05, ["model.layers.2.mlp"]),
+    ("lat_tl_pgd_completions", 0.5, 0.1, ["model.embed_tokens", "model.layers.2.mlp"]),
+]
+
+
+@EVERYWHERE
+@pytest.mark.parametrize(("name", "epsilon", "step_size", "sites"), LAT)
+def test_targeted_lat(name: str, epsilon: float, step_size: float, sites: list[str], fused: bool | None) -> None:
+    """AdamW at one site or two, on one text or two: toward the harmful completion, and away from the safe one.
+
+    Away is -log(1 - p), and nothing where log p is below -5.
+    """
+    run = golden(f"llm/{name}")
+    model = model_of(run)
+    both = name.endswith("completions")
+    texts = [(run["adv_tokens"], run["adv_labels_mask"]), (run["def_tokens"], run["def_labels_mask"])]
+    mask = run["prompt_mask"] | (texts[0][1] | texts[1][1] if both else False)
+    recorded = [run["delta"][site.removeprefix("model.")] for site in sites]
+    steps = len(recorded[0]) - 1
+    rule: dict[str, Any] = {"step_size": step_size, "steps": steps, "direction": "adamw", "ball": "l2"}
+    adv = fastadv.PGD(model, epsilon=epsilon, scope="token", embedding=sites, fused=fused, **rule)
+
+    def loss() -> Tensor:
+        with adv.at(mask):
+            toward = -completion(model, *texts[0]).mean()
+        if not both:
+            return -toward
+        with adv.at(mask):
+            p = completion(model, *texts[1])
+        away = -(torch.log1p(-p.exp()) * (p >= -5)).mean()
+        return -0.5 * toward - 0.5 * away
+
+    found = adv.find(loss)
+    assert found.sites == sites
+    for site, value, delta in zip(sites, found.values, recorded, strict=True):
+        assert_close(value, at_positions(delta[-1], mask, value.shape[1]), 1e-10, site)

@@ -22,10 +22,21 @@ from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
 from fastadv.ops.ascend import l2_norm, largest
 
+NO_MOMENTS = (
+    "direction={direction!r} does not ask the ranks of process_group= how long a sample's perturbation is, or whether "
+    "its gradient is finite: use direction='l2', 'sign' or 'max', or scope='token' with an l2 ball"
+)
+
 
 def joins(scope: str, rule: Rule) -> bool:
     """Whether an ascent asks the other ranks: a token is whole on its own, but its sample may be void elsewhere."""
     return scope != "token" or rule.by_element
+
+
+def check(rule: Rule) -> None:
+    """Raises ValueError for a rule whose norms are not taken over ranks."""
+    if rule.moments:
+        raise ValueError(NO_MOMENTS.format(direction=rule.direction))
 
 
 @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw
 from fastadv.engine.safety.rng import apart
+from fastadv.ops import ascend, moment_step
 from fastadv.ops.ascend import l2_norm, largest
 
 Move = Callable[[int, Tensor, Tensor], Tensor]  # a lookup's index, its delta and gradient -> its next delta
@@ -35,9 +37,11 @@ class Perturbation:
 
     Attributes:
         meeting: of the ranks that each hold a part of what a norm is over; None: this one holds all of it.
+        ascents: of this search so far; moments begin at zero with the first.
     """
 
     meeting: Meeting | None = None
+    ascents = 0  # of this search
 
     def __init__(self, lookups: Lookups, scope: str, buffers: Buffers) -> None:
         self.lookups = lookups
@@ -64,6 +68,13 @@ class Perturbation:
         for lookup in self.lookups:
             lookup.zero_()
 
+    def begin(self) -> None:
+        """A search begins: gradient, moments and embeddings of an earlier one are not its own."""
+        self.ascents = 0
+        self.drop_gradient()
+        for lookup in self.lookups:
+            lookup.ready = None
+
     def start(self, draw: Draw, seed: int, lookup: Lookup) -> None:
         """Put one lookup at its start, drawn apart from the model's own random numbers."""
         raise NotImplementedError
@@ -71,6 +82,10 @@ class Perturbation:
     def ascend(self, rule: Rule) -> None:
         """One step up the gradient of the last pass, which it consumes."""
         raise NotImplementedError
+
+    def stepping(self, moments: Tensor | None) -> Callable[..., None]:
+        """The op of this ascent: one that keeps moments has them; zeros in a search's first."""
+        return ascend if moments is None else partial(moment_step, moments=moments, count=self.ascents)
 
     def move(self, step: Move) -> None:
         """One step of a method's own; consumes the gradient."""

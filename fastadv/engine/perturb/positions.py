@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastadv.engine.lookup import Lookup
 from fastadv.engine.perturb import across
+from fastadv.engine.perturb.clamp import DIVIDED_RANGE, into_range
 from fastadv.engine.perturb.perturbation import DIVIDED, Move, Perturbation, fill, group_norms, mean_norm
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw
-from fastadv.ops import ascend
 
 APART = 0x9E3779B1  # between the seeds of two ranks: odd, and far, since a generator may take the lower 32 bits alone
 
@@ -25,6 +25,8 @@ class PositionPerturbation(Perturbation):
 
     def divide(self, *, has_ids: bool) -> None:  # noqa: ARG002
         """What takes more than a position is then asked of the other ranks, or refused."""
+        if self.lookups.places.clamps:
+            raise ValueError(DIVIDED_RANGE)
         self._divided = True
         self._check(self._by_sample)
 
@@ -53,16 +55,20 @@ class PositionPerturbation(Perturbation):
         self._check(self.scope != "token" and not rule.by_element)
         self._moved = True
         if self.meeting is not None and across.joins(self.scope, rule):
+            across.check(rule)
             skipped = self.buffers.skipped_on(self.lookups.items[0].delta.device)
             across.ascend(self.lookups.items, self.scope, rule, self.meeting, skipped)
             for lookup in self.lookups:
                 lookup.grad = lookup.ready = None
             return
+        self.ascents += 1
+        clamps = self.lookups.places.clamps
         for lookup in self.lookups:
+            moments = self._moments(lookup, rule)
             if lookup.grad is None:
                 continue
-            written, own = lookup.next_lookup(), rule.of(lookup.module)
-            ascend(
+            written, own = {} if clamps else lookup.next_lookup(), rule.of(lookup.module)
+            self.stepping(moments)(
                 lookup.delta,
                 lookup.grad,
                 mask=lookup.mask,
@@ -75,6 +81,19 @@ class PositionPerturbation(Perturbation):
             )
             lookup.wrote(written)
             lookup.grad = None
+            if clamps:
+                into_range(lookup, self.lookups.places.modules[lookup.module])
+
+    def _moments(self, lookup: Lookup, rule: Rule) -> Tensor | None:
+        """What the last ascent left; zeros in a search's first."""
+        if not rule.moments:
+            return None
+        shape = (rule.moments, *lookup.delta.shape)
+        if lookup.moments is None or lookup.moments.shape != shape:
+            lookup.moments = lookup.delta.new_zeros(shape)
+        elif self.ascents == 1:
+            lookup.moments.zero_()
+        return lookup.moments
 
     @torch.no_grad()
     def move(self, step: Move) -> None:
@@ -86,6 +105,8 @@ class PositionPerturbation(Perturbation):
                 moved = step(index, lookup.delta.detach(), _masked(grad, lookup.mask))
                 lookup.delta.copy_(_masked(moved, lookup.mask))
                 lookup.grad = lookup.ready = None
+                if self.lookups.places.clamps:
+                    into_range(lookup, self.lookups.places.modules[lookup.module])
 
     def _group(self, delta: Tensor, rule: Rule) -> int:
         if rule.by_element:

@@ -19,7 +19,7 @@ from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.segments import numbered, together
 from fastadv.engine.perturb.shared_rows import SharedRows
 from fastadv.engine.perturb.start import Draw
-from fastadv.ops import ascend, segment_sum, table_step
+from fastadv.ops import segment_sum, table_step
 
 IDS_FIRST = (
     "a random start in table scope needs all ids before the first perturbed pass, and this model calls its embedding "
@@ -72,24 +72,36 @@ class RowPerturbation(Perturbation):
             return
         grad = together([_gradient(lookup) for lookup in items])
         alone = items[0] if len(items) == 1 and items[0].table is not None and not items[0].materialised else None
+        self.ascents += 1
         if self.meeting is not None:
             self._step_over_ranks(self._of_all_ranks(self.meeting), grad, rule)
-        elif alone is None:
+        elif alone is None or rule.moments:
             self._step(grad, rule)
         else:
             self._step_and_look_up(alone, grad, rule)
         self.drop_gradient()
 
     def _step(self, grad: Tensor, rule: Rule) -> None:
-        ascend(
-            self._r(),
-            segment_sum(grad, self.lookups.segments(), fused=self.fused),
+        self._move(self._r(), segment_sum(grad, self.lookups.segments(), fused=self.fused), rule)
+        self._spread()
+
+    def _move(self, rows: Tensor, grad: Tensor, rule: Rule) -> None:
+        """Rows [R, D] by their own gradient."""
+        self.stepping(self._moments(rows, rule))(
+            rows,
+            grad,
             skipped=self.buffers.skipped_on(grad.device),
             group=self._group,
             fused=self.fused,
             **rule._asdict(),
         )
-        self._spread()
+
+    def _moments(self, rows: Tensor, rule: Rule) -> Tensor | None:
+        """What the last ascent left; zeros in a search's first."""
+        if not rule.moments:
+            return None
+        found = self.buffers.moments.of(rule.moments * len(rows), rows).view(rule.moments, *rows.shape)
+        return found.zero_() if self.ascents == 1 else found
 
     def _step_and_look_up(self, lookup: Lookup, grad: Tensor, rule: Rule) -> None:
         """The usual case, one plain lookup: all of it in one op."""
@@ -110,14 +122,7 @@ class RowPerturbation(Perturbation):
     @torch.no_grad()
     def _step_over_ranks(self, shared: SharedRows, grad: Tensor, rule: Rule) -> None:
         """The same step on every rank, of the rows of all; each takes its own."""
-        ascend(
-            shared.rows,
-            shared.summed(segment_sum(grad, self.lookups.segments(), fused=self.fused)),
-            skipped=self.buffers.skipped_on(grad.device),
-            group=self._group,
-            fused=self.fused,
-            **rule._asdict(),
-        )
+        self._move(shared.rows, shared.summed(segment_sum(grad, self.lookups.segments(), fused=self.fused)), rule)
         self._r().copy_(shared.mine())
         self._spread()
 

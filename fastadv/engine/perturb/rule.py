@@ -1,9 +1,12 @@
-"""How a perturbation ascends: a step in a direction, then a projection; see `fastadv.ops.ascend`."""
+"""How a perturbation ascends: a step, then a projection; see `fastadv.ops.ascend` and `fastadv.ops.moment_step`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+from fastadv.arguments.moments import planes
+from fastadv.arguments.rule import MOMENT_DIRECTIONS
 
 
 class Rule(NamedTuple):
@@ -12,7 +15,8 @@ class Rule(NamedTuple):
     Attributes:
         step_size: length of the step, in the embedding's units.
         epsilon: radius of the ball; None: no ball.
-        direction: "l2" (g / norm of g), "sign", or "max" (g / largest magnitude in g).
+        direction: "l2" (g / norm of g), "sign", or "max" (g / largest magnitude in g); or "adam", "adamw" or "rmsprop",
+            by moments of a search's gradients.
         ball: "l2", "linf", or "none".
     """
 
@@ -24,7 +28,13 @@ class Rule(NamedTuple):
     @property
     def by_element(self) -> bool:
         """Whether each element moves by itself, so that no norm of a group is taken."""
-        return self.direction == "sign" and (self.ball in ("linf", "none") or self.epsilon is None)
+        own = self.direction == "sign" or self.moments > 0
+        return own and (self.ball in ("linf", "none") or self.epsilon is None)
+
+    @property
+    def moments(self) -> int:
+        """How many moments of its gradient each element has."""
+        return planes(self.direction) if self.direction in MOMENT_DIRECTIONS else 0
 
     def of(self, site: int) -> Rule:  # noqa: ARG002
         """The rule of one of the perturbed places."""
