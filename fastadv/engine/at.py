@@ -22,8 +22,8 @@ NESTED = (
     "next one, or let `applied()` without a mask hold the perturbation"
 )
 OF_WORDS = (
-    "at(mask) gives the n-th position of a sample its n-th vector, and scopes 'table' and 'row' have one for each word: use "
-    "scope='token', 'sample' or 'batch'"
+    "at(mask) gives the n-th position of a sample its n-th vector, and scopes 'table' and 'row' have one a word: "
+    "use scope='token', 'sample' or 'batch'"
 )
 PARTS = (
     "at(mask) counts the positions of whole samples, and with process_group= a rank has a part of each: give one of "

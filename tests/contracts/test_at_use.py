@@ -466,7 +466,7 @@ def test_masks_and_scopes_that_go_without() -> None:
     adv.close()
     for scope in ("table", "row"):
         table = method(model, scope=scope, embedding=None)
-        with pytest.raises(ValueError, match="scopes 'table' and 'row' have one for each word"):
+        with pytest.raises(ValueError, match="scopes 'table' and 'row' have one a word"):
             table.at(SAFE.prompt)
         table.close()
     yopo = fastadv.YOPO(model, split="model.layers.1", scope="sample")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastadv
@@ -50,6 +51,15 @@ def under_ddp(rank: int) -> dict[str, Tensor]:
     return steps(DistributedDataParallel(plain), plain, slice(2 * rank, 2 * rank + 2))
 
 
+def under_fsdp2(rank: int) -> dict[str, Tensor]:
+    plain = seeded(lambda: TinyModel("tfm"))
+    fully_shard(plain.bert)
+    fully_shard(plain)
+    found = steps(plain, plain, slice(2 * rank, 2 * rank + 2))
+    assert found
+    return {name: p.grad.full_tensor() for name, p in plain.named_parameters()}
+
+
 def fails_on_one(rank: int) -> list[str]:
     """A block that cannot be, on one rank: the step is void on both."""
     plain = seeded(lambda: TinyModel("tfm"))
@@ -68,7 +78,7 @@ def fails_on_one(rank: int) -> list[str]:
     return ["no error"]
 
 
-CASES: dict[str, Any] = {"ddp": (under_ddp, ()), "fails": (fails_on_one, ())}
+CASES: dict[str, Any] = {"ddp": (under_ddp, ()), "fsdp2": (under_fsdp2, ()), "fails": (fails_on_one, ())}
 
 
 def run(rank: int, suite: str, folder: str) -> None:
@@ -82,13 +92,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return functools.partial(workers.start, run)("all", tmp_path_factory.mktemp("at"))
 
 
-def test_ddp(folder: Path) -> None:
+@pytest.mark.parametrize("case", ["ddp", "fsdp2"])
+def test_two_processes(case: str, folder: Path) -> None:
     halves = []
     for rank in range(2):
         plain = seeded(lambda: TinyModel("tfm"))
         halves.append(steps(plain, plain, slice(2 * rank, 2 * rank + 2)))
     want = {name: (halves[0][name] + halves[1][name]) / 2 for name in halves[0]}
-    for found in workers.by_rank(folder, "ddp"):
+    for found in workers.by_rank(folder, case):
         assert_gradients(found, want, 1e-9)
 
 
