@@ -126,6 +126,9 @@ class Reentrant(Recomputed):
     reentrant = True
 
 
+INSIDE = ["model.layers.1.self_attn", "model.layers.2.self_attn", ("model.layers.3", "input")]  # and recomputed
+
+
 def checkpointed(model: nn.Module, kind: type[Layer] = Recomputed) -> nn.Module:
     for layer in model.model.layers:
         layer.__class__ = kind
@@ -137,7 +140,7 @@ def test_a_checkpoint_recomputes_what_each_block_said() -> None:
     short = HARMFUL._replace(**{name: getattr(SAFE, name)[:, :11] for name in ("ids", "attention", "prompt", "target")})
     found = []
     for net in (tiny(), checkpointed(tiny())):
-        adv = method(net)
+        adv = method(net, embedding=INSIDE)
 
         def closure(net: nn.Module = net, adv: fastadv.PGD = adv) -> Tensor:
             plain = loss_of(net, short)
@@ -158,7 +161,7 @@ def test_places_in_checkpoints_without_at() -> None:
     """Several places with outputs of one shape: each is recomputed with its own."""
     found = []
     for net in (tiny(), checkpointed(tiny())):
-        adv = method(net, embedding=["model.layers.1.mlp", "model.layers.2.mlp", "model.layers.3"])
+        adv = method(net, embedding=INSIDE)
         adv.backward(lambda net=net: loss_of(net, SAFE), mask=SAFE.prompt)
         found.append(gradients(net))
     assert_gradients(found[1], found[0], 1e-12)
