@@ -260,7 +260,7 @@ def differentiate(
     try:
         found: Sequence[Tensor | None] = torch.autograd.grad(ends, leaves, weights, allow_unused=True)
     except RuntimeError as error:
-        if "Checkpointing is not compatible" in str(error):
+        if any(said in str(error) for said in ("Checkpointing is not compatible", "checkpoint is incompatible with")):
             raise RuntimeError(REENTRANT) from error
         raise
     return found

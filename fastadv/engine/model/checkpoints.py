@@ -27,7 +27,10 @@ FRAME = "_CheckpointFrame"
 def here() -> Here:
     """The checkpoint in which a module runs now. Where torch keeps frames elsewhere, none is found."""
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    hooks = None if top is None else top(False)
+    try:
+        hooks = None if top is None else top(False)
+    except TypeError:  # of another torch, which takes something else
+        hooks = None
     if hooks is None:
         return NOWHERE
     for cell in _cells(hooks[0]):
