@@ -30,6 +30,10 @@ class Op(NamedTuple):
 OPS: dict[str, Op] = {
     **{f"ascend, {scope} scope": Op(partial(ops.ascend, scope=scope)) for scope in ops.DIMS},
     "ascend, token scope, and the words": Op(partial(ops.ascend, scope="token", words=True), brief=True),
+    **{
+        f"moment_step, {scope} scope": Op(partial(ops.moment_step, scope=scope), brief=True)
+        for scope in ("sample", "token")
+    },
     "gather_perturb": Op(ops.gather, models=None),
     "gather_perturb's backward": Op(ops.backward, (*PLAIN, LIMIT), 2),
     "gather_perturb's backward, fresh pages": Op(partial(ops.backward, fresh=True), PLAIN, 0, brief=True),

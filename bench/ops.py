@@ -18,6 +18,7 @@ from bench.workloads import LENGTH, RADIUS, Workload, gradient
 from fastadv import ops
 
 RULE: dict[str, Any] = {"step_size": LENGTH, "epsilon": RADIUS, "direction": "l2", "ball": "l2"}
+RATE = 1e-3  # of a step by moments: further than the ball reaches
 DIMS = {"batch": (0, 1, 2), "sample": (1, 2), "token": (2,)}
 
 
@@ -42,8 +43,17 @@ def _stepped(kept: Tensor, grad: Tensor, saved: Tensor) -> Tensor:
     return saved + r * (RADIUS / vector_norm(r)).clamp(max=1)
 
 
-_compiled_lookup, _compiled_scatter, _compiled, _compiled_step = (
-    torch.compile(formula, dynamic=False) for formula in (_lookup, _scatter, _moved, _stepped)
+def _by_adamw(
+    delta: Tensor, grad: Tensor, m: Tensor, v: Tensor, dims: tuple[int, ...]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The first step of AdamW, by torch's defaults, and then the ball."""
+    m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad.square()
+    moved = (1 - 0.01 * RATE) * delta + RATE / 0.1 * m / ((v / 0.001).sqrt() + 1e-8)
+    return moved * (RADIUS / vector_norm(moved, dim=dims, keepdim=True)).clamp(max=1), m, v
+
+
+_compiled_lookup, _compiled_scatter, _compiled, _compiled_step, _compiled_adamw = (
+    torch.compile(formula, dynamic=False) for formula in (_lookup, _scatter, _moved, _stepped, _by_adamw)
 )
 
 
@@ -123,6 +133,52 @@ def ascend(work: Workload, scope: str, *, words: bool = False) -> Field:
     reads = 1 if scope == "token" else work.passes
     moved = (reads * (work.word + 4) + 4) * work.positions
     return work.field(moved + words * work.word * (work.positions + work.words), runs, lambda: delta.copy_(work.start))
+
+
+def moment_step(work: Workload, scope: str) -> Field:
+    """AdamW on a perturbation, onto the ball, and the next forward's lookup.
+
+    `reference`: the formula; `torch`: torch.optim's AdamW, fused, and the ball in place.
+    """
+    dims, delta, out = DIMS[scope], work.start.clone().requires_grad_(), torch.empty_like(work.grad)
+    optimizer = torch.optim.AdamW([delta], lr=RATE, maximize=True, fused=True)
+    step, moments = torch.zeros((), device=delta.device), torch.zeros(2, *delta.shape, device=delta.device)
+    m, v = moments
+    optimizer.state[delta] = {"step": step, "exp_avg": m, "exp_avg_sq": v}
+    rule = {**RULE, "step_size": RATE, "direction": "adamw", "group": list(DIMS).index(scope)}
+    lookup = {"weight": work.weight, "ids": work.ids, "embedded": out}
+
+    def reset() -> None:
+        delta.data.copy_(work.start)
+        for one in (step, moments):
+            one.zero_()
+
+    def by_formula(formula: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+        moved, *after = formula(delta.detach(), work.grad, m, v, dims)
+        for kept, now in zip((m, v), after, strict=True):
+            kept.copy_(now)
+        return F.embedding(work.ids, work.weight).add_(moved)
+
+    def by_optimizer() -> Tensor:
+        delta.grad = work.grad
+        optimizer.step()
+        moved = delta.detach()
+        moved.mul_((RADIUS / vector_norm(moved, dim=dims, keepdim=True)).clamp_(max=1))
+        return F.embedding(work.ids, work.weight).add_(moved)
+
+    def fused() -> Tensor:
+        ops.moment_step(delta, work.grad, skipped=work.skipped, moments=moments, count=1, **rule, **lookup)
+        return out
+
+    runs = {
+        "reference": lambda: by_formula(_by_adamw),
+        "torch": by_optimizer,
+        "compiled": lambda: by_formula(_compiled_adamw),
+        "fused": fused,
+    }
+    reads = 1 if scope == "token" else work.passes
+    moved = (reads * (work.word + 12) + 12) * work.positions
+    return work.field(moved + work.word * (work.positions + work.words), runs, reset)
 
 
 def segments(work: Workload) -> Field:

@@ -25,14 +25,14 @@ py::object step(const char* name, const Taken& taken, int end, const AscendCall&
 }
 
 // delta, grad, mask, skipped, starts; and weight, ids, embedded; and slot.
-inline py::object ascend_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
+inline py::object ascend_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given,
+                             int threads) {
   const GivenRule rule(given);
   const Taken taken(signature, tensors);
   if (!signature.is("ascend", {5, 8, 9}) || !taken || !rule.fits(taken[0].dims)) return py::none();
   const auto call = ascend_call(taken[0], taken[1], taken[2], taken[3], rule, taken[4]);
-  return step("ascend", taken, taken.size(), call, [&](const GatherPerturbCall* lookup) {
-    return fastadv::ascend_cpu(call, lookup, threads);
-  });
+  return step("ascend", taken, taken.size(), call,
+              [&](const GatherPerturbCall* lookup) { return fastadv::ascend_cpu(call, lookup, threads); });
 }
 
 // The same, and the moments last.
@@ -46,13 +46,13 @@ inline py::object moment_step_cpu(const Signature& signature, const py::tuple& t
   if (!rule.fits(taken[0].dims, taken[last].sizes[0])) return py::none();
   const auto call =
       moment_step_call(ascend_call(taken[0], taken[1], taken[2], taken[3], rule, taken[4]), taken[last], by);
-  return step("moment_step", taken, last, call.step, [&](const GatherPerturbCall* lookup) {
-    return fastadv::moment_step_cpu(call, lookup, threads);
-  });
+  return step("moment_step", taken, last, call.step,
+              [&](const GatherPerturbCall* lookup) { return fastadv::moment_step_cpu(call, lookup, threads); });
 }
 
 // delta, room, skipped, weight, ids, embedded, grad, slot, order, starts, stops.
-inline py::object table_step_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given, int threads) {
+inline py::object table_step_cpu(const Signature& signature, const py::tuple& tensors, const py::tuple& given,
+                                 int threads) {
   const GivenRule rule(given);
   const Taken taken(signature, tensors);
   if (!signature.is("table_step", {11}) || !taken || !rule.fits(2)) return py::none();

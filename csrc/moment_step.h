@@ -16,7 +16,7 @@ struct Moments {
 };
 
 struct MomentStepCall {
-  AscendCall step;  // delta, grad, mask, starts, groups and ball; its direction says nothing here
+  AscendCall step;               // delta, grad, mask, starts, groups and ball; its direction says nothing here
   std::uintptr_t first, second;  // m and v, each like delta; m is 0 where there is none
   Moments by;
 };

@@ -1,10 +1,9 @@
 // moment_step on the CPU: a group is looked at, moved and projected block by block; a row that is a group never leaves
 // the first cache meanwhile.
-#include "moment_step.h"
-
 #include <cmath>
 
 #include "ascend_cpu.h"
+#include "moment_step.h"
 
 namespace fastadv {
 namespace {
@@ -38,7 +37,8 @@ INLINE inline Sums largest_of(const Ascend<G>& op, std::int64_t begin, std::int6
   for (std::int64_t n = begin; n < end; ++n) {
     const G* g = op.grad_row(n);
     if (op.live(n)) {
-      add_largest<typename Ascend<G>::Real>(op.dim, sums, [&](std::int64_t i) INLINE { return Compute<G>::widen(g[i]); });
+      add_largest<typename Ascend<G>::Real>(op.dim, sums,
+                                            [&](std::int64_t i) INLINE { return Compute<G>::widen(g[i]); });
     }
   }
   return sums;
@@ -74,7 +74,8 @@ INLINE inline void move_rows(const MomentStep<G>& op, std::int64_t begin, std::i
   for (std::int64_t n = begin; n < end; ++n) {
     const G* __restrict__ from = op.step.grad_row(n);
     const auto to = [&](const auto& project) INLINE {
-      if (op.step.live(n)) return move_row(op, n, [&](std::int64_t i) INLINE { return Compute<G>::widen(from[i]); }, project);
+      if (op.step.live(n))
+        return move_row(op, n, [&](std::int64_t i) INLINE { return Compute<G>::widen(from[i]); }, project);
       move_row(op, n, [](std::int64_t) INLINE { return Real(0); }, project);
     };
     if (rule.ball == kLinfBall) {
@@ -100,22 +101,20 @@ INLINE inline void bring(Real* __restrict__ delta, std::int64_t count, const Pro
 }
 
 // Clones cannot be templates: one function each.
-#define CLONES_FOR(G)                                                                                         \
-  FASTADV_CLONES Sums look(const MomentStep<G>& op, std::int64_t begin, std::int64_t end) {                    \
-    return largest_of(op.step, begin, end);                                                                   \
-  }                                                                                                           \
-  FASTADV_CLONES void move(const MomentStep<G>& op, std::int64_t begin, std::int64_t end) {                    \
-    move_rows(op, begin, end);                                                                                \
-  }
+#define CLONES_FOR(G)                                                                       \
+  FASTADV_CLONES Sums look(const MomentStep<G>& op, std::int64_t begin, std::int64_t end) { \
+    return largest_of(op.step, begin, end);                                                 \
+  }                                                                                         \
+  FASTADV_CLONES void move(const MomentStep<G>& op, std::int64_t begin, std::int64_t end) { move_rows(op, begin, end); }
 CLONES_FOR(float)
 CLONES_FOR(double)
 CLONES_FOR(BFloat16)
 CLONES_FOR(Float16)
 #undef CLONES_FOR
-#define CLONES_FOR(Real)                                                                                  \
-  FASTADV_CLONES Sums sizes(const Real* delta, std::int64_t count, Real inverse) {                         \
-    return measure(delta, count, inverse);                                                                \
-  }                                                                                                       \
+#define CLONES_FOR(Real)                                                                                            \
+  FASTADV_CLONES Sums sizes(const Real* delta, std::int64_t count, Real inverse) {                                  \
+    return measure(delta, count, inverse);                                                                          \
+  }                                                                                                                 \
   FASTADV_CLONES void resized(Real* delta, std::int64_t count, const Resize<Real>& by) { bring(delta, count, by); } \
   FASTADV_CLONES void clamped(Real* delta, std::int64_t count, const Clamp<Real>& by) { bring(delta, count, by); }
 CLONES_FOR(float)
@@ -144,7 +143,8 @@ bool step_group(const MomentStep<G>& op, const AfterRows& after, const Blocks& b
   const auto& rule = op.step.rule;
   const std::int64_t dim = op.step.dim;
   const auto add_up = [&](const auto& of) {
-    return add_in_order(blocks, dim, threads, parts, [&](std::int64_t b) { return of(blocks.first(b), blocks.last(b)); });
+    return add_in_order(blocks, dim, threads, parts,
+                        [&](std::int64_t b) { return of(blocks.first(b), blocks.last(b)); });
   };
   const auto measured = [&](Real inverse) {
     return add_up([&](std::int64_t begin, std::int64_t end) {

@@ -149,6 +149,9 @@ CASES = [Case(*one) for one in itertools.product(METHODS, ("sample", "batch"), (
 CASES += [Case("freelb", "token", norm, True) for norm in ("l2", "linf")]
 SPOILT = (("sample", "l2"), ("sample", "linf"), ("token", "linf"), ("batch", "l2"))
 CASES += [Case("pgd", *one, padded=True, spoilt=True) for one in SPOILT]
+METHODS["adamw"] = (fastadv.PGD, {"epsilon": 0.2, "step_size": 0.05, "steps": 3, "direction": "adamw"})
+CASES += [Case("adamw", *one, padded=True) for one in (*SPOILT, ("token", "l2"))]
+CASES += [Case("adamw", *one, padded=True, spoilt=True) for one in SPOILT]
 
 
 def uneven_shards(rank: int | None, cut: int, name: str) -> dict[str, Tensor]:
@@ -217,6 +220,7 @@ WHOLE: dict[str, tuple[Callable[..., fastadv.Method], dict[str, Any]]] = {
     for norm in ("l2", "linf")
 }
 WHOLE["whole-pgd-table-random"] = (fastadv.PGD, {**workers.PGD, "scope": "table", "random_start": 0.3})
+WHOLE["whole-adam-row"] = (fastadv.PGD, {**workers.PGD, "scope": "row", "direction": "adam"})
 WHOLE["whole-vat-table"] = (fastadv.VAT, {"epsilon": 0.5, "scope": "table", "steps": 2})
 
 

@@ -50,8 +50,8 @@ def test_gradients_of_any_size(found: Path, factor: float, norm: str) -> None:
 @pytest.mark.parametrize("name", groups.WHOLE)
 def test_halves_of_the_batch(found: Path, name: str) -> None:
     ranks, want = workers.by_rank(found, name), groups.of_the_batch(None, name)
-    for one in ranks:
-        assert_gradients(one, want, TOLERANCE)
+    for one in ranks:  # halves have means of their own, twice the gradient: to Adam's guard that is a difference
+        assert_gradients(one, want, 1e-5 if "adam" in name else TOLERANCE)
 
 
 @pytest.mark.parametrize("index", range(4))

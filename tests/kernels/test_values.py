@@ -124,8 +124,13 @@ def test_ascend_of_runs(direction: str, ball: str, dtype: torch.dtype) -> None:
         close(delta, want, wide(dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("direction", "ball"), list(itertools.product(MOMENT_DIRECTIONS, MOMENT_BALLS)))
+BY_MOMENTS = [
+    *((*rule, torch.float32) for rule in itertools.product(MOMENT_DIRECTIONS, MOMENT_BALLS)),
+    *(("adamw", "l2", dtype) for dtype in DTYPES[1:]),
+]
+
+
+@pytest.mark.parametrize(("direction", "ball", "dtype"), BY_MOMENTS, ids=str)
 def test_moment_step(direction: str, ball: str, dtype: torch.dtype) -> None:
     """Groups of many tiles, of a row, and runs; between guards, with words to look up; one group that is not finite."""
     ids, weight = torch.randint(9, (2, 12), device=DEVICE), randn(9, 130, dtype=dtype)

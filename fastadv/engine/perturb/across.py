@@ -11,7 +11,7 @@ perturbation follows from what is known before it moves, so that nothing is sent
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,21 +22,10 @@ from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
 from fastadv.ops.ascend import l2_norm, largest
 
-NO_MOMENTS = (
-    "direction={direction!r} does not ask the ranks of process_group= how long a sample's perturbation is, or whether "
-    "its gradient is finite: use direction='l2', 'sign' or 'max', or scope='token' with an l2 ball"
-)
-
 
 def joins(scope: str, rule: Rule) -> bool:
     """Whether an ascent asks the other ranks: a token is whole on its own, but its sample may be void elsewhere."""
     return scope != "token" or rule.by_element
-
-
-def check(rule: Rule) -> None:
-    """Raises ValueError for a rule whose norms are not taken over ranks."""
-    if rule.moments:
-        raise ValueError(NO_MOMENTS.format(direction=rule.direction))
 
 
 @torch.no_grad()
@@ -51,6 +40,39 @@ def ascend(lookups: Sequence[Lookup], scope: str, rule: Rule, meeting: Meeting, 
         whole = _Whole.of(figures, own)
         skipped += (~whole.finite).sum()
         lookup.delta.copy_(_moved(part, whole, own).view(lookup.delta.shape))
+
+
+@torch.no_grad()
+def by_moments(
+    lookups: Sequence[Lookup],
+    scope: str,
+    rule: Rule,
+    meeting: Meeting,
+    skipped: Tensor,
+    step: Callable[[Lookup, Tensor], None],
+) -> None:
+    """The same for a rule with moments, whose `step` needs no other rank: what is void is asked before, norms after."""
+    leading = 0 if scope == "batch" else 1
+    parts = [_Part.of(lookup, leading, rule.of(lookup.module)) for lookup in lookups]
+    finite = meeting.gather(torch.cat([part.finite.double() for part in parts])).amin(0).bool()
+    sizes = [len(part.h) for part in parts]
+    for lookup, part, good in zip(lookups, parts, finite.split(sizes), strict=True):
+        skipped += (~good).sum()
+        step(lookup, torch.where(good, part.h, math.nan).view(lookup.delta.shape).to(lookup.delta.dtype))
+    if rule.ball == "none" or all(rule.of(lookup.module).epsilon is None for lookup in lookups):
+        return
+    moved = [_by_group(lookup.delta.detach(), leading) for lookup in lookups]
+    norms = meeting.gather(torch.cat([_both(one) for one in moved]))[..., 0].t()
+    for lookup, one, parts_of in zip(lookups, moved, norms.split(sizes), strict=True):
+        size, delta, radius = l2_norm(parts_of), lookup.delta, rule.of(lookup.module).epsilon
+        if radius is None:
+            continue
+        on_ball = (
+            one.clamp(-radius, radius)
+            if rule.ball == "linf"
+            else torch.where(size > radius, one * (radius / size), one)
+        )
+        delta.copy_(on_ball.view(delta.shape))
 
 
 class _Part(NamedTuple):

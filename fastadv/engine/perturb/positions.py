@@ -9,6 +9,7 @@ from fastadv.engine.lookup import Lookup
 from fastadv.engine.perturb import across
 from fastadv.engine.perturb.clamp import DIVIDED_RANGE, into_range
 from fastadv.engine.perturb.perturbation import DIVIDED, Move, Perturbation, fill, group_norms, mean_norm
+from fastadv.engine.perturb.ranks import Meeting
 from fastadv.engine.perturb.rule import Rule
 from fastadv.engine.perturb.start import Draw
 
@@ -54,14 +55,12 @@ class PositionPerturbation(Perturbation):
         """Each lookup by itself; of a plain one, the next embedding is written in the same pass over memory."""
         self._check(self.scope != "token" and not rule.by_element)
         self._moved = True
+        self.ascents += 1
         if self.meeting is not None and across.joins(self.scope, rule):
-            across.check(rule)
-            skipped = self.buffers.skipped_on(self.lookups.items[0].delta.device)
-            across.ascend(self.lookups.items, self.scope, rule, self.meeting, skipped)
+            self._over(self.meeting, rule)
             for lookup in self.lookups:
                 lookup.grad = lookup.ready = None
             return
-        self.ascents += 1
         clamps = self.lookups.places.clamps
         for lookup in self.lookups:
             moments = self._moments(lookup, rule)
@@ -83,6 +82,22 @@ class PositionPerturbation(Perturbation):
             lookup.grad = None
             if clamps:
                 into_range(lookup, self.lookups.places.modules[lookup.module])
+
+    def _over(self, meeting: Meeting, rule: Rule) -> None:
+        """The same where other ranks have parts of the groups."""
+        items, skipped = self.lookups.items, self.buffers.skipped_on(self.lookups.items[0].delta.device)
+        if not rule.moments:
+            across.ascend(items, self.scope, rule, meeting, skipped)
+            return
+        void = torch.zeros_like(skipped)
+        group = 0 if self.scope == "batch" else 1
+
+        def step(lookup: Lookup, grad: Tensor) -> None:
+            stepped = self.stepping(self._moments(lookup, rule))
+            free = rule.of(lookup.module)._replace(epsilon=None, ball="none")._asdict()
+            stepped(lookup.delta, grad, skipped=void, group=group, fused=self.fused, **free)
+
+        across.by_moments(items, self.scope, rule, meeting, skipped, step)
 
     def _moments(self, lookup: Lookup, rule: Rule) -> Tensor | None:
         """What the last ascent left; zeros in a search's first."""
