@@ -11,10 +11,15 @@ from fastadv.engine.lookup import Lookup
 
 
 class Buffers:
-    """The engine's, lent to each step: the lookups' deltas and moments, those of table scopes, the skipped groups."""
+    """The engine's, lent to each step: the lookups' deltas and moments, those of table scopes, the skipped groups.
+
+    Attributes:
+        under_at: whether the last step's lookups are sites, each for all forwards under `at(mask)`.
+    """
 
     def __init__(self) -> None:
         self.lookups: list[Lookup] = []
+        self.under_at = False
         self.rows, self.scratch, self.moments = Rows(), Rows(), Rows()
         self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from typing import TypeVar
@@ -12,33 +13,30 @@ from torch import Tensor, nn
 from fastadv.engine.buffers import Buffers
 from fastadv.engine.forward import APPLIED, Entrance
 from fastadv.engine.frame import Frame, Undo
-from fastadv.engine.lookups import Lookups, Masks, Places
+from fastadv.engine.lookups import Masks, Places
 from fastadv.engine.model import find
-from fastadv.engine.model.hook import Hook, OutputHook, install
+from fastadv.engine.model.hook import Hook, InputHook, OutputHook, install
 from fastadv.engine.model.parallelism import Parallelism
 from fastadv.engine.model.placed import SeedCheck
+from fastadv.engine.model.post_norms import warn_of_norms
 from fastadv.engine.model.split import Split, SplitChoice
 from fastadv.engine.owner import Owner
 from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.perturbation import Perturbation
-from fastadv.engine.perturb.positions import PositionPerturbation
 from fastadv.engine.perturb.ranks import Ranks
-from fastadv.engine.perturb.rows import RowPerturbation
+from fastadv.engine.perturb.scopes import TABLE_SCOPES, kind_of, maker
 from fastadv.engine.perturb.start import Draw
-from fastadv.engine.perturb.tied_tables import TiedTables, tied_weights
 from fastadv.engine.profile import span
 from fastadv.engine.results import Closure, Term, check_closure
 from fastadv.engine.safety.agreement import Agreement
+from fastadv.engine.safety.dropout import Evaluated
 from fastadv.engine.safety.guard import Guard
 from fastadv.engine.safety.inventory import Inventory
 from fastadv.engine.safety.probe_autocast import ProbeAutocast
 from fastadv.engine.step import Step
 
 T = TypeVar("T")
-
-SCOPES = ("table", "row", "batch", "sample", "token")
-TABLE_SCOPES = ("table", "row")
 
 BUSY = "a step is already running: the closure must not call the method that calls it"
 
@@ -71,6 +69,7 @@ class Engine:
         perturbs: False: nothing at any module.
         ignore_padding: no mask follows from an embedding's `padding_idx`.
         communication: what FSDP2 sends between the passes of a step.
+        attack_mode: "eval": probes run as after `model.eval()`, and ascents follow no other pass.
         ranks: that each hold a part of what a norm is over; None: this one holds all of it.
         refusal: why no step can be run, where that is known already.
     """
@@ -90,28 +89,34 @@ class Engine:
         perturbs: bool = True,
         ignore_padding: bool = False,
         communication: str = "each",
+        attack_mode: str | None = None,
         ranks: Ranks | None = None,
         refusal: str = "",
     ) -> None:
         self.model = model
         self.refusal = refusal
-        self.modules = find.find(model, embedding) if perturbs else []
+        self.sites = find.sites(model, embedding) if perturbs else []
+        self.modules, self.names = [site.module for site in self.sites], find.names(model, self.sites)
+        warn_of_norms(model, self.sites, self.names)
         self._refusals: dict[str, str] = {}
         self.inventory = Inventory(model)
         self.parallelism = Parallelism(self.inventory, communication, atomic)
         self.agreement = Agreement(self.parallelism, model)
         padding = [None if ignore_padding else getattr(module, "padding_idx", None) for module in self.modules]
-        self._of_tables = scope in TABLE_SCOPES
-        self.places = Places(self.modules, padding, self._by_row(), fused, MaskCheck(parts=ranks is not None))
+        self.of_tables = scope in TABLE_SCOPES
+        self.places = Places(
+            self.modules, self.names, padding, self._by_row(), fused, MaskCheck(parts=ranks is not None)
+        )
         self.seed_check = SeedCheck()
         self.buffers = Buffers()
         self.ranks = ranks
-        self.new_perturbation = self._scoped(scope, tied)
+        kind = kind_of(scope, tied, self.modules)
+        self.new_perturbation = maker(kind, scope, self.buffers, ranks, self.agreement.meet)
         self.enters = bool(self.modules) and tied != "both"  # whether hooks add a perturbation
         self.traced = self.enters and find.is_traced(model, self.modules)  # whether a compiler sees them do so
         self.last: Perturbation | None = None  # of the last step, for its norm
         self.guard = Guard(self.inventory, atomic, fused)
-        self.dropout = dropout
+        self.dropout, self.attack_mode = dropout, attack_mode
         self.owner = owner
         self.probe_autocast = ProbeAutocast(model, probe_dtype)
         self.new_term: Callable[[Step], Term] | None = None
@@ -126,30 +131,14 @@ class Engine:
         weakref.finalize(self, _remove, self._hooks, self.entrance)  # where nobody calls close()
         self._install()
 
-    def _scoped(self, scope: str, tied: str) -> Callable[[Lookups], Perturbation]:
-        kind: type[Perturbation] = RowPerturbation if scope in TABLE_SCOPES else PositionPerturbation
-        if scope in TABLE_SCOPES and any(find.vocabulary(module) is None for module in self.modules):
-            raise ValueError(f"scope={scope!r} needs an nn.Embedding; for another module's output use scope='sample'")
-        if scope in TABLE_SCOPES and tied == "both":
-            tied_weights(self.modules)  # refuses tables that cannot move
-            kind = TiedTables
-        # And not the engine, which would then wait for the garbage collector.
-        buffers, ranks, agree = self.buffers, self.ranks, self.agreement.meet
-
-        def made(lookups: Lookups) -> Perturbation:
-            perturbation = kind(lookups, scope, buffers)
-            perturbation.meeting = None if ranks is None else ranks.meet(agree)
-            return perturbation
-
-        return made
-
     def _install(self) -> None:
         """Hook the perturbed modules. What FSDP2 has gathered looks like any table, and is gone after the forward."""
         kind = OutputHook if self.parallelism.sharded else install
-        self._hooks += [kind(module, index, self.entrance) for index, module in enumerate(self.modules) if self.enters]
+        for index, (module, side) in enumerate(self.sites if self.enters else ()):
+            self._hooks.append((InputHook if side == "input" else kind)(module, index, self.entrance))
 
     def _by_row(self) -> bool:
-        return self._of_tables and not self.parallelism.compiled
+        return self.of_tables and not self.parallelism.compiled
 
     def look(self) -> None:
         """Read what the model is wrapped in, where that has changed.
@@ -213,11 +202,6 @@ class Engine:
     def term_factor(self) -> float | Tensor:
         """What a term is multiplied with so that, after the owner's backward, it counts the batch's share."""
         return 1.0 if self.share is None else self.share * self.owner.divisor
-
-    def names(self) -> str:
-        """The perturbed modules, as the model calls them."""
-        names = [name for name, part in self.model.named_modules() if any(part is module for module in self.modules)]
-        return ", ".join(names) or type(self.modules[0]).__name__
 
     # A step
 
@@ -298,3 +282,14 @@ class Engine:
     def norm(self, kind: str) -> Tensor:
         """The mean norm of the last perturbation's groups."""
         return torch.zeros((), device="cpu") if self.last is None else self.last.norm(kind)
+
+    def probing(self) -> contextlib.AbstractContextManager[None]:
+        """Around a probe: the owner of the backward knows of it, and modules are as `attack_mode` says."""
+        inside = self.owner.probing()
+        return Evaluated(inside, self.inventory.modules) if self.attack_mode == "eval" else inside
+
+    def norms(self, kind: str) -> dict[str, Tensor]:
+        """The same of each site by itself."""
+        last = self.last
+        each = [self.norm(kind) if last is None else last.norm(kind, site) for site in range(len(self.names))]
+        return dict(zip(self.names, each, strict=True))

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import torch
 from torch import Size, Tensor
 
+from fastadv.engine import at
+from fastadv.engine.blocks import REENTRANT, Blocks, begin_again
 from fastadv.engine.lookup import Lookup, is_same
 from fastadv.engine.profile import span
-from fastadv.engine.results import Closure
+from fastadv.engine.results import Closure, Reached
 
 if TYPE_CHECKING:
     from fastadv.engine.model.placed import Placed
@@ -22,11 +24,6 @@ if TYPE_CHECKING:
 
 Kind = Literal["full", "probe", "partial", "scout"]
 
-REENTRANT = (
-    "the model uses reentrant activation checkpointing, which cannot give the gradient of a perturbation: use "
-    "checkpoint(..., use_reentrant=False), in transformers "
-    "gradient_checkpointing_enable(gradient_checkpointing_kwargs={'use_reentrant': False})"
-)
 NO_GRADIENT = (
     "the last pass left no gradient at the perturbed embedding's output: the loss does not depend on it, or the "
     "function given as backward= ran no backward"
@@ -52,10 +49,6 @@ WHICH_CALL = (
 )
 
 
-class Reached(BaseException):
-    """The forward has come as far as it should. Not an Exception: nothing on the way is to take it for an error."""
-
-
 def as_far_as_reached(closure: Closure) -> Closure:
     """The closure, which returns None where its forward is stopped by `Reached`."""
 
@@ -73,6 +66,12 @@ class Perturbing(Protocol):
     crossing: Crossing | None  # of the split, for YOPO
     cursor: int  # calls so far
     ended: bool  # a module that runs now is recomputed by a checkpoint
+
+    def open(self, mask: Tensor) -> None:
+        """An `at(mask)` block begins."""
+
+    def close(self) -> None:
+        """It ends."""
 
     def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Lookup | None:
         """The lookup that is happening, or None where it is left alone.
@@ -127,6 +126,7 @@ class Forward:
         self.cursor = 0
         self.ran_without_grad = False
         self.ended = False
+        self.blocks = Blocks(step)
 
     def run(self, closure: Closure, read: Callable[[Any], Any], *, eager: bool = False) -> tuple[Any, Any]:
         """Run the closure with the perturbation in its model: its output, and the loss that `read` finds in it.
@@ -135,15 +135,41 @@ class Forward:
         """
         step, engine = self.step, self.step.engine
         step.draws.next_pass()
-        engine.entrance.forward = self if engine.enters else None
-        with engine.parallelism.eagerly(eager), span("forward"):
-            output = step.call(closure)
+        output = self._called(closure, eager)
         if engine.enters:
             self._check_calls()
         loss = read(output)
         self.ended = True
         engine.entrance.forward = None
         return output, loss
+
+    def _called(self, closure: Closure, eager: bool) -> Any:
+        """What the closure returns. A step's first pass begins again where the closure uses `at`, or does not, other
+        than the last step's did: what ran before its first block was then perturbed, or was not.
+        """
+        step, engine, first = self.step, self.step.engine, not self.lookups.settled
+        engine.entrance.forward = self if engine.enters else None
+        with engine.parallelism.eagerly(eager), span("forward"):
+            output = step.call(as_far_as_reached(closure) if first else closure)
+        if not first or not engine.enters or self.lookups.under_at == self.blocks.opened:
+            return output
+        begin_again(step, under_at=self.blocks.opened)
+        self.blocks, self.cursor, self.ran_without_grad = Blocks(step), 0, False
+        return self._called(closure, eager or engine.traced)
+
+    def open(self, mask: Tensor) -> None:
+        """See `Perturbing`; a partial pass would end in the first forward of a block.
+
+        Raises:
+            RuntimeError, ValueError: as `Blocks.open` does, and where the method has a split.
+        """
+        if self.crossing is not None:
+            raise RuntimeError(at.PARTIAL)
+        self.blocks.open(mask)
+
+    def close(self) -> None:
+        """See `Perturbing`."""
+        self.blocks.where = None
 
     @contextlib.contextmanager
     def backward(self) -> Iterator[None]:
@@ -159,8 +185,10 @@ class Forward:
 
     def enter(self, like: Tensor, shape: Size, ids: Tensor | None, module: int, plain: bool = False) -> Lookup | None:
         """The lookup of the next call in call order; see `Perturbing`."""
+        if self.lookups.under_at:
+            return self.blocks.enter(like, shape, ids, module, plain=plain, ended=self.ended)
         if self.ended:
-            return self._again(shape, ids)
+            return self._again(shape, ids, module)
         if not torch.is_grad_enabled():
             self.ran_without_grad = True
             return None
@@ -198,11 +226,12 @@ class Forward:
             raise ValueError(WHICH_PADDING)
         self.step.perturbation.divide(has_ids=has_ids)
 
-    def _again(self, shape: Size, ids: Tensor | None) -> Lookup:
-        """The call that a checkpoint recomputes: the same ids, or else the only one of that shape."""
+    def _again(self, shape: Size, ids: Tensor | None, module: int) -> Lookup:
+        """The call that a checkpoint recomputes: the same ids, or else the only one of that module and shape."""
         if self.step.waiting:
             raise RuntimeError(MOVED_ON)
-        alike = [lookup for lookup in self.lookups.items[: self.cursor] if lookup.delta.shape == shape]
+        of_module = [lookup for lookup in self.lookups.items[: self.cursor] if lookup.module == module]
+        alike = [lookup for lookup in of_module if lookup.delta.shape == shape]
         same = [one for one in alike if ids is not None and one.ids is not None and is_same(one.ids, ids)]
         if len(same or alike) != 1:
             raise RuntimeError(WHICH_CALL.format(alike=len(alike), shape=tuple(shape)))
@@ -210,10 +239,13 @@ class Forward:
 
     def _check_calls(self) -> None:
         """Raises RuntimeError if the closure did not run the perturbed modules."""
+        if self.lookups.under_at:
+            self.blocks.check()
+            return
         if self.cursor == 0:
             if self.ran_without_grad:
                 raise RuntimeError(f"the embedding ran under no_grad only. If {REENTRANT}")
-            raise RuntimeError(NEVER_CALLED.format(names=self.step.engine.names()))
+            raise RuntimeError(NEVER_CALLED.format(names=", ".join(self.lookups.places.names)))
         self.lookups.settle(self.cursor)
 
 
@@ -228,7 +260,7 @@ def differentiate(
     try:
         found: Sequence[Tensor | None] = torch.autograd.grad(ends, leaves, weights, allow_unused=True)
     except RuntimeError as error:
-        if "Checkpointing is not compatible" in str(error):
+        if any(said in str(error) for said in ("Checkpointing is not compatible", "checkpoint is incompatible with")):
             raise RuntimeError(REENTRANT) from error
         raise
     return found

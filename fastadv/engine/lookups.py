@@ -14,6 +14,7 @@ from fastadv.engine.model.find import is_plain_lookup
 from fastadv.engine.perturb.documents import Documents, Groups
 from fastadv.engine.perturb.masks import MaskCheck
 from fastadv.engine.perturb.segments import group
+from fastadv.engine.perturb.where import Texts, Where
 from fastadv.engine.profile import span
 from fastadv.ops import Segments
 
@@ -26,6 +27,7 @@ class Places(NamedTuple):
     """Where a model is perturbed: the same for all of its steps."""
 
     modules: Sequence[nn.Module]
+    names: Sequence[str]
     padding: Sequence[int | None]  # the id of padding, by module; None: no id is
     by_row: bool  # plain lookups are moved by the rows of a table, so they need no delta of their own
     fused: bool | None
@@ -41,9 +43,12 @@ class Lookups:
         masks: of the user: one for every call, or a sequence of one (or None) a call.
         groups: of the user, likewise: the documents of packed rows.
         lent: an earlier step's lookups, whose memory serves again where the masks have their shape.
+        under_at: whether the closure is taken to use `at(mask)`: then a lookup is a site, for all forwards together.
     """
 
-    def __init__(self, places: Places, masks: Masks, groups: Groups, lent: Sequence[Lookup]) -> None:
+    def __init__(
+        self, places: Places, masks: Masks, groups: Groups, lent: Sequence[Lookup], under_at: bool = False
+    ) -> None:
         for name, given in (("mask", masks), ("groups", groups)):
             if not all(one is None or isinstance(one, Tensor) for one in _each(given)):
                 raise TypeError(f"{name} must be a tensor, or a sequence of tensors and None, not {given!r}")
@@ -59,8 +64,11 @@ class Lookups:
         self.items: list[Lookup] = []
         self.settled = False  # a pass has shown how often the modules are called, and on what
         self._segments: Segments | None = None
-        self._reuse(lent)
-        if not self.items:
+        self.under_at, self.lent = under_at, list(lent) if under_at else []
+        self.texts: Texts | None = None
+        if not under_at:
+            self._reuse(lent)
+        if not under_at and not self.items:
             self._prepare()
 
     def __iter__(self) -> Iterator[Lookup]:
@@ -94,6 +102,8 @@ class Lookups:
     @torch.compiler.disable  # type: ignore[untyped-decorator, unused-ignore]
     def add(self, index: int, shape: Size, like: Tensor, ids: Tensor | None, module: int, materialised: bool) -> Lookup:
         """The lookup of a call that is seen for the first time; later ones are forgotten."""
+        if self.texts is not None:
+            return self._site(shape, like, module)
         if self.settled:
             before = ", ".join(str(tuple(lookup.delta.shape)) for lookup in self.items)
             raise RuntimeError(f"{OTHER_BATCH}: {tuple(shape)} in call {index}, and before {before}")
@@ -102,6 +112,38 @@ class Lookups:
         lookup = Lookup(delta, mask, self._documents_of(index), ids, module, materialised=materialised)
         del self.items[index:]
         self.items.append(lookup)
+        return lookup
+
+    # Under `at`
+
+    def turn(self, under_at: bool) -> None:
+        """Begin again: the closure uses `at(mask)`, or does not, other than was taken."""
+        self.under_at, self.lent, self.texts = under_at, [], None
+        self.items.clear()
+
+    def where(self, mask: Tensor, device: torch.device) -> Where:
+        """The positions of the forwards that follow, whose n-th vectors are those of the step's other forwards."""
+        if self.texts is None:
+            self.texts = Texts(mask, device, self.places.check)
+        return self.texts.where(mask)
+
+    def site(self, module: int) -> Lookup | None:
+        """The perturbation of a site, where it is there."""
+        return next((lookup for lookup in self.items if lookup.module == module), None)
+
+    def _site(self, shape: Size, like: Tensor, module: int) -> Lookup:
+        """A new one, in the memory of an earlier step's where that fits."""
+        assert self.texts is not None
+        old = next((one for one in self.lent if one.module == module), None)
+        if old is not None and old.fits(shape, like.dtype, like.device, materialised=True):
+            delta = old.delta
+            delta.grad = None
+        else:
+            delta = new_delta(shape, like.dtype, like.device, materialised=True)
+        lookup = Lookup(delta, self.texts.there.to(like.device), module=module)
+        lookup.moments = None if old is None or delta is not old.delta else old.moments
+        lookup.zero_()
+        self.items[:] = [*(one for one in self.items if one.module != module), lookup]
         return lookup
 
     def settle(self, calls: int) -> None:
@@ -141,6 +183,8 @@ class Lookups:
 
     def mask_of(self, shape: Size) -> Tensor | None:
         """The mask of logits of that shape, one per token; None for one per sample. The outputs' mask comes last."""
+        if self.under_at:
+            return None  # of the vectors, not of a text's positions
         masks = [*_each(self.masks), *(lookup.mask for lookup in self.items)]
         fitting = [mask for mask in masks if isinstance(mask, Tensor) and mask.dim() > 1 and mask.shape == shape]
         return fitting[-1] if fitting else None

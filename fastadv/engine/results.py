@@ -10,6 +10,10 @@ from torch import Tensor
 Closure = Callable[[], Any]
 
 
+class Reached(BaseException):
+    """The forward has come as far as it should. Not an Exception: nothing on the way is to take it for an error."""
+
+
 def check_closure(closure: object) -> None:
     """Raises TypeError for what is no function: most often the loss itself."""
     if not callable(closure):

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 def needs_shape(step: Step) -> bool:
     """Whether this is a first pass that would break the graph where it makes the perturbation."""
     lookups = step.lookups
+    if lookups.under_at:  # the first block makes the sites of the last step
+        return step.engine.traced and not lookups.settled and not lookups.lent
     return step.engine.traced and not lookups.settled and lookups.given_mask(0) is None
 
 

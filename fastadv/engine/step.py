@@ -70,13 +70,13 @@ class Step:
         self.device = draws.device
         self.share = engine.term_factor()
         self._around = Around(frame.undo)
-        self.lookups = Lookups(engine.places, masks, groups, engine.buffers.lookups)
+        self.lookups = Lookups(engine.places, masks, groups, engine.buffers.lookups, engine.buffers.under_at)
         self.perturbation = engine.new_perturbation(self.lookups)
         self.tables = TableGradients(self.lookups, watched=engine.watched or engine.traced)
         self.first: Pass | None = None
         self.waiting = False
         self._term = None if engine.new_term is None else engine.new_term(self)
-        self._target = attack
+        self._target, self._evaluated = attack, engine.attack_mode == "eval"
         self._start, self._seed = start, rng.new_seed() if start is not None and start.random else 0
         self._started = self._followed = False  # where ascents begin; they may follow the last pass's gradient
         self._pending: Forward | None = None  # the forward that the next backward goes through
@@ -161,7 +161,7 @@ class Step:
             self._hand_over(loss, weight, forward.last)
         self._around.leave()
         self.tables.collect()
-        self._followed = self._target is None and (self._started or self._start is None)
+        self._followed = self._target is None and not self._evaluated and (self._started or self._start is None)
 
     def descend(
         self,
@@ -228,8 +228,8 @@ class Step:
         return cast(Tensor, loss.detach())
 
     def probing(self) -> contextlib.AbstractContextManager[None]:
-        """Around what a method differentiates by itself, so that the owner of the backward knows of it."""
-        return self._around.one(self.engine.owner.probing())
+        """Around what a method differentiates by itself."""
+        return self._around.one(self.engine.probing())
 
     def partial(self) -> None:
         """The perturbation's gradient through the layers up to the split, whose own gradient is the last pass's."""

@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from fastadv.arguments.rule import MOMENT_DIRECTIONS
-from fastadv.engine.engine import SCOPES, TABLE_SCOPES
+from fastadv.engine.at import At
 from fastadv.engine.found import Found
 from fastadv.engine.lookups import Masks
 from fastadv.engine.model.find import mean_row_norm
 from fastadv.engine.perturb.documents import Groups
 from fastadv.engine.perturb.ranks import Ranks
-from fastadv.engine.perturb.rule import Rule
+from fastadv.engine.perturb.rule import BySite, Rule
+from fastadv.engine.perturb.scopes import SCOPES, TABLE_SCOPES
 from fastadv.engine.perturb.start import Draw, RandomStart, Total, resolve, uniform
 from fastadv.engine.results import Closure
 from fastadv.engine.step import Step
 from fastadv.methods.base import Method
 from fastadv.methods.options import BALLS, CLAMPS, DIRECTIONS, Norm, Scope, TiedOptions, number, one_of, whole
+from fastadv.methods.radii import ONE_TABLE, Radius, Size, by_site, listed, together
 
 LENGTHS = (
     "a random start is scaled by each sample's length, and with scope='batch' a sample may lie on one rank of "
@@ -41,8 +43,9 @@ class EmbeddingMethod(Method):
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
-        epsilon: radius of the ball; None: no ball.
-        step_size: length of one ascent step.
+        epsilon: radius of the ball; None: no ball. One for all perturbed modules, or one for each: a sequence in the
+            order of `embedding`, or a dict by name.
+        step_size: length of one ascent step; one for all, or one for each.
         steps: number of ascent steps.
         norm: "l2" or "linf": the direction of a step and the ball together.
         scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
@@ -52,8 +55,10 @@ class EmbeddingMethod(Method):
         clamp: "batch": perturbed activations stay in the range of the clean batch's (one module, position scopes).
         relative: epsilon, step_size and the magnitude of the start are in units of the mean norm of the embedding's
             rows, taken once, when the method is made. A callable start is not scaled.
-        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
-        tied: "lookup" or "both"; see `fastadv.PGD`.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding. A name
+            may hold alternatives, "layers.{8,16}.mlp"; ("layers.8", "input") perturbs what a module is given. Each has
+            a perturbation, a ball and a norm of its own.
+        tied, attack_mode: see `fastadv.PGD`.
         process_group: a ProcessGroup or DeviceMesh dimension whose ranks each hold a part of what a norm is over: of
             every sample (sequence shards), or for scope "batch", "table" and "row" of the batch.
         start_step, every, dropout, fused, backward, scaler, atomic, probe_dtype, communication: see `fastadv.PGD`.
@@ -65,14 +70,15 @@ class EmbeddingMethod(Method):
 
     _places: Mapping[str, Any] = MappingProxyType({})
     _norms: ClassVar[dict[str, tuple[str, str]]] = {"l2": ("l2", "l2"), "linf": ("sign", "linf")}  # direction, ball
+    _one_radius: ClassVar[bool] = False  # whether it reckons with epsilon, so that this is one for all modules
     _no_moments: ClassVar[str] = ""  # why its search cannot step by moments
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        epsilon: float | None = 1.0,
-        step_size: float = 0.3,
+        epsilon: Radius = 1.0,
+        step_size: Size = 0.3,
         steps: int = 3,
         norm: Norm = "l2",
         scope: Scope = "sample",
@@ -89,8 +95,12 @@ class EmbeddingMethod(Method):
                 "tied='both' moves the table itself, from where it is: it needs scope='table' or 'row' and "
                 "random_start=False; tied='lookup' perturbs the lookups alone"
             )
-        self.epsilon = None if epsilon is None else number("epsilon", epsilon)
-        self.step_size = number("step_size", step_size)
+        if self._one_radius:
+            epsilon, step_size = None if epsilon is None else number("epsilon", epsilon), number("step_size", step_size)
+        self.epsilon: Any = by_site("epsilon", epsilon, model, embedding)
+        self.step_size: Any = by_site("step_size", step_size, model, embedding)
+        if scope in TABLE_SCOPES and (isinstance(self.epsilon, list) or isinstance(self.step_size, list)):
+            raise ValueError(ONE_TABLE.format(scope=scope))
         self.steps = whole("steps", steps, 1)
         self.scope = scope
         self._ranks = Ranks.of(options.pop("process_group", None))
@@ -106,7 +116,10 @@ class EmbeddingMethod(Method):
         self._unit = mean_row_norm(model, embedding) if self._relative else 1.0
         self._start = self._resolve(random_start)
         self._check_lengths()
-        self._places = {"embedding": embedding, "scope": scope, "tied": tied, "ranks": self._ranks, **self._places}
+        attack_mode = options.pop("attack_mode", None)
+        one_of("attack_mode", attack_mode, (None, "eval"))
+        where = {"embedding": embedding, "scope": scope, "tied": tied}
+        self._places = {**where, "ranks": self._ranks, "attack_mode": attack_mode, **self._places}
         clamp = options.pop("clamp", None)
         super().__init__(model, **options)  # type: ignore[misc]  # the others have been taken out
         if clamp is not None:
@@ -136,6 +149,45 @@ class EmbeddingMethod(Method):
         self._engine.places = self._engine.places._replace(clamps=True)
 
     # The user's calls
+
+    def at(self, mask: Tensor) -> contextlib.AbstractContextManager[None]:
+        r"""Inside a closure: the forwards in this block carry the perturbation at the positions of `mask`.
+
+        .. math:: h_{b,t} \leftarrow h_{b,t} + \delta_{b,n} \quad \text{at the n-th true position t of sample b}
+
+        So several forwards share one perturbation, whatever their texts, lengths and padding sides: [B, N, D] for each
+        perturbed module, N the largest number of positions of a sample. Their gradients add up. Forwards outside of
+        the block are the plain model's. A closure that never uses `at` perturbs every forward, each by itself.
+
+        The closure of the loss and that of the attack may run other texts and other numbers of forwards. Leave `mask=`
+        and `groups=` out of the call. Where no step runs (a plain step, an evaluation) the block does nothing; inside
+        `found.applied()` it says where what was found lies.
+
+        Args:
+            mask: [B, T] of that forward, bool or zeros and ones: true where it carries the perturbation. In every mask
+                of a step a sample has as many true positions; it may have none.
+
+        Raises:
+            ValueError: `scope="table"` or `"row"`, `process_group=` or `clamp=`. Inside of a step: a mask of another
+                shape than the forwards, with other values or other numbers of positions, or `mask=` besides.
+            RuntimeError: a block in a block; a first pass that had none; YOPO, whose partial passes end early.
+
+        Examples:
+            >>> import fastadv, torch
+            >>> model = torch.nn.Sequential(torch.nn.Embedding(10, 4), torch.nn.Linear(4, 1))
+            >>> adv = fastadv.PGD(model, epsilon=0.1, step_size=0.05, scope="token", clean_weight=0)
+            >>> left, right = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1, 2, 5]])
+            >>> def closure():
+            ...     with adv.at(torch.tensor([[0, 1, 1, 0]])):
+            ...         loss = model(left).square().mean()
+            ...     with adv.at(torch.tensor([[1, 1, 0]])):
+            ...         loss = loss + model(right).square().mean()
+            ...     return loss + model(left).mean()  # plain
+            >>> result = adv.backward(closure)
+            >>> round(float(adv.perturbation_norm), 4)
+            0.1
+        """
+        return At(self._engine, mask)
 
     def find(self, closure: Closure, mask: Masks = None, groups: Groups = None) -> Found:
         """Search for the perturbation of one batch, by probes and ascents alone: no `.grad` is touched.
@@ -195,13 +247,23 @@ class EmbeddingMethod(Method):
     @property
     def rule(self) -> Rule:
         """How one step ascends, in the embedding's own units."""
-        radius = None if self.epsilon is None else self.epsilon * self._unit
-        return Rule(self.step_size * self._unit, radius, self._direction, self._ball)
+        unit, course = self._unit, (self._direction, self._ball)
+        each = together(self.step_size, self.epsilon)
+        return BySite.made([Rule(a * unit, None if r is None else r * unit, *course) for a, r in each])
 
     @property
     def perturbation_norm(self) -> Tensor:
         """The last perturbation's norm, the mean over its groups: 0-d, on the device."""
         return self._engine.norm(self._kind)
+
+    @property
+    def perturbation_norms(self) -> dict[str, Tensor]:
+        """The last perturbation's norm at each perturbed module, by name: 0-d, on the device.
+
+        Table scopes have one perturbation for all tables, and its norm here at each. With `process_group=` these are
+        of this rank's part.
+        """
+        return self._engine.norms(self._kind)
 
     # A subclass's part
 
@@ -216,7 +278,12 @@ class EmbeddingMethod(Method):
         """The start that the argument stands for."""
         drawn = uniform(self._kind, self._lengths)
         by_sample = self._kind == "l2"
-        return resolve(random_start, self.epsilon, lambda size: drawn(size * self._unit), by_sample=by_sample)
+        return Draw.by_site(
+            [
+                resolve(random_start, epsilon, lambda size: drawn(size * self._unit), by_sample=by_sample)
+                for epsilon in listed(self.epsilon)
+            ]
+        )
 
     def _check_lengths(self) -> None:
         if self._lengths is not None and self.scope == "batch" and self._start is not None and self._start.by_sample:

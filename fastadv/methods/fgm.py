@@ -11,6 +11,7 @@ from fastadv.engine.results import StepResult
 from fastadv.engine.step import Step
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import Norm, Scope, TiedOptions, number
+from fastadv.methods.radii import Size
 
 
 class FGM(ClassicFGM, EmbeddingMethod):
@@ -28,7 +29,8 @@ class FGM(ClassicFGM, EmbeddingMethod):
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
         *classic: `emb_name` and `epsilon` by position, in either order, as the classic scripts have them.
-        epsilon: length of the perturbation; in the embedding's own units.
+        epsilon: length of the perturbation; in the embedding's own units. One for all perturbed modules, or one for
+            each: a sequence in the order of `embedding`, or a dict by name.
         norm: "l2" or "linf".
         scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
         random_start: begin elsewhere than at zero, as in `fastadv.PGD`; then epsilon is also the radius of the ball.
@@ -39,9 +41,12 @@ class FGM(ClassicFGM, EmbeddingMethod):
             ball. Default: as `norm` says. See docs/concepts.md.
         clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
-        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding. A name
+            may hold alternatives, "layers.{8,16}.mlp"; ("layers.8", "input") perturbs what a module is given.
         process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.
         tied: "lookup" perturbs the lookups alone; "both" moves the table itself, and a tied output layer with it.
+        attack_mode: "eval": probes run as after `model.eval()` (no dropout), full passes as the model stands, and every
+            ascent follows a probe; None: all passes as the model stands.
         start_step, every: attack from this step on, and each so many steps; the others are plain training.
         dropout: "fresh" masks in every pass (default), the "same" in all passes of a step, or "off".
         fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
@@ -68,7 +73,7 @@ class FGM(ClassicFGM, EmbeddingMethod):
         self,
         model: nn.Module,
         *classic: str | float,
-        epsilon: float = 1.0,
+        epsilon: Size = 1.0,
         norm: Norm = "l2",
         scope: Scope = "table",
         random_start: RandomStart = False,

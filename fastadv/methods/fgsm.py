@@ -44,6 +44,8 @@ class FGSM(EmbeddingMethod):
         embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
         process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.
         tied: "lookup" perturbs the lookups alone; "both" moves the table itself, and a tied output layer with it.
+        attack_mode: "eval": probes run as after `model.eval()` (no dropout), full passes as the model stands, and every
+            ascent follows a probe; None: all passes as the model stands.
         start_step, every: attack from this step on, and each so many steps; the others are plain training.
         dropout: "fresh" masks in every pass (default), the "same" in all passes of a step, or "off".
         fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastadv.engine.engine import TABLE_SCOPES
+from fastadv.engine.perturb.scopes import TABLE_SCOPES
 from fastadv.engine.perturb.start import Draw, RandomStart
 from fastadv.engine.results import StepResult
 from fastadv.engine.step import Step

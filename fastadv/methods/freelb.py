@@ -13,6 +13,7 @@ from fastadv.engine.results import Pass, StepResult
 from fastadv.engine.step import Step
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import Norm, Scope, TiedOptions, number
+from fastadv.methods.radii import Radius, Size
 
 
 class FreeLB(EmbeddingMethod):
@@ -29,8 +30,9 @@ class FreeLB(EmbeddingMethod):
 
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
-        epsilon: radius of the ball that holds the perturbation after each step; None: no ball.
-        step_size: length of one ascent step, alpha (the public code's `adv_lr`).
+        epsilon: radius of the ball that holds the perturbation after each step; None: no ball. One for all perturbed
+            modules, or one for each: a sequence in the order of `embedding`, or a dict by name.
+        step_size: length of one ascent step, alpha (the public code's `adv_lr`); one for all, or one for each.
         steps: number of passes, K (`adv_steps` of the code for transformers; one more than that of fairseq's).
         norm: "l2" or "linf".
         scope: what the norm is over: "sample", "token", "batch", "table", "row".
@@ -41,9 +43,12 @@ class FreeLB(EmbeddingMethod):
             ball. Default: as `norm` says. See docs/concepts.md.
         clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
-        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding. A name
+            may hold alternatives, "layers.{8,16}.mlp"; ("layers.8", "input") perturbs what a module is given.
         process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.
         tied: "lookup" perturbs the lookups alone; "both" moves the table itself, and a tied output layer with it.
+        attack_mode: "eval": probes run as after `model.eval()` (no dropout), full passes as the model stands, and every
+            ascent follows a probe; None: all passes as the model stands.
         start_step, every: attack from this step on, and each so many steps; the others are plain training.
         dropout: the "same" masks in all passes of a step (default, as in the paper), "fresh" ones in each, or "off".
         fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
@@ -74,8 +79,8 @@ class FreeLB(EmbeddingMethod):
         self,
         model: nn.Module,
         *,
-        epsilon: float | None = None,
-        step_size: float = 0.1,
+        epsilon: Radius = None,
+        step_size: Size = 0.1,
         steps: int = 3,
         norm: Norm = "l2",
         scope: Scope = "sample",

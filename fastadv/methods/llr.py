@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from fastadv.engine.engine import TABLE_SCOPES
 from fastadv.engine.forward import NO_GRADIENT
 from fastadv.engine.lookups import Masks
 from fastadv.engine.outputs import losses_of
 from fastadv.engine.perturb.documents import Groups
+from fastadv.engine.perturb.scopes import TABLE_SCOPES
 from fastadv.engine.perturb.start import RandomStart
 from fastadv.engine.results import Closure, Pass, StepResult
 from fastadv.engine.safety.surroundings import attention, use_attention
@@ -104,6 +104,7 @@ class LLR(EmbeddingMethod):
     """
 
     _dropout = "same"
+    _one_radius = True
 
     def __init__(
         self,

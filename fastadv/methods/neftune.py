@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import nn
 from typing_extensions import Unpack
 
-from fastadv.engine.engine import TABLE_SCOPES
 from fastadv.engine.lookups import Masks
 from fastadv.engine.perturb.documents import Groups
+from fastadv.engine.perturb.scopes import TABLE_SCOPES
 from fastadv.engine.perturb.start import Draw, RandomStart, resolve, uniform_l2
 from fastadv.engine.results import Closure, StepResult
 from fastadv.engine.step import Step

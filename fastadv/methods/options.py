@@ -26,6 +26,7 @@ Clamp = Literal["batch"]
 Scope = Literal["table", "row", "batch", "sample", "token"]
 Dropout = Literal["fresh", "same", "off"]
 Tied = Literal["lookup", "both"]
+AttackMode = Literal["eval"]
 Communication = Literal["each", "last", "keep"]
 
 DIRECTIONS, BALLS, CLAMPS = (typing.get_args(choice) for choice in (Direction, Ball, Clamp))
@@ -47,6 +48,7 @@ SHARED: dict[str, Any] = {
     "ball": "by norm",
     "clamp": None,
     "tied": "lookup",
+    "attack_mode": None,
 }
 """The defaults of the options below."""
 
@@ -102,9 +104,10 @@ class EmbeddingOptions(NoiseOptions, total=False):
 
 
 class TiedOptions(EmbeddingOptions, total=False):
-    """The options of methods that can also move a tied table itself."""
+    """The options of methods whose search stands apart: it can move a tied table itself, or run in another mode."""
 
     tied: Tied
+    attack_mode: AttackMode | None
 
 
 def check_options(method: type, given: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from fastadv.engine.results import StepResult
 from fastadv.engine.step import Step
 from fastadv.methods.embedding_method import EmbeddingMethod
 from fastadv.methods.options import Norm, Scope, TiedOptions, number
+from fastadv.methods.radii import Radius, Size
 
 
 class PGD(ClassicPGD, EmbeddingMethod):
@@ -32,8 +33,9 @@ class PGD(ClassicPGD, EmbeddingMethod):
     Args:
         model: the model to train, wrapped (DDP, torch.compile, PEFT) or not.
         *classic: `emb_name`, `epsilon` and `alpha` by position, as the classic scripts have them.
-        epsilon: radius of the ball; None: no ball.
-        step_size: length of one ascent step, alpha.
+        epsilon: radius of the ball; None: no ball. One for all perturbed modules, or one for each: a sequence in the
+            order of `embedding`, or a dict by name.
+        step_size: length of one ascent step, alpha; one for all, or one for each.
         steps: number of ascent steps, K.
         norm: "l2" or "linf": direction and ball together.
         scope: what the norm is over: "table", "row" (per word), "batch", "sample", "token".
@@ -47,12 +49,15 @@ class PGD(ClassicPGD, EmbeddingMethod):
             ball. Default: as `norm` says. See docs/concepts.md.
         clamp: "batch": perturbed activations stay in the range of the clean batch's; see docs/concepts.md.
         relative: epsilon, step_size and start in units of the mean norm of the embedding's rows, taken at construction.
-        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding.
+        embedding: the module whose output is perturbed, its name, or several; None: the model's input embedding. A name
+            may hold alternatives, "layers.{8,16}.mlp"; ("layers.8", "input") perturbs what a module is given.
         process_group: the ranks that each hold a part of what a norm is over: see docs/integrations.md.
         start_step, every: attack from this step on, and each so many steps; the others are plain training.
         dropout: "fresh" masks in every pass (default), the "same" in all passes of a step, or "off".
         tied: "lookup" perturbs the lookups, not an output layer with the same weight; "both" moves the table itself
             during the step, as the classic scripts do ("table" and "row" scopes, no random start, no mask).
+        attack_mode: "eval": probes run as after `model.eval()` (no dropout), full passes as the model stands, and every
+            ascent follows a probe; None: all passes as the model stands.
         fused: None: the fastest backend there is; True: insist on native ops; False: eager ops.
         backward: who takes a full pass's loss: a function (`accelerator.backward`) or a `fastadv.Owner`; None:
             `loss.backward()`.
@@ -83,8 +88,8 @@ class PGD(ClassicPGD, EmbeddingMethod):
         self,
         model: nn.Module,
         *classic: str | float,
-        epsilon: float | None = 1.0,
-        step_size: float = 0.3,
+        epsilon: Radius = 1.0,
+        step_size: Size = 0.3,
         steps: int = 3,
         norm: Norm = "l2",
         scope: Scope = "table",

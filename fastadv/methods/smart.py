@@ -90,6 +90,7 @@ class SMART(EmbeddingMethod):
     _norms: ClassVar[dict[str, tuple[str, str]]] = {"linf": ("max", "linf"), "l2": ("l2", "l2")}
 
     _dropout = "same"
+    _one_radius = True
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class SMART(EmbeddingMethod):
         """The public code's step: the sum is brought to length one, per token."""
         if self._engine.owner.scaler is not None:
             raise ValueError("update='mt-dnn' steps by the gradient's size, which a GradScaler changes: use 'paper'")
-        moved = delta + self.step_size * grad
+        moved: Tensor = delta + self.step_size * grad
         size = moved.abs().amax(-1, keepdim=True) if self._kind == "linf" else moved.norm(dim=-1, keepdim=True)
         return moved / (size + GUARD)
 

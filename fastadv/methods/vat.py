@@ -88,6 +88,7 @@ class VAT(EmbeddingMethod):
     _no_moments = "is no direction of a power iteration, which starts anew with each step: use 'l2', 'sign' or 'max'"
 
     _dropout = "same"
+    _one_radius = True
     _takes_unlabelled = True
 
     def __init__(

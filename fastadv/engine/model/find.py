@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-EmbeddingChoice = str | nn.Module | Sequence[str | nn.Module] | None
+One = str | nn.Module | tuple[str | nn.Module, str]
+EmbeddingChoice = One | Sequence[One] | None
+
+SIDES = ("output", "input")
+
+
+class Site(NamedTuple):
+    """Where a perturbation enters: what a module returns ("output"), or what it is given ("input")."""
+
+    module: nn.Module
+    side: str = "output"
 
 
 FLAT = "_fsdp_wrapped_module"  # the name that FSDP1 gives to what it wraps
@@ -58,22 +70,57 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def find(model: nn.Module, choice: EmbeddingChoice) -> list[nn.Module]:
-    """The modules whose outputs carry the perturbation.
+    """The modules whose outputs (or inputs) carry the perturbation: see `sites`."""
+    return list(dict.fromkeys(site.module for site in sites(model, choice)))
+
+
+def sites(model: nn.Module, choice: EmbeddingChoice) -> list[Site]:
+    """Where the perturbation enters, in the order of `choice`; what is named twice comes once.
 
     `None` asks the model (`get_input_embeddings`, as transformers has it), then the outermost modules inside it that
-    can be asked, then takes the only `nn.Embedding`.
+    can be asked, then takes the only `nn.Embedding`. A name may hold alternatives, "layers.{8,16}.mlp".
 
     Raises:
-        ValueError: none or several fit; the message lists the candidates.
-        TypeError: `choice` is none of a name, a module, or a sequence of these.
+        ValueError: none or several fit; the message lists the candidates. Or the input of an embedding, which is ids.
+        TypeError: `choice` is none of a name, a module, a pair of one of these with a side, or a sequence of these.
     """
     if choice is None:
-        return _default(model)
-    if isinstance(choice, (str, nn.Module)):
-        return [chosen(model, choice)]
-    if isinstance(choice, Sequence) and choice:
-        return list(dict.fromkeys(chosen(model, one) for one in choice))  # named twice, it is perturbed once
-    raise TypeError(f"embedding= takes a module's name, a module, or a sequence of these, not {choice!r}")
+        return [Site(module) for module in _default(model)]
+    one = isinstance(choice, (str, nn.Module)) or _is_pair(choice)
+    if not one and not (isinstance(choice, Sequence) and choice):
+        raise TypeError(f"embedding= takes a module's name, a module, or a sequence of these, not {choice!r}")
+    every: Sequence[Any] = [choice] if one else choice  # type: ignore[assignment]
+    return list(dict.fromkeys(site for each in every for site in _sites(model, each)))
+
+
+def _is_pair(choice: object) -> bool:
+    """Whether it is a module (or its name) with a side. A list of two names is two modules."""
+    return isinstance(choice, tuple) and len(choice) == 2 and isinstance(choice[1], str) and choice[1] in SIDES
+
+
+def _sites(model: nn.Module, choice: Any) -> list[Site]:
+    named, side = choice if _is_pair(choice) else (choice, "output")
+    every = _alternatives(named) if isinstance(named, str) else [named]
+    found = [Site(chosen(model, each), side) for each in every]
+    if side == "input" and any(isinstance(site.module, nn.Embedding) for site in found):
+        raise ValueError(f"embedding=({named!r}, 'input'): what an embedding is given are ids; perturb its output")
+    return found
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """The names that "layers.{8,16}.mlp" stands for: "layers.8.mlp" and "layers.16.mlp"."""
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [part.split(",") if index % 2 else [part] for index, part in enumerate(parts)]
+    return ["".join(part.strip() for part in parts) for parts in itertools.product(*choices)]
+
+
+def names(model: nn.Module, sites: Sequence[Site]) -> list[str]:
+    """What the model calls each site's module, with ":input" where it is perturbed there."""
+    known: dict[nn.Module, str] = {}
+    for name, part in _names(unwrap(model)):
+        known.setdefault(part, name)
+    every = [known.get(site.module) or type(site.module).__name__ for site in sites]
+    return [name if site.side == "output" else f"{name}:input" for name, site in zip(every, sites, strict=True)]
 
 
 def _default(model: nn.Module) -> list[nn.Module]:

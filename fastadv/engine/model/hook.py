@@ -17,6 +17,8 @@ from fastadv.engine.model.placed import Placed, here, is_placed, is_planned, pla
 from fastadv.engine.profile import span
 from fastadv.ops.gather_perturb import gather_perturb
 
+NO_INPUT = "{name} is given no floating tensor that could be perturbed: perturb the output of what runs before it"
+
 
 def install(module: nn.Module, index: int, entrance: Entrance) -> Hook:
     """Let the running pass perturb what `module` returns, until `remove()`."""
@@ -102,6 +104,30 @@ class OutputHook(NotCopied, Hook):
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
+class InputHook(NotCopied, Hook):
+    """What a module is given: its first floating argument, or `hidden_states` where that comes by name."""
+
+    def __init__(self, module: nn.Module, index: int, entrance: Entrance) -> None:
+        super().__init__(module, index, entrance)
+        self.divided = False  # a plan's layouts are of outputs
+        self.handle = module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Take the hook off."""
+        self.handle.remove()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.entrance.forward is None:
+            return None
+        if args and _is_floating(args[0]):
+            return (self.add(args[0], None), *args[1:]), kwargs
+        named = [name for name, value in kwargs.items() if _is_floating(value)]
+        if not named:
+            raise RuntimeError(NO_INPUT.format(name=type(module).__name__))
+        name = "hidden_states" if "hidden_states" in named else named[0]
+        return args, {**kwargs, name: self.add(kwargs[name], None)}
+
+
 class LookupHook(Hook):
     """Exactly `nn.Embedding`: stands in for its `forward`, so that gather and add are one op."""
 
@@ -155,6 +181,10 @@ class LookupHook(Hook):
     def __reduce__(self) -> Any:
         # The module is being pickled around this: by the time it is rebuilt, it has its class's forward.
         return getattr, (self.module, "forward")
+
+
+def _is_floating(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _check_ids(ids: Tensor, vocabulary: int) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastadv.engine.forward import Entrance, Reached
+from fastadv.engine.forward import Entrance
 from fastadv.engine.model.find import chosen, first_tensor, unwrap
 from fastadv.engine.model.hook import NotCopied
+from fastadv.engine.results import Reached
 
 SplitChoice = str | nn.Module | None
 

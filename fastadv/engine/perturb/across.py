@@ -32,13 +32,14 @@ def joins(scope: str, rule: Rule) -> bool:
 def ascend(lookups: Sequence[Lookup], scope: str, rule: Rule, meeting: Meeting, skipped: Tensor) -> None:
     """One step of all lookups, in place. A group that is not finite anywhere stays everywhere, and is counted once."""
     leading = 0 if scope == "batch" else 1
-    parts = [_Part.of(lookup, leading, rule) for lookup in lookups]
+    parts = [_Part.of(lookup, leading, rule.of(lookup.module)) for lookup in lookups]
     every = meeting.gather(torch.cat([part.figures() for part in parts]))
     figures_of = torch.split(every, [len(part.h) for part in parts], dim=1)
     for lookup, part, figures in zip(lookups, parts, figures_of, strict=True):
-        whole = _Whole.of(figures, rule)
+        own = rule.of(lookup.module)
+        whole = _Whole.of(figures, own)
         skipped += (~whole.finite).sum()
-        lookup.delta.copy_(_moved(part, whole, rule).view(lookup.delta.shape))
+        lookup.delta.copy_(_moved(part, whole, own).view(lookup.delta.shape))
 
 
 @torch.no_grad()
@@ -52,22 +53,24 @@ def by_moments(
 ) -> None:
     """The same for a rule with moments, whose `step` needs no other rank: what is void is asked before, norms after."""
     leading = 0 if scope == "batch" else 1
-    parts = [_Part.of(lookup, leading, rule) for lookup in lookups]
+    parts = [_Part.of(lookup, leading, rule.of(lookup.module)) for lookup in lookups]
     finite = meeting.gather(torch.cat([part.finite.double() for part in parts])).amin(0).bool()
     sizes = [len(part.h) for part in parts]
     for lookup, part, good in zip(lookups, parts, finite.split(sizes), strict=True):
         skipped += (~good).sum()
         step(lookup, torch.where(good, part.h, math.nan).view(lookup.delta.shape).to(lookup.delta.dtype))
-    if rule.epsilon is None or rule.ball == "none":
+    if rule.ball == "none" or all(rule.of(lookup.module).epsilon is None for lookup in lookups):
         return
     moved = [_by_group(lookup.delta.detach(), leading) for lookup in lookups]
     norms = meeting.gather(torch.cat([_both(one) for one in moved]))[..., 0].t()
     for lookup, one, parts_of in zip(lookups, moved, norms.split(sizes), strict=True):
-        size, delta = l2_norm(parts_of), lookup.delta
+        size, delta, radius = l2_norm(parts_of), lookup.delta, rule.of(lookup.module).epsilon
+        if radius is None:
+            continue
         on_ball = (
-            one.clamp(-rule.epsilon, rule.epsilon)
+            one.clamp(-radius, radius)
             if rule.ball == "linf"
-            else torch.where(size > rule.epsilon, one * (rule.epsilon / size), one)
+            else torch.where(size > radius, one * (radius / size), one)
         )
         delta.copy_(on_ball.view(delta.shape))
 

@@ -43,8 +43,8 @@ class MaskCheck:
         self._parts = parts
         self._trusted: set[tuple[str, torch.dtype]] = set()
 
-    def values(self, mask: Tensor) -> None:
-        """Look at what a mask holds.
+    def values(self, mask: Tensor, *, may_be_empty: bool = False) -> None:
+        """Look at what a mask holds; `may_be_empty`: perhaps nothing but zeros.
 
         Raises:
             ValueError: something else than zeros and ones, or zeros alone.
@@ -52,7 +52,7 @@ class MaskCheck:
         if mask.dtype.is_complex:
             raise ValueError(COMPLEX.format(dtype=mask.dtype))
         if self.reads("values", mask):
-            _check_values(mask, self._parts)
+            _check_values(mask, self._parts or may_be_empty)
 
     def padding(self, mask: Tensor, ids: Tensor, padding: int) -> None:
         """Look at where a mask has its tokens: padding may lie among them.

@@ -91,8 +91,11 @@ class Perturbation:
         """One step of a method's own; consumes the gradient."""
         raise NotImplementedError(f"scope={self.scope!r} moves by ascents alone: use scope='sample' or 'token'")
 
-    def norm(self, kind: str) -> Tensor:
-        """The mean norm of the groups that carry a perturbation; stays on the device."""
+    def norm(self, kind: str, site: int | None = None) -> Tensor:
+        """The mean norm of the groups that carry a perturbation, of one site or of all; stays on the device.
+
+        What is shared by all sites, a table's rows, has one norm.
+        """
         raise NotImplementedError
 
     # Gradients

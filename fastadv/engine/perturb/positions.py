@@ -48,7 +48,7 @@ class PositionPerturbation(Perturbation):
         self._check(draw.by_sample)
         index = next(i for i, other in enumerate(self.lookups) if other is lookup)
         part = 0 if self.meeting is None else self.meeting.ranks.rank * APART  # parts of a sample do not draw alike
-        fill(lookup.delta, draw, seed + index + part, lookup.mask, index, lookup.documents)
+        fill(lookup.delta, draw.of(lookup.module), seed + index + part, lookup.mask, index, lookup.documents)
         self._moved = True
 
     def ascend(self, rule: Rule) -> None:
@@ -66,16 +66,16 @@ class PositionPerturbation(Perturbation):
             moments = self._moments(lookup, rule)
             if lookup.grad is None:
                 continue
-            written = {} if clamps else lookup.next_lookup()
+            written, own = {} if clamps else lookup.next_lookup(), rule.of(lookup.module)
             self.stepping(moments)(
                 lookup.delta,
                 lookup.grad,
                 mask=lookup.mask,
                 skipped=self.buffers.skipped_on(lookup.grad.device),
-                group=self._group(lookup.delta, rule),
-                starts=self._starts(lookup, rule),
+                group=self._group(lookup.delta, own),
+                starts=self._starts(lookup, own),
                 fused=self.fused,
-                **rule._asdict(),
+                **own._asdict(),
                 **written,
             )
             lookup.wrote(written)
@@ -89,11 +89,12 @@ class PositionPerturbation(Perturbation):
         if not rule.moments:
             across.ascend(items, self.scope, rule, meeting, skipped)
             return
-        free, void = rule._replace(epsilon=None, ball="none")._asdict(), torch.zeros_like(skipped)
+        void = torch.zeros_like(skipped)
         group = 0 if self.scope == "batch" else 1
 
         def step(lookup: Lookup, grad: Tensor) -> None:
             stepped = self.stepping(self._moments(lookup, rule))
+            free = rule.of(lookup.module)._replace(epsilon=None, ball="none")._asdict()
             stepped(lookup.delta, grad, skipped=void, group=group, fused=self.fused, **free)
 
         across.by_moments(items, self.scope, rule, meeting, skipped, step)
@@ -132,15 +133,16 @@ class PositionPerturbation(Perturbation):
         by_sample = rule.by_element or self.scope == "sample"
         return lookup.documents.starts if by_sample and lookup.documents is not None else None
 
-    def norm(self, kind: str) -> Tensor:
-        """Over the groups of all lookups, and of all ranks."""
-        if self._over_ranks is not None:
+    def norm(self, kind: str, site: int | None = None) -> Tensor:
+        """Over the groups of all lookups, and of all ranks; of one site, those of this rank."""
+        if self._over_ranks is not None and site is None:
             return mean_norm([self._over_ranks[kind]])
         leading = {"batch": 0, "sample": 1, "token": -1}[self.scope]
         return mean_norm(
             [
                 group_norms(lookup.delta.detach(), leading, kind, lookup.documents if leading == 1 else None)
                 for lookup in self.lookups
+                if site is None or lookup.module == site
             ]
         )
 

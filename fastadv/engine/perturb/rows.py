@@ -133,7 +133,7 @@ class RowPerturbation(Perturbation):
             self._shared = SharedRows(meeting, own, ids, rows, like, self.fused)
         return self._shared
 
-    def norm(self, kind: str) -> Tensor:
+    def norm(self, kind: str, site: int | None = None) -> Tensor:  # noqa: ARG002
         """Of r: the whole of it, or the mean over words; of all ranks."""
         rows = self.rows if self._shared is None else self._shared.rows
         return mean_norm([] if rows is None else [group_norms(rows, self._group, kind)])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -60,11 +60,28 @@ class Draw:
 
     Attributes:
         by_sample: its size depends on all of a sample, and not on an element alone.
+        each: of each perturbed place, where they differ.
     """
 
     at: Callable[[tuple[int, ...], Tensor, int, Runs | None], Tensor]
     random: bool = True
     by_sample: bool = False
+    each: Sequence[Draw] = ()
+
+    def of(self, site: int) -> Draw:
+        """That of one of the perturbed places."""
+        return self.each[site] if self.each else self
+
+    @staticmethod
+    def by_site(each: Sequence[Draw | None]) -> Draw | None:
+        """Of each place its own; None: at zero, everywhere or there."""
+        some = next((draw for draw in each if draw is not None), None)
+        if some is None or len(each) == 1:
+            return some
+        return replace(some, each=[NOTHING if draw is None else draw for draw in each])
+
+
+NOTHING = Draw(lambda shape, mask, *_: torch.zeros(shape, device=mask.device), random=False)
 
 
 def resolve(

@@ -95,7 +95,7 @@ class TiedTables(Perturbation):
                 table.step(gradient, rule, group, self.buffers.skipped_on(gradient.device))
         self._gradients = []
 
-    def norm(self, kind: str) -> Tensor:
+    def norm(self, kind: str, site: int | None = None) -> Tensor:  # noqa: ARG002
         """Of the tables' perturbations, as they were at the end of the step."""
         return mean_norm([group_norms(one, 0 if self.scope == "table" else 1, kind) for one in self._found])
 

@@ -44,6 +44,7 @@ class Guard:
         self.fused = fused
         self._backup: Backup | None = None
         self._copies: list[Tensor] = []
+        self._generators: rng.RngState | None = None
 
     def save(self) -> Saved:
         """Write down what the inventory lists."""
@@ -51,6 +52,7 @@ class Guard:
         gradients = list(map(GRADIENT, has.parameters))
         self._back_up([p for p, grad in zip(has.parameters, gradients, strict=True) if grad is not None])
         buffers = [buffer for _, _, buffer in has.buffers]
+        self._generators = rng.save(has.device)
         return Saved(
             has.holdings,
             has.parameters,
@@ -60,7 +62,7 @@ class Guard:
             self._copied(buffers),
             has.modules,
             has.modes(),
-            rng.save(has.device),
+            self._generators,
         )
 
     def _back_up(self, parameters: list[nn.Parameter]) -> None:
@@ -84,6 +86,12 @@ class Guard:
         elif sources:
             torch._foreach_copy_(self._copies, sources)
         return self._copies
+
+    def rewind(self) -> None:
+        """Buffers and generators as they were when a step began, for a first pass that begins again."""
+        _buffers([buffer for _, _, buffer in self.inventory.buffers], self._copies)
+        if self._generators is not None:
+            rng.restore(self._generators, self.inventory.device)
 
     def remember_buffers(self) -> Callable[[], None]:
         """Return what puts the buffers back where they are now."""

@@ -45,6 +45,11 @@ def capturing() -> bool:
     return _streams is not None and _streams.capturing
 
 
+def recorded() -> bool:
+    """Whether a step is being captured, or warms up for it: its seeds are counted."""
+    return _streams is not None
+
+
 def save(device: torch.device) -> RngState:
     """The generators as they stand, for a model on `device`."""
     state = None
