@@ -151,9 +151,11 @@ def sentences(mine: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             if ratios:
                 said.append(f"{_heading(cell)} x {statistics.geometric_mean(ratios):.3f} ({_sides(ratios)})")
         if said:
-            yield f"{name} (costs {tried.cost:.3g}) over plain training of {length:.3g} times the steps: " + ", ".join(
-                said
-            ) + "."
+            yield (
+                f"{name} (costs {tried.cost:.3g}) over plain training of {length:.3g} times the steps: "
+                + ", ".join(said)
+                + "."
+            )
 
 
 def _of_equal_time(cost: float, by_try: Mapping[str, Mapping[int, Any]]) -> tuple[Mapping[int, Any], float]:

@@ -108,10 +108,7 @@ class EmbeddingMethod(Method):
             raise ValueError("tied='both' moves each rank's own table: process_group= needs tied='lookup'")
         self._direction, self._ball = self._directed(norm, options)
         if tied == "both" and self._direction in MOMENT_DIRECTIONS:
-            raise ValueError(
-                f"tied='both' moves the table itself, which direction={self._direction!r} keeps no moments of: use "
-                "tied='lookup'"
-            )
+            raise ValueError(f"direction={self._direction!r} keeps no moments of a table: use tied='lookup'")
         self._relative, self._random_start = options.pop("relative", False), random_start
         self._unit = mean_row_norm(model, embedding) if self._relative else 1.0
         self._start = self._resolve(random_start)
@@ -194,8 +191,7 @@ class EmbeddingMethod(Method):
 
         Args:
             closure: as for `backward`, of the batch that is to be perturbed.
-            mask: as for `backward`.
-            groups: as for `backward`.
+            mask, groups: as for `backward`.
 
         Returns:
             The perturbation, to hold and to apply: `with found.applied():`.
