@@ -31,7 +31,6 @@ LENGTHS = (
     "a random start is scaled by each sample's length, and with scope='batch' a sample may lie on one rank of "
     "process_group= or on several: use scope='sample' for sequence shards, or random_start=False or a callable"
 )
-
 ONE_RANGE = (
     "clamp='batch' takes the range of one module's activations of a whole batch: use scope='sample', 'token' or "
     "'batch', one module as embedding=, and no process_group="
@@ -191,7 +190,8 @@ class EmbeddingMethod(Method):
 
         Args:
             closure: as for `backward`, of the batch that is to be perturbed.
-            mask, groups: as for `backward`.
+            mask: as for `backward`.
+            groups: as for `backward`.
 
         Returns:
             The perturbation, to hold and to apply: `with found.applied():`.
