@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from fastadv.methods import *  # noqa: F403 - what of it is public here says __all__
 else:  # hidden from type checkers: a misspelt name stays an error there
     # What the methods load in any case, or costs nothing, so that `fastadv.ops` needs no import of its own.
-    _PARTS = ("classic", "engine", "methods", "native", "ops", "packed")
+    _PARTS = ("classic", "engine", "llm", "methods", "native", "ops", "packed")
 
     def __getattr__(name: str) -> object:
         """Import a public name when it is first used (PEP 562)."""

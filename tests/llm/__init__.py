@@ -1,0 +1,1 @@
+"""The losses of LLM safety, against full logits in float64, recorded runs and closed forms."""
