@@ -24,8 +24,12 @@ def section(result: Mapping[str, Any]) -> str:
     """The part of the page: the command, what was measured, what it took, and the sentences."""
     perplexities = list(_table(tables.headings(result), tables.lines(result)))
     costs = list(_table(["", *tables.columns(result)], tables.costs(result)))
-    model = result["model"]
-    what = f"`{result['command']}`: {model['class']}, {model['parameters']:,} parameters, {result['hardware']}."
+    model, settings = result["model"], result["settings"]
+    given = ", ".join(f"{name}={value}" for name, value in settings["method_arguments"].items())
+    what = (
+        f"`{result['command']}`: {model['class']}, {model['parameters']:,} parameters, {settings['method_name']} with "
+        f"{given}; {result['hardware']}."
+    )
     return "\n".join([
         BEGIN,
         "",

@@ -99,10 +99,11 @@ def _costs(result: Mapping[str, Any]) -> str:
 
 def _configuration(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     settings, data = result["settings"], result["data"]
+    documents = "a stream" if data["documents"] is None else f"{data['documents']:,}"
     own = ("method", "method_name", "method_arguments", "extra")
     return [
         ("method", f"{settings['method_name']}({_pairs(settings['method_arguments'], '=')})"),
-        ("documents", f"{data['documents'] or 'a stream'} to train on, {data['held_out']:,} held out"),
+        ("documents", f"{documents} to train on, {data['held_out']:,} held out"),
         ("vocabulary", f"{data['vocabulary']:,} tokens"),
         ("settings", _pairs({name: value for name, value in settings.items() if name not in own})),
         ("processes", f"{result['processes']}"),

@@ -13,6 +13,7 @@ from fastadv.pretrain.settings import LONGER
 from fastadv.pretrain.tables import number
 
 LEARNT = 0.25  # of the vocabulary: a perplexity above it is hardly any learning
+BEHIND = 1.3  # times plain training's perplexity: the method has kept the model from learning
 WEAK = 1.05  # an attack that raises plain training's perplexity by less shows nothing
 FAR = 1.0  # of the vocabulary: an attack that takes plain training there destroys it
 TINY = 0.005  # a perplexity that is another by less is about the same
@@ -108,8 +109,13 @@ def doubts(result: Mapping[str, Any]) -> list[str]:
             f"The model has hardly learnt: its perplexity is {number(clean['perplexity'])} with a vocabulary of "
             f"{size:,}. Train longer (--max-steps) before you compare anything."
         )
+    if ADVERSARIAL in result["trainings"] and not found:
+        theirs = result["trainings"][ADVERSARIAL]["measured"][0]["perplexity"]
+        if theirs > BEHIND * clean["perplexity"]:
+            method = result["settings"]["method_name"]
+            found.append(f"{method} keeps the model from learning: take a smaller radius (--epsilon), or --start-step.")
     attacked = [cell for cell in others if cell["kind"] == ATTACK]
-    if name == PLAIN and not found and attacked:
+    if name == PLAIN and clean["perplexity"] <= LEARNT * size and attacked:
         strongest, weakest = attacked[-1]["perplexity"], attacked[0]["perplexity"]
         if strongest < WEAK * clean["perplexity"]:
             found.append(

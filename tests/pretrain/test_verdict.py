@@ -145,6 +145,11 @@ def test_doubts(plain: dict[str, Any], said: str) -> None:
     assert bool(said) == bool(found)
 
 
+def test_a_method_that_is_too_strong() -> None:
+    strong = training(4.5, 4.6, 4.7, 20.0)
+    assert "FreeLB keeps the model from learning" in " ".join(verdict.doubts(result(plain=PLAIN, adversarial=strong)))
+
+
 def test_the_page() -> None:
     whole = result(plain=training(7.0, 7.5, 7.0, 1.0), adversarial=FREELB, longer=training(3.5, 4.5, 4.0, 20.0))
     text = report.compose(whole, [])
