@@ -180,6 +180,10 @@ def calls(device: str) -> dict[str, tuple[Any, ...]]:
         "segments": (ids.flatten(), None, 9),
         "segment_sum": (randn(80, 33), groups.order, groups.starts, groups.stops),
         "ascend": (randn(2, 40, 33), randn(2, 40, 33), None, skipped, *rule, 1, weight, ids, None, randn(2, 40, 33)),
+        "moment_step": (
+            randn(2, 40, 33), randn(2, 40, 33), None, skipped, randn(2, 2, 40, 33).abs(), 0.3, 0.2, "adamw", "l2", 1, 3,
+            weight, ids, None, randn(2, 40, 33),
+        ),
         "table_step": (
             randn(count, 33), randn(80, 33), skipped, *rule, 0, *groups, weight, ids, randn(2, 40, 33), randn(count, 33)
         ),
