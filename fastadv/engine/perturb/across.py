@@ -56,14 +56,14 @@ def by_moments(
     parts = [_Part.of(lookup, leading, rule.of(lookup.module)) for lookup in lookups]
     finite = meeting.gather(torch.cat([part.finite.double() for part in parts])).amin(0).bool()
     sizes = [len(part.h) for part in parts]
-    for lookup, part, good in zip(lookups, parts, finite.split(sizes), strict=True):
+    for lookup, part, good in zip(lookups, parts, torch.split(finite, sizes), strict=True):
         skipped += (~good).sum()
         step(lookup, torch.where(good, part.h, math.nan).view(lookup.delta.shape).to(lookup.delta.dtype))
     if rule.ball == "none" or all(rule.of(lookup.module).epsilon is None for lookup in lookups):
         return
     moved = [_by_group(lookup.delta.detach(), leading) for lookup in lookups]
     norms = meeting.gather(torch.cat([_both(one) for one in moved]))[..., 0].t()
-    for lookup, one, parts_of in zip(lookups, moved, norms.split(sizes), strict=True):
+    for lookup, one, parts_of in zip(lookups, moved, torch.split(norms, sizes), strict=True):
         size, delta, radius = l2_norm(parts_of), lookup.delta, rule.of(lookup.module).epsilon
         if radius is None:
             continue
