@@ -18,11 +18,13 @@ from fastadv.train import compare
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), *sorted(ROOT.glob("*.md")), ROOT / "tests/goldens/README.md"]
+LOSSES = ("toward", "away", "kl_to_base", "ipo", "dpo", "retain")
 EXAMPLES = [method.__module__ for method in methods().values()]
 EXAMPLES += [
     "fastadv.classic",
     "fastadv.integrations.transformers",
     "fastadv.methods.repeat",
+    *(f"fastadv.llm.{part}" for part in ("targets", "scores", "cutoff", "base_model", *LOSSES)),
     "fastadv.ops.grads",
     "fastadv.ops.rows",
     "fastadv.pretrain.keyed",

@@ -25,20 +25,16 @@ def away(
 ) -> Tensor:
     r"""A loss to be descended that makes the targets unlikely.
 
-    ======================  =======================================================================
-    form                    L
-    ======================  =======================================================================
-    ``log_1_minus_p``       -1/N sum log(1 - p_n), where a token with log p < threshold counts 0
-    ``cross_entropy``       1/N sum log p_n: minus the cross-entropy, unbounded, hence the cutoff
-    ======================  =======================================================================
+    .. math:: L = -\frac1N \sum_n \log(1 - p_n) \, [\log p_n \ge \text{threshold}], \qquad
+        L_\text{cross entropy} = \frac1N \sum_n \log p_n
 
-    "log_1_minus_p" is HarmBench's (R2D2, Mazeika et al. 2024, `arXiv:2402.04249 <https://arxiv.org/abs/2402.04249>`_),
+    "log_1_minus_p" is HarmBench's (R2D2, Mazeika et al. 2024, https://arxiv.org/abs/2402.04249),
     which LAT and CAT's option share: a token below the threshold has no gradient, and stays in N. log(1 - p) comes
     from the log-odds, -log(1 + e^s): exact for p near 1 and near 0, in every dtype, and no gradient by a logit exceeds
     1 / N. HarmBench subtracts 1e10 from a logit, which is -inf in float16.
 
     "cross_entropy" is CAT's unlikelihood loss (Xhonneux et al. 2024,
-    `arXiv:2405.15589 <https://arxiv.org/abs/2405.15589>`_) and ER-CAT's.
+    https://arxiv.org/abs/2405.15589) and ER-CAT's.
 
     Args:
         scores: from `score`, on the harmful answer.

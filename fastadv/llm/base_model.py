@@ -27,8 +27,18 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
         TypeError: there is no PeftModel in it.
 
     Examples:
-        >>> with adapters_off(model):  # doctest: +SKIP
-        ...     base = model(**batch).logits
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> size = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+        >>> plain = LlamaForCausalLM(LlamaConfig(**size, num_attention_heads=2))
+        >>> ids = torch.tensor([[1, 2, 3]])
+        >>> before = plain(ids).logits
+        >>> model = get_peft_model(plain, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+        >>> with adapters_off(model):
+        ...     torch.equal(model(ids).logits, before)
+        True
+        >>> torch.equal(model(ids).logits, before)
+        False
     """
     adapted: Any = next((one for one in model.modules() if hasattr(type(one), "disable_adapter")), None)
     if adapted is None:
@@ -63,8 +73,12 @@ def base_score(
         TypeError, ValueError: as `score` does.
 
     Examples:
-        >>> base = base_score(model, **batch).means()  # doctest: +SKIP
-        >>> base_score(model, reference=frozen, **batch)  # doctest: +SKIP
+        >>> class Plain(nn.Module):
+        ...     def forward(self, input_ids):
+        ...         return torch.zeros(*input_ids.shape, 4)
+        >>> ids = torch.tensor([[0, 1, 2]])
+        >>> base_score(nn.Identity(), reference=Plain(), input_ids=ids, labels=ids).means()
+        tensor([-1.3863])
     """
     off = adapters_off(model) if reference is None else contextlib.nullcontext()
     with off, _evaluating(model if reference is None else reference) as base:

@@ -11,8 +11,8 @@ def limited(loss: Tensor, cutoff: float | None, leak: float = 0.001, *, jump: bo
 
     .. math:: L' = L \text{ if } L \ge c, \qquad L' = c + \lambda (L - c) \text{ below}
 
-    This is ER-CAT's form. CAT's, :math:`c + \lambda L`, has the same gradient, and a jump of :math:`\lambda c` at the
-    cutoff: `jump=True`. The comparison is made on the device.
+    This is ER-CAT's form. CAT's, c + lambda L, has the same gradient, and a jump of lambda c at the cutoff:
+    `jump=True`. The comparison is made on the device.
 
     Args:
         loss: any shape; each element has a cutoff of its own.

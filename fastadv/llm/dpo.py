@@ -23,8 +23,8 @@ def dpo(
     .. math:: L = -\frac1B \sum_b \log \sigma\left(\beta \left( (l_b(s) - l_b(h)) - (l^0_b(s) - l^0_b(h)) \right)\right)
 
     l is the summed log-probability of an answer's tokens, l^0 the base's. Rafailov et al. 2023,
-    `arXiv:2305.18290 <https://arxiv.org/abs/2305.18290>`_. LAT's backdoor runs have beta 0.3; its attack descends the
-    same with the answers exchanged (Sheshadri et al. 2024, `arXiv:2407.15549 <https://arxiv.org/abs/2407.15549>`_).
+    https://arxiv.org/abs/2305.18290. LAT's backdoor runs have beta 0.3; its attack descends the
+    same with the answers exchanged (Sheshadri et al. 2024, https://arxiv.org/abs/2407.15549).
 
     Args:
         chosen: s, from `score`; one answer per pair, in order.

@@ -23,8 +23,8 @@ def ipo(
     .. math:: L = \frac1B \sum_b \left( (m_b(s) - m_b(h)) - (m^0_b(s) - m^0_b(h)) - \frac{1}{2\beta} \right)^2
 
     m is the mean log-probability of an answer's tokens, m^0 the base's. Gheshlaghi Azar et al. 2023,
-    `arXiv:2310.12036 <https://arxiv.org/abs/2310.12036>`_; under CAT's attack it is CAPO (Xhonneux et al. 2024,
-    `arXiv:2405.15589 <https://arxiv.org/abs/2405.15589>`_): both answers under the perturbation, the base without.
+    https://arxiv.org/abs/2310.12036; under CAT's attack it is CAPO (Xhonneux et al. 2024,
+    https://arxiv.org/abs/2405.15589): both answers under the perturbation, the base without.
 
     Two defects of CAPO's code are left behind. Its base log-probabilities arrive in reverse order, so that every sample
     has another one's; here a pair is a row. And a token of the rejected answer that falls below the threshold counts

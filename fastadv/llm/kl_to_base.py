@@ -29,7 +29,7 @@ def kl_to_base(
 
     p is the model's distribution, q the base's, which gets no gradient: KL(p || q), from the model to its base, as
     LAT's penalty on benign text has it (Sheshadri et al. 2024,
-    `arXiv:2407.15549 <https://arxiv.org/abs/2407.15549>`_). The kernel computes value and gradient in one pass over the
+    https://arxiv.org/abs/2407.15549). The kernel computes value and gradient in one pass over the
     logits, in float32.
 
     LAT's code divides the term by its own detached value: it is always 1, its gradient is that of log KL, and where the
@@ -54,9 +54,20 @@ def kl_to_base(
         ValueError: the reference's scores are of another batch.
 
     Examples:
-        >>> kl_to_base(model, **benign)  # doctest: +SKIP
-        >>> base = base_score(model, **benign)  # doctest: +SKIP
-        >>> kl_to_base(model, reference=base, **benign)  # doctest: +SKIP
+        >>> class Unigram(nn.Module):  # whatever it reads
+        ...     def __init__(self, *logits):
+        ...         super().__init__()
+        ...         self.logits = nn.Parameter(torch.tensor(logits))
+        ...
+        ...     def forward(self, input_ids):
+        ...         return self.logits.expand(*input_ids.shape, -1)
+        >>> ids = torch.tensor([[0, 1, 1]])
+        >>> model, frozen = Unigram(0.0, 1.0), Unigram(0.0, 0.0)
+        >>> kl_to_base(model, reference=frozen, input_ids=ids, labels=ids).detach()
+        tensor(0.1109)
+        >>> base = base_score(model, reference=frozen, input_ids=ids, labels=ids)  # once for many steps
+        >>> kl_to_base(model, reference=base, input_ids=ids, labels=ids).detach()
+        tensor(0.1109)
     """
     targets = labels if isinstance(labels, Targets) else Targets.of(labels, shift=shift)
     if isinstance(reference, Scores):

@@ -11,12 +11,12 @@ from torch import Tensor
 def retain(states: Tensor, base: Tensor, mask: Tensor | None = None, form: Literal["mse", "norm"] = "mse") -> Tensor:
     r"""How far hidden states have moved from the base model's, the mean over the positions that count.
 
-    ==========  ==========================================================================================
-    form        L, with h the states, h0 the base's, M the set of positions
-    ==========  ==========================================================================================
-    ``mse``     1/(D |M|) sum ||h - h0||^2: RMU (Li et al. 2024, arXiv:2403.03218), and RMU + LAT
-    ``norm``    1/|M| sum ||h - h0||: circuit breakers (Zou et al. 2024, arXiv:2406.04313)
-    ==========  ==========================================================================================
+    .. math:: L_\text{mse} = \frac{1}{D |M|} \sum_{n \in M} \lVert h_n - h^0_n \rVert^2, \qquad
+        L_\text{norm} = \frac{1}{|M|} \sum_{n \in M} \lVert h_n - h^0_n \rVert
+
+    h are the states, h^0 the base's, M the positions that count. "mse" is RMU's (Li et al. 2024,
+    https://arxiv.org/abs/2403.03218), with and without LAT; "norm" that of circuit breakers (Zou et al. 2024,
+    https://arxiv.org/abs/2406.04313).
 
     At h = h0, where training with adapters begins, "norm" has the gradient 0, and no NaN. To retain answers, not
     states, take `toward` or `kl_to_base` on the benign batch.

@@ -14,8 +14,8 @@ def toward(scores: Scores, *, cutoff: float | None = None, leak: float = 0.001, 
     .. math:: L = -\frac1N \sum_n \log p_n
 
     On a safe answer under the perturbation it is the "toward" of LAT (Sheshadri et al. 2024,
-    `arXiv:2407.15549 <https://arxiv.org/abs/2407.15549>`_), CAT (Xhonneux et al. 2024,
-    `arXiv:2405.15589 <https://arxiv.org/abs/2405.15589>`_) and R2D2; on benign text without a perturbation it is LAT's
+    https://arxiv.org/abs/2407.15549), CAT (Xhonneux et al. 2024,
+    https://arxiv.org/abs/2405.15589) and R2D2; on benign text without a perturbation it is LAT's
     `sft` and CAT's utility loss. The mean is over all tokens of the batch: longer answers weigh more.
 
     Args:

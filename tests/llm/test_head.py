@@ -122,13 +122,16 @@ def test_what_does_not_fit_is_refused() -> None:
         llm.score(Plain(named=True, output="none"), **data)
 
 
+@pytest.mark.parametrize("checkpointing", [True, False])
 @pytest.mark.parametrize("peft", [True, False])
-def test_in_an_attack(peft: bool) -> None:
+def test_in_an_attack(peft: bool, checkpointing: bool) -> None:
     """PGD with these losses is PGD with those of full logits, pass by pass."""
     found = []
     for loss in (lambda m, d: llm.toward(llm.score(m, **d)), lambda m, d: _whole(m, d)):
         model, data = decoder("Llama"), batch()
         model = lora(model) if peft else model
+        if checkpointing:
+            model.train().gradient_checkpointing_enable()
         adv = fastadv.PGD(model, epsilon=0.5, step_size=0.3, steps=2, scope="token")
         seen: list[Tensor] = []
 
