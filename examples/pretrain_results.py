@@ -43,7 +43,7 @@ def section(result: Mapping[str, Any]) -> str:
         "",
         *costs,
         "",
-        *_bullets(verdict.sentences(result)),
+        *_bullets([*verdict.doubts(result), *verdict.sentences(result)]),
         "",
         END,
     ])  # fmt: skip
