@@ -16,8 +16,9 @@ if TYPE_CHECKING:  # torch comes with a method, and not before
     from fastadv.methods import Method
 
 # Radii are relative: 1 is the mean norm of the embedding's rows. A packed row is several samples, its documents. Where
-# a step has a clean and an adversarial gradient each counts half, so that it is as large as plain training's. FreeLB's radius was tried:
-# at 1 the small model learns nothing beyond the frequencies of words, at 0.3 it learns. The others' are about as long.
+# a step has a clean and an adversarial gradient each counts half, so that it is as large as plain training's. FreeLB's
+# radius was tried: at 1 the small model learns little beyond the frequencies of words, at 0.3 as much as plainly. The
+# others' are about as long.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "fgm": {"epsilon": 0.2, "scope": "sample", "clean_weight": 0.5, "adv_weight": 0.5},
     "pgd": {
