@@ -13,6 +13,7 @@ import gc
 import itertools
 import json
 import tempfile
+import textwrap
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,8 +195,23 @@ def _spread(values: Sequence[float], digits: int) -> dict[str, Any]:
 
 def section(result: Mapping[str, Any]) -> str:
     """The part of the page."""
-    lines = [BEGIN, "", *_table(result), "", END]
-    return "\n".join(lines)
+    return "\n".join([BEGIN, "", *_table(result), "", *textwrap.wrap(_about(result), 120), "", END])
+
+
+def _about(result: Mapping[str, Any]) -> str:
+    """Where that was, how sure it is, and what was expected of it."""
+    where, rounds = result["machine"], result["rounds"]
+    attacked = [one for case, one in zip(CASES, result["cases"], strict=True) if case.method != PLAIN_ONLY]
+    excesses = [one["cpu"]["excess"] for one in attacked]
+    largest = max(100 * one["median"] for one in excesses)
+    surest = max(100 * one["interval"][1] for one in excesses)
+    expected = [f"{100 * f([one['predicted'] for one in attacked]):g}" for f in (min, max)]
+    return (
+        f"Measured on {where['processor']}, one thread, {rounds} rounds in turns; other processes kept "
+        f"{where['others']:.1f} of {where['cores']} cores busy meanwhile, so these are CPU seconds of the process. The "
+        f"largest excess is {largest:.1f} %, and the 95 % intervals of the medians end at {surest:.1f} % at most. "
+        f"Expected before it was measured: {expected[0]} to {expected[1]} %."
+    )
 
 
 def _table(result: Mapping[str, Any]) -> Iterator[str]:
