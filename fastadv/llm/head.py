@@ -33,7 +33,7 @@ def target_logits(model: nn.Module, targets: Targets, inputs: Mapping[str, Any])
 @contextlib.contextmanager
 def _cut(model: nn.Module, targets: Targets) -> Iterator[None]:
     head = _head(model)
-    if head is None or is_traced(model, [head]):  # a compiled graph would keep the first batch's positions
+    if head is None or is_traced(model, [head]):  # a hook of its own would compile a graph per call
         yield
         return
 

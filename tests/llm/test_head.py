@@ -99,11 +99,18 @@ def test_other_models(named: bool, output: str) -> None:
 
 
 def test_a_compiled_model_computes_full_logits() -> None:
-    """Its graph would keep the positions of the first batch."""
+    """One graph serves all batches; a hook per call would compile one per call."""
+    graphs: list[Any] = []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
     model = Plain(named=True).double()
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=backend)
     for data in (batch(seed=1), batch(seed=2), {**batch(seed=3), "labels": batch(seed=3)["input_ids"]}):
         assert_close(llm.score(compiled, **data).logits, llm.score(model, **data).logits, 1e-14, "logits")
+    assert len(graphs) == 1
 
 
 def test_the_hook_goes_whatever_happens() -> None:
