@@ -46,7 +46,7 @@ class Try:
     longer: float = 1.0  # plain training of so many times the steps
 
 
-PGD = ("--clean_weight", "0", "--adv_weight", "1", "--random_start", "0.5")
+PGD = ("--clean_weight", "0", "--adv_weight", "1", "--random_start", "0.1")
 TRIES = {
     "plain": Try("plain", 1),
     "plain, 1.25 times as long": Try("plain", 1, longer=1.25),
