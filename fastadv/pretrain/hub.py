@@ -99,4 +99,4 @@ def _load(name: str, *, streaming: bool) -> Any:
             saved = datasets.load_from_disk(name)
             whole = saved["train"] if isinstance(saved, dict) else saved
             return whole.to_iterable_dataset() if streaming else whole
-        return datasets.load_dataset(path, config or None, split="train", streaming=streaming)
+        return datasets.load_dataset(path, config or None, split="train", streaming=streaming, trust_remote_code=False)

@@ -99,5 +99,7 @@ def read_config(name: str) -> PreTrainedConfig:
             given = json.loads(path.read_text(encoding="utf-8"))
             read: PreTrainedConfig = AutoConfig.for_model(given.pop("model_type"), **given)
             return read
-        found: PreTrainedConfig = AutoConfig.from_pretrained(str(path) if path.exists() else name)
+        found: PreTrainedConfig = AutoConfig.from_pretrained(
+            str(path) if path.exists() else name, trust_remote_code=False
+        )
         return found

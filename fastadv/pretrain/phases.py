@@ -114,7 +114,9 @@ def measured(
         return record
     if processes.first:
         say(f"{phase}: measured on {len(texts.clean):,} documents")
-    model: Any = HEADS[settings.objective].from_pretrained(folder / phase).to(processes.device)
+    head = HEADS[settings.objective]
+    model: Any = head.from_pretrained(folder / phase, use_safetensors=True, trust_remote_code=False)
+    model.to(processes.device)
     mine = texts.part(processes.rank, processes.world)
     found = losses(model, mine, settings, progress=processes.first)
     whole = [gathered(processes, one) for one in found]
