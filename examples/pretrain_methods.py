@@ -62,6 +62,11 @@ TRIES = {
 }
 
 
+def folder_of(name: str) -> str:
+    """What a training's folder is called."""
+    return name.replace(" ", "_").replace(",", "")
+
+
 def settings_of(name: str, size: str, seed: int, folder: Path) -> Any:
     """The job of one training."""
     from fastadv.pretrain.settings import Settings
@@ -88,7 +93,7 @@ def run(folder: Path, size: str, seeds: Sequence[int], names: Sequence[str]) -> 
             for name in names:
                 settings = settings_of(name, size, seed, folder)
                 read = data.prepare(settings, place)
-                phase = name.replace(" ", "_").replace(",", "")
+                phase = folder_of(name)
                 record = phases.trained(settings, place, phase, read, processes)
                 phases.measured(settings, place, phase, record, measured_texts(read), processes)
 
@@ -99,7 +104,7 @@ def collect(folder: Path) -> list[dict[str, Any]]:
     for size in ("small", "larger"):
         for name in TRIES:
             for place in sorted(folder.glob(f"{size}-*")):
-                file = place / name.replace(" ", "_").replace(",", "") / "phase.json"
+                file = place / folder_of(name) / "phase.json"
                 record = json.loads(file.read_text()) if file.exists() else {}
                 if "measured" not in record:
                     continue

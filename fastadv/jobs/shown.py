@@ -6,6 +6,7 @@ import re
 
 # Control characters of both sets, line and paragraph separators, what turns the direction of writing, half characters.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+HALF = re.compile("[\ud800-\udfff]")  # half a character, which no tokenizer takes and no file can hold
 _IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastadv.engine.safety.dropout import Evaluated
 from fastadv.llm.scores import Scores, score
 from fastadv.llm.targets import Targets
 
@@ -81,18 +82,6 @@ def base_score(
         tensor([-1.3863])
     """
     off = adapters_off(model) if reference is None else contextlib.nullcontext()
-    with off, _evaluating(model if reference is None else reference) as base:
+    base = model if reference is None else reference
+    with off, Evaluated(contextlib.nullcontext(), base.modules()):
         return score(base, labels=labels, **inputs)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The model with no dropout; each module's mode is put back."""
-    training = [one for one in model.modules() if one.training]
-    for one in training:
-        one.training = False
-    try:
-        yield model
-    finally:
-        for one in training:
-            one.training = True

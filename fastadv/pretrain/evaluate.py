@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm  # type: ignore[import-untyped, unused-ignore]
 
 from fastadv import PGD
+from fastadv.pretrain.masking import IGNORED
 
 BATCH = 16
-IGNORED = -100  # labels of positions that are not predicted
 
 
 class Document(NamedTuple):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from fastadv.jobs.errors import UserError, loading
+from fastadv.jobs.hub import is_saved, named
 from fastadv.pretrain.source import Text, clean
 from fastadv.pretrain.text_files import ENDINGS, text_of
 
@@ -79,11 +79,6 @@ class HubStream:
         return clean(self.part(0, 1))
 
 
-def is_saved(name: str) -> bool:
-    """Tell whether a folder was written by `save_to_disk`."""
-    return any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
-
-
 def _load(name: str, *, streaming: bool) -> Any:
     if importlib.util.find_spec("datasets") is None:
         raise UserError(
@@ -93,10 +88,10 @@ def _load(name: str, *, streaming: bool) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    path, _, config = (name, "", "") if Path(name).exists() else name.partition(":")
+    path, config = named(name)
     with loading(f"the data set {name} could not be loaded", "give files, a folder, or the name of a data set"):
         if is_saved(name):
             saved = datasets.load_from_disk(name)
             whole = saved["train"] if isinstance(saved, dict) else saved
             return whole.to_iterable_dataset() if streaming else whole
-        return datasets.load_dataset(path, config or None, split="train", streaming=streaming, trust_remote_code=False)
+        return datasets.load_dataset(path, config, split="train", streaming=streaming, trust_remote_code=False)

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastadv.jobs.errors import UserError
+from fastadv.pretrain.masking import IGNORED
 from fastadv.pretrain.settings import Settings
 
-IGNORED = -100
 WINDOWS = ("sliding_window", "local_attention", "attention_chunk_size")
 
 

@@ -10,7 +10,7 @@ from fastadv.pretrain.keyed import Purpose, fractions, numbers
 from fastadv.pretrain.rows import Ints
 from fastadv.pretrain.tokenizer import vocabulary_size
 
-IGNORED = -100  # the label of what is not to be told
+IGNORED = -100  # the label of a position that is not predicted, as everywhere in PyTorch
 CHOSEN, MASKED, RANDOM = 0.15, 0.8, 0.1  # Devlin et al. 2019
 
 

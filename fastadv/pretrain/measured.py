@@ -13,8 +13,8 @@ from fastadv.jobs.errors import UserError
 from fastadv.pretrain import intervals
 from fastadv.pretrain.corpus import Corpus
 from fastadv.pretrain.data import Data
-from fastadv.pretrain.evaluate import IGNORED, Document, Evaluator, Losses
-from fastadv.pretrain.masking import Masking
+from fastadv.pretrain.evaluate import Document, Evaluator, Losses
+from fastadv.pretrain.masking import IGNORED, Masking
 from fastadv.pretrain.noise import misspelt
 from fastadv.pretrain.settings import Settings
 from fastadv.pretrain.tokenizer import encode, end_token

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
-_HALF = re.compile("[\ud800-\udfff]")
+from fastadv.jobs.shown import HALF
 
 
 class Text(NamedTuple):
@@ -38,4 +37,4 @@ def clean(documents: Iterable[str]) -> Iterator[str]:
     """
     for document in documents:
         if document.strip():
-            yield document if document.isascii() else _HALF.sub("\ufffd", document)
+            yield document if document.isascii() else HALF.sub("\ufffd", document)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fastadv.jobs.errors import UserError
+from fastadv.jobs.hub import is_saved
 from fastadv.pretrain.default_text import DEFAULT, default_text
-from fastadv.pretrain.hub import HubStream, hub_text, is_saved
+from fastadv.pretrain.hub import HubStream, hub_text
 from fastadv.pretrain.source import Text
 from fastadv.pretrain.stream import OnePart, Stream
 from fastadv.pretrain.text_files import file_text, is_files

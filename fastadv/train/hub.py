@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
 from typing import Any
 
 from fastadv.jobs import formats
 from fastadv.jobs.errors import UserError, loading
+from fastadv.jobs.hub import is_saved, named
 from fastadv.train.sources import Columns, Found, checked
 
 
@@ -38,12 +38,11 @@ def _load(name: str) -> Any:
     import datasets
 
     datasets.disable_progress_bars()
-    folder = Path(name)
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+    if is_saved(name):
         loaded = datasets.load_from_disk(name)
         return loaded if isinstance(loaded, dict) else {"train": loaded}
-    path, _, config = (name, "", "") if folder.exists() else name.partition(":")
-    return datasets.load_dataset(path, config or None, trust_remote_code=False)
+    path, config = named(name)
+    return datasets.load_dataset(path, config, trust_remote_code=False)
 
 
 def _unlabelled(split: Any, label: str) -> bool:

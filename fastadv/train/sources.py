@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 from fastadv.jobs import formats
 from fastadv.jobs.errors import UserError
+from fastadv.jobs.shown import HALF
 
 # How programs write a label that is not there. "none" in lower case is a class that people do have.
 MISSING = frozenset({"NaN", "nan", "NAN", "None", "null", "NULL", "Null", "NA", "N/A", "n/a", "<NA>", "#N/A", "NaT"})
 
 
 LONGEST, COLUMNS = 60, 20  # characters of a value, and columns, that an error shows
-_HALF = re.compile("[\ud800-\udfff]")
 
 
 class Row(NamedTuple):
@@ -163,7 +163,7 @@ def _check_characters(row: Row, name: str, where: str) -> None:
 
 def half(text: str) -> re.Match[str] | None:
     """Find half a character (a lone surrogate)."""
-    return None if text.isascii() else _HALF.search(text)
+    return None if text.isascii() else HALF.search(text)
 
 
 def short(value: Any) -> str:

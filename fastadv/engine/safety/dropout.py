@@ -41,10 +41,10 @@ def quieted(mode: str, modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 class Evaluated:
-    """Around a probe, forward and backward: every module is as `model.eval()` leaves it, and then as it was.
+    """Around a probe, or another forward: every module is as `model.eval()` leaves it, and then as it was.
 
     Args:
-        inside: what else is around the probe.
+        inside: what else is around it.
         modules: of the model.
     """
 
