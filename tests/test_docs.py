@@ -29,6 +29,7 @@ EXAMPLES += [
     "fastadv.ops.rows",
     "fastadv.pretrain.keyed",
     "fastadv.pretrain.rows",
+    "fastadv.jobs.hub",
     "fastadv.pretrain.source",
 ]
 
