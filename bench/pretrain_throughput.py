@@ -1,4 +1,4 @@
-"""Whether pretraining's methods cost more than their passes: `python -m bench.pretrain_throughput [--write]`.
+"""Whether pretraining's methods cost more than their passes: `python -m bench.pretrain_throughput`.
 
 Whole optimizer steps of the default small model, each method's through `train_step` with the loader of the command, in
 turns with the bare passes of its schedule (`bench.bare_passes`) on the same rows. A method's ratio is its step over
@@ -39,6 +39,7 @@ BEGIN, END = "<!-- what a step costs: from here on by bench/pretrain_throughput.
 ROUNDS, WARMUP = 24, 2
 CLOCKS: dict[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
 KINDS = ("bare", "step")
+HEAPS = {"users": "users' heap", "retained": "retained heap"}
 FULL, PROBE = 3, 2  # units: a forward, the gradient of activations, that of weights
 
 
@@ -105,6 +106,7 @@ CASES = (
     Case("`vat` (1 step)", "vat", bare_passes.vat, "2 full, 1 probe", 2, 1, 0.01),
     Case("`yopo` (2 by 2)", "yopo", bare_passes.yopo, "2 full, 1 through the first layer", 2, 0, 0.02),
 )
+ATTACKED = [case for case in CASES if case.method != PLAIN_ONLY]
 
 
 def contestants(settings: Settings, found: data.Data) -> dict[tuple[str, str], Callable[[], None]]:
@@ -193,47 +195,52 @@ def _spread(values: Sequence[float], digits: int) -> dict[str, Any]:
     return {"median": round(median(values), digits), "iqr": round(iqr(values), digits)}
 
 
-def section(result: Mapping[str, Any]) -> str:
-    """The part of the page."""
-    return "\n".join([BEGIN, "", *_table(result), "", *textwrap.wrap(_about(result), 120), "", END])
+def section(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """The part of the page: a run on each heap."""
+    said = [textwrap.wrap(_about(results[heap], heap), 120) for heap in HEAPS]
+    expected = [f"{100 * f(case.predicted for case in ATTACKED):g}" for f in (min, max)]
+    closing = f"Expected before it was measured: {expected[0]} to {expected[1]} %."
+    return "\n".join([BEGIN, "", *_table(results), "", *said[0], "", *said[1], "", closing, "", END])
 
 
-def _about(result: Mapping[str, Any]) -> str:
-    """Where that was, how sure it is, and what was expected of it."""
+def _about(result: Mapping[str, Any], heap: str) -> str:
+    """Where that was, and how sure it is."""
     where, rounds = result["machine"], result["rounds"]
-    attacked = [one for case, one in zip(CASES, result["cases"], strict=True) if case.method != PLAIN_ONLY]
-    excesses = [one["cpu"]["excess"] for one in attacked]
+    excesses = [found["cpu"]["excess"] for case, found in zip(CASES, result["cases"], strict=True) if case in ATTACKED]
     largest = max(100 * one["median"] for one in excesses)
     surest = max(100 * one["interval"][1] for one in excesses)
-    expected = [f"{100 * f([one['predicted'] for one in attacked]):g}" for f in (min, max)]
     return (
-        f"Measured on {where['processor']}, one thread, {rounds} rounds in turns; other processes kept "
+        f"With the {HEAPS[heap]}: {where['processor']}, one thread, {rounds} rounds in turns; other processes kept "
         f"{where['others']:.1f} of {where['cores']} cores busy meanwhile, so these are CPU seconds of the process. The "
-        f"largest excess is {largest:.1f} %, and the 95 % intervals of the medians end at {surest:.1f} % at most. "
-        f"Expected before it was measured: {expected[0]} to {expected[1]} %."
+        f"largest excess is {largest:.1f} %, and the 95 % intervals of the medians end at {surest:.1f} % at most."
     )
 
 
-def _table(result: Mapping[str, Any]) -> Iterator[str]:
-    yield "| method | passes a step, at the defaults here | by units | bare passes | measured | excess (IQR) |"
-    yield "|---|---|---|---|---|---|"
-    for case, found in zip(CASES, result["cases"], strict=True):
-        assert case.title == found["case"]
-        cpu = found["cpu"]
+def _table(results: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """A row of each method; a column of excesses from each heap there is."""
+    heaps = [heap for heap in HEAPS if heap in results]
+    excesses = " | ".join(f"excess (IQR), {HEAPS[heap]}" for heap in heaps)
+    yield f"| method | passes a step, at the defaults here | by units | bare passes | measured | {excesses} |"
+    yield "|---" * (5 + len(heaps)) + "|"
+    for index, case in enumerate(CASES):
+        found = [results[heap]["cases"][index] for heap in heaps]
+        assert all(one["case"] == case.title for one in found)
+        cpu = found[0]["cpu"]
         more = " and some" if case.passes is bare_passes.yopo else ""
-        excess = "" if case.method == PLAIN_ONLY else _percent(cpu["excess"])
         figures = [f"{case.over_plain:.3g}{more}", f"{cpu['ideal']['median']:.2f}", f"{cpu['ratio']['median']:.2f}"]
-        yield f"| {' | '.join([case.title, case.shown, *figures, excess])} |"
+        over = [_percent(one["cpu"]["excess"]) if case in ATTACKED else "" for one in found]
+        yield f"| {' | '.join([case.title, case.shown, *figures, *over])} |"
 
 
 def _percent(spread: Mapping[str, float]) -> str:
     return f"{100 * spread['median']:+.1f} % ({100 * spread['iqr']:.1f})"
 
 
-def write(result: Mapping[str, Any]) -> None:
-    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+def write(result: Mapping[str, Any], heap: str) -> None:
+    results = {**json.loads(RESULT.read_text(encoding="utf-8")), heap: result}
+    RESULT.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(before + section(result) + rest.partition(END)[2], encoding="utf-8")
+    PAGE.write_text(before + section(results) + rest.partition(END)[2], encoding="utf-8")
 
 
 def main(arguments: Sequence[str] | None = None, settings: Settings | None = None) -> dict[str, Any]:
@@ -241,17 +248,22 @@ def main(arguments: Sequence[str] | None = None, settings: Settings | None = Non
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--warmup", type=int, default=WARMUP, help=f"default: {WARMUP}")
     parser.add_argument(
+        "--heap", choices=HEAPS, default="users", help="retained: glibc keeps what is freed, which saves page faults"
+    )
+    parser.add_argument(
         "--write", action="store_true", help="keep the result, and what docs/pretraining.md shows of it"
     )
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
+    if options.heap == "retained" and not machine.retain_heap():
+        parser.error("--heap retained needs glibc: leave it out")
     settings = settings or Settings()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(settings, data.prepare(settings, Path(folder)), options.rounds, options.warmup)
-    print("\n".join(_table(result)))
+    print("\n".join(_table({options.heap: result})))
     print(json.dumps(result["machine"]))
     if options.write:
-        write(result)
+        write(result, options.heap)
     return result
 
 

@@ -81,5 +81,5 @@ def test_a_step_of_full_passes_alone_is_plain_training() -> None:
 
 
 def test_the_page_shows_the_committed_figures() -> None:
-    result = json.loads(pretrain_throughput.RESULT.read_text(encoding="utf-8"))
-    assert pretrain_throughput.section(result) in pretrain_throughput.PAGE.read_text(encoding="utf-8")
+    results = json.loads(pretrain_throughput.RESULT.read_text(encoding="utf-8"))
+    assert pretrain_throughput.section(results) in pretrain_throughput.PAGE.read_text(encoding="utf-8")
